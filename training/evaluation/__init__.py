@@ -1,0 +1,1 @@
+"""Metrics, captioning, retrieval, pictures, report."""

@@ -1,0 +1,1 @@
+"""The embedded default, from end to end."""

@@ -1,0 +1,257 @@
+"""Every setting of every command, as documented dataclasses. The docstring under a field is its `--help` text.
+
+A recipe (YAML) has one section a command with these names as keys; flags override it.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+import typing
+from dataclasses import dataclass, field
+
+from blipren.training.errors import UsageError
+
+
+def positional(**keywords):
+    """A field that is a positional argument on the command line."""
+    return field(metadata={"positional": True}, **keywords)
+
+
+def choice(*choices, default):
+    """A field with a closed list of values."""
+    return field(default=default, metadata={"choices": choices})
+
+
+@functools.cache
+def field_docs(settings_class: type) -> dict[str, str]:
+    """The string literal under each field of a settings dataclass, its parents' included. Raises if one has none."""
+    docs: dict[str, str] = {}
+    for parent in reversed(settings_class.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
+        for statement, following in zip(body, body[1:] + [None]):
+            if isinstance(statement, ast.AnnAssign):
+                literal = following.value if isinstance(following, ast.Expr) else None
+                if not (isinstance(literal, ast.Constant) and isinstance(literal.value, str)):
+                    raise TypeError(f"{parent.__name__}.{statement.target.id} has no docstring under it")
+                docs[statement.target.id] = " ".join(literal.value.split())
+    return docs
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Base of all settings: checks closed lists and types of plain fields when made, wherever the values come from."""
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            choices = f.metadata.get("choices")
+            if choices and value not in choices:
+                raise UsageError(f"{f.name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+            members = typing.get_args(hints[f.name]) or (hints[f.name],)
+            plain = {m for m in members if m in (int, float, bool, str)}
+            if (
+                plain
+                and not any(typing.get_origin(m) for m in members)
+                and typing.get_origin(hints[f.name]) is not list
+            ):
+                if isinstance(value, int) and not isinstance(value, bool) and float in plain and int not in plain:
+                    setattr(self, f.name, float(value))
+                elif not (value is None and type(None) in members) and type(value) not in plain:
+                    wanted = " or ".join(sorted(m.__name__ for m in plain))
+                    raise UsageError(f"{f.name} is {value!r} ({type(value).__name__}); it must be {wanted}")
+
+
+@dataclass(kw_only=True)
+class NewSettings(Settings):
+    """`blipren new`: vision encoder + LLM -> an untrained checkpoint."""
+
+    out: str = positional()
+    """Folder for the new checkpoint."""
+    vision: str
+    """Vision encoder: Hub id or folder, optionally with @revision."""
+    llm: str
+    """Causal language model: Hub id or folder, optionally with @revision."""
+    connector: str = choice("qformer", "patches", default="qformer")
+    """The bridge: Q-Former and projector, or the projector alone on every patch."""
+    projector: str = choice("mlp", "mlp2", "moe", "linear", default="mlp")
+    """From connector width to LLM width."""
+    queries: int = 32
+    """Number of learned queries, which is the number of visual tokens of the Q-Former."""
+    qformer: dict = field(default_factory=dict)
+    """Q-Former settings by name, such as {num_hidden_layers: 4, hidden_size: 256, norm_position: pre}."""
+    qformer_init: str | None = None
+    """BERT or DistilBERT checkpoint that the Q-Former starts from; its tokenizer is kept for the align stage."""
+    projector_options: dict = field(default_factory=dict)
+    """Projector settings by name, such as {num_experts: 4, experts_top_k: 2, projector_dropout: 0.1}."""
+    vision_feature_layer: list[int] = field(default_factory=lambda: [-1])
+    """Hidden layers of the vision encoder; several are concatenated along the width."""
+    vision_feature_select: str = choice("patches", "full", default="patches")
+    """Take class and register tokens off (patches) or keep them (full)."""
+    prompts: list[str] = field(default_factory=list)
+    """Caption prompts, drawn per row in training; the first one is used in inference."""
+    system_prompts: list[str] = field(default_factory=list)
+    """System prompts, drawn per image in training; the first one is used in inference. For LLMs with a chat template."""
+    dtype: str = choice("auto", "float32", "bfloat16", "float16", default="auto")
+    """Precision of the frozen parts; the connector stays in float32."""
+    full: bool = False
+    """Write a full checkpoint that holds the frozen parts too, instead of a bridge checkpoint."""
+    trust_remote_code: bool = False
+    """Run the code that a base model's repository ships. Pin a revision (ID@REVISION) when you do."""
+    seed: int = 0
+    """Seed of the new weights."""
+
+
+@dataclass(kw_only=True)
+class DoctorSettings(Settings):
+    """`blipren doctor`: proves that a checkpoint's parts work together, before training."""
+
+    model: str = positional()
+    """Checkpoint folder or Hub id."""
+    steps: int = 120
+    """Most optimizer updates of the eight-image overfitting test."""
+    learning_rate: float = 2e-3
+    """Learning rate of the eight-image overfitting test."""
+    seed: int = 0
+    """Seed of the eight drawn images and of the overfitting test."""
+
+
+@dataclass(kw_only=True)
+class EmbedSettings(Settings):
+    """`blipren embed`: runs the frozen encoder once on every image and writes the feature cache."""
+
+    model: str = positional()
+    """Checkpoint folder or Hub id whose vision encoder embeds."""
+    dataset: str = positional()
+    """Anything that datasets.load_dataset reads: Hub id, folder with metadata.jsonl, Parquet, WebDataset tars."""
+    cache: str = positional()
+    """Folder of the feature cache."""
+    image_column: str = "image"
+    """Column with the images."""
+    caption_columns: list[str] = field(default_factory=lambda: ["caption"])
+    """Columns with captions: text or lists of texts."""
+
+
+@dataclass(kw_only=True)
+class AlignSettings(Settings):
+    """`blipren align`: stage-1 training of the Q-Former with ITC, ITM and ITG."""
+
+    model: str = positional()
+    """Checkpoint folder or Hub id to start from."""
+    cache: str = positional()
+    """Feature cache."""
+    out: str = positional()
+    """Run folder; it loads as a checkpoint."""
+
+
+@dataclass(kw_only=True)
+class TrainSettings(Settings):
+    """`blipren train`: captioning through the LLM."""
+
+    model: str = positional()
+    """Checkpoint folder or Hub id to start from."""
+    cache: str = positional()
+    """Feature cache, or several with weights: CACHE=2,OTHER=1."""
+    out: str = positional()
+    """Run folder; it loads as a checkpoint."""
+    llm_tuning: str = choice("frozen", "lora", "full", default="frozen")
+    """What of the language model is trained."""
+
+
+@dataclass(kw_only=True)
+class EvaluateSettings(Settings):
+    """`blipren evaluate`: metrics, predictions and a report on a held-out split."""
+
+    model: str = positional()
+    """Checkpoint folder or Hub id."""
+    dataset: str = positional()
+    """Anything that datasets.load_dataset reads."""
+    out: str = positional()
+    """Folder for metrics.json, predictions.jsonl and report.html."""
+    tasks: list[str] = field(default_factory=lambda: ["captioning"])
+    """What to evaluate: captioning, retrieval, vqa."""
+    split: str | None = None
+    """Split to evaluate on; by default test, else validation."""
+
+
+@dataclass(kw_only=True)
+class CaptionSettings(Settings):
+    """`blipren caption`: captions for images."""
+
+    model: str = positional()
+    """Checkpoint folder or Hub id."""
+    images: list[str] = positional()
+    """Image files."""
+    prompt: str | None = None
+    """Prompt or question; by default the model's own caption prompt."""
+    json: bool = False
+    """One JSON object a line instead of text."""
+
+
+@dataclass(kw_only=True)
+class CompareSettings(Settings):
+    """`blipren compare`: paired comparison of two evaluation folders."""
+
+    run_a: str = positional()
+    """Evaluation folder of the first run."""
+    run_b: str = positional()
+    """Evaluation folder of the second run."""
+
+
+@dataclass(kw_only=True)
+class PushSettings(Settings):
+    """`blipren push`: publishes a checkpoint on the Hub."""
+
+    model: str = positional()
+    """Checkpoint folder."""
+    repo: str = positional()
+    """Hub repository: user/name."""
+
+
+@dataclass(kw_only=True)
+class QuickstartSettings(Settings):
+    """`blipren quickstart`: builds, trains, judges and uses a small model, without network or data."""
+
+    out: str = "quickstart-out"
+    """Folder for the scenes, the model, the summary and the pictures."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: its settings, the function that runs it (imported when called), its help line."""
+
+    settings: type[Settings]
+    function: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command(
+        QuickstartSettings,
+        "blipren.training.quickstart.run.quickstart",
+        "build, train, judge and use a small model without network or data",
+    ),
+    "new": Command(
+        NewSettings, "blipren.training.assemble.new", "join a vision encoder and an LLM into an untrained checkpoint"
+    ),
+    "doctor": Command(
+        DoctorSettings, "blipren.training.doctor.doctor", "prove that a checkpoint's parts work together"
+    ),
+    "embed": Command(EmbedSettings, "blipren.training.data.embed.embed", "embed a dataset once into a feature cache"),
+    "align": Command(
+        AlignSettings, "blipren.training.align.align", "stage 1: train the Q-Former with ITC, ITM and ITG"
+    ),
+    "train": Command(
+        TrainSettings, "blipren.training.caption.train", "stage 2: train the bridge to caption through the LLM"
+    ),
+    "evaluate": Command(
+        EvaluateSettings, "blipren.training.evaluation.evaluate.evaluate", "metrics, predictions and a report"
+    ),
+    "compare": Command(
+        CompareSettings, "blipren.training.evaluation.compare.compare", "compare two evaluations, paired"
+    ),
+    "caption": Command(CaptionSettings, "blipren.training.evaluation.captioning.caption", "caption images"),
+    "push": Command(PushSettings, "blipren.training.publish.push", "publish a checkpoint on the Hub"),
+}
