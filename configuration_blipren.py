@@ -1,0 +1,227 @@
+"""Configuration of BLIPren: a frozen vision encoder, a Q-Former and projector, any causal language model."""
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+class BliprenQFormerConfig(PreTrainedConfig):
+    r"""Configuration of the Q-Former (BLIP-2, https://arxiv.org/abs/2301.12597, section 3.1).
+
+    Args:
+        hidden_size (`int`, defaults to 768): width of queries and text.
+        num_hidden_layers (`int`, defaults to 12): number of blocks.
+        num_attention_heads (`int`, defaults to 12): heads of self- and cross-attention.
+        intermediate_size (`int`, *optional*): width of the feed-forward; four times `hidden_size` by default.
+        hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward.
+        hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0.1): dropout.
+        layer_norm_eps (`float`, defaults to 1e-12): epsilon of every layer norm.
+        initializer_range (`float`, defaults to 0.02): standard deviation of new linear weights.
+        num_query_tokens (`int`, defaults to 32): learned queries, which is the number of visual tokens.
+        query_init_std (`float`, defaults to 0.02): standard deviation of new queries.
+        cross_attention_frequency (`int`, defaults to 2): every k-th layer cross-attends to the image.
+        cross_attention_offset (`int`, defaults to 0): first layer that does.
+        query_feed_forward (`str`, defaults to `"every_layer"`): where queries have a feed-forward of their own, apart
+            from the text's: `"every_layer"` (BLIP-2) or `"cross_layers"` (the shared one elsewhere).
+        norm_position (`str`, defaults to `"post"`): `"post"` as BERT and BLIP-2, or `"pre"` with a final norm.
+        encoder_hidden_size (`int`, defaults to 1408): width of the patch features.
+        project_patches (`bool`, defaults to `False`): map patch features linearly to `hidden_size` once, before the
+            blocks, instead of in every cross-attention's keys and values.
+        use_text (`bool`, defaults to `False`): build the text side (embeddings and text feed-forward) for stage 1.
+        vocab_size, max_position_embeddings, pad_token_id: of the text side.
+    """
+
+    model_type = "blipren_qformer"
+    base_config_key = "qformer_config"
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int | None = None,
+        hidden_act: str = "gelu",
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.1,
+        layer_norm_eps: float = 1e-12,
+        initializer_range: float = 0.02,
+        num_query_tokens: int = 32,
+        query_init_std: float = 0.02,
+        cross_attention_frequency: int = 2,
+        cross_attention_offset: int = 0,
+        query_feed_forward: str = "every_layer",
+        norm_position: str = "post",
+        encoder_hidden_size: int = 1408,
+        project_patches: bool = False,
+        use_text: bool = False,
+        vocab_size: int = 30522,
+        max_position_embeddings: int = 512,
+        pad_token_id: int = 0,
+        **kwargs,
+    ):
+        if norm_position not in ("pre", "post"):
+            raise ValueError(f"norm_position is {norm_position!r}; it must be 'pre' or 'post'")
+        if query_feed_forward not in ("every_layer", "cross_layers"):
+            raise ValueError(
+                f"query_feed_forward is {query_feed_forward!r}; it must be 'every_layer' or 'cross_layers'"
+            )
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}"
+            )
+        if not 0 <= cross_attention_offset < num_hidden_layers:
+            raise ValueError(
+                f"cross_attention_offset {cross_attention_offset} is not a layer of {num_hidden_layers}: "
+                "no layer would see the image"
+            )
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size if intermediate_size is not None else 4 * hidden_size
+        self.hidden_act = hidden_act
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self.num_query_tokens = num_query_tokens
+        self.query_init_std = query_init_std
+        self.cross_attention_frequency = cross_attention_frequency
+        self.cross_attention_offset = cross_attention_offset
+        self.query_feed_forward = query_feed_forward
+        self.norm_position = norm_position
+        self.encoder_hidden_size = encoder_hidden_size
+        self.project_patches = project_patches
+        self.use_text = use_text
+        self.vocab_size = vocab_size
+        self.max_position_embeddings = max_position_embeddings
+        super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+
+class BliprenConfig(PreTrainedConfig):
+    r"""Configuration of a BLIPren model.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`): the vision encoder's; SigLIP-B/16-224 by default.
+        text_config (`PreTrainedConfig` or `dict`): the language model's; Llama by default.
+        qformer_config (`BliprenQFormerConfig` or `dict`): the Q-Former's.
+        connector (`str`, defaults to `"qformer"`): `"qformer"` (Q-Former and projector) or `"patches"` (the projector
+            alone on every patch, as LLaVA, https://arxiv.org/abs/2304.08485).
+        projector (`str`, defaults to `"mlp"`): `"linear"`, `"mlp2"` (two plain layers), `"mlp"` (pre-norm residual MLP)
+            or `"moe"` (experts routed per image).
+        projector_hidden_size (`int`, *optional*): hidden width; 4 x LLM width (`mlp`, `moe`) or LLM width (`mlp2`).
+        projector_hidden_act (`str`, defaults to `"gelu"`): activation.
+        projector_dropout (`float`, defaults to 0.1): dropout of `mlp`.
+        projector_mid_norm (`bool`, defaults to `False`): a layer norm between the two layers of `mlp2`.
+        num_experts (`int`, defaults to 4): experts of `moe`.
+        experts_top_k (`int`, *optional*): experts used per image; `None` is the dense soft mixture.
+        router_balance_weight, router_z_weight (`float`): weights of the load-balancing loss (Switch,
+            https://arxiv.org/abs/2101.03961) and the router z-loss (ST-MoE, https://arxiv.org/abs/2202.08906).
+        router_noise (`float`, defaults to 0.0): standard deviation of noise on router logits, in training only.
+        vision_feature_layer (`int` or `list[int]`, defaults to -1): -1 is the encoder's `last_hidden_state`, any other
+            number an index into its `hidden_states`; several are concatenated along the width.
+        vision_feature_select (`str`, defaults to `"patches"`): take class and register tokens off, or `"full"`.
+        num_prefix_tokens (`int`, defaults to 0): class and register tokens in front of the patches, measured when a
+            model is made (sequence length minus grid).
+        vision_grid (`list[int]`, *optional*): `[height, width]` of the patch grid, measured; `None` where it differs
+            from image to image.
+        vision_hidden_size (`int`, *optional*): width of the patch features, measured.
+        image_token_id (`int`): the placeholder in `input_ids` that the model fills with image features.
+        num_visual_tokens (`int`, *optional*): visual tokens an image; `None` where it differs from image to image.
+        base_models (`dict`, *optional*): where the frozen parts came from: `{"vision": {"id", "revision", "sha256"},
+            "llm": {...}}`.
+        checkpoint_type (`str`, defaults to `"full"`): `"full"`, or `"bridge"` when a folder holds only what was trained.
+    """
+
+    model_type = "blipren"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "qformer_config": BliprenQFormerConfig}
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        qformer_config=None,
+        connector: str = "qformer",
+        projector: str = "mlp",
+        projector_hidden_size: int | None = None,
+        projector_hidden_act: str = "gelu",
+        projector_dropout: float = 0.1,
+        projector_mid_norm: bool = False,
+        num_experts: int = 4,
+        experts_top_k: int | None = None,
+        router_balance_weight: float = 0.01,
+        router_z_weight: float = 0.001,
+        router_noise: float = 0.0,
+        vision_feature_layer: int | list[int] = -1,
+        vision_feature_select: str = "patches",
+        num_prefix_tokens: int = 0,
+        vision_grid: list[int] | None = None,
+        vision_hidden_size: int | None = None,
+        image_token_id: int | None = None,
+        num_visual_tokens: int | None = None,
+        base_models: dict | None = None,
+        checkpoint_type: str = "full",
+        **kwargs,
+    ):
+        for name, value, allowed in (
+            ("connector", connector, ("qformer", "patches")),
+            ("projector", projector, ("linear", "mlp2", "mlp", "moe")),
+            ("vision_feature_select", vision_feature_select, ("patches", "full")),
+            ("checkpoint_type", checkpoint_type, ("full", "bridge")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+        if experts_top_k is not None and not 1 <= experts_top_k <= num_experts:
+            raise ValueError(f"experts_top_k {experts_top_k} must lie between 1 and num_experts {num_experts}")
+        self.vision_config = _sub_config(vision_config, "siglip_vision_model", {"vision_use_head": False})
+        self.text_config = _sub_config(text_config, "llama", {})
+        self.vision_hidden_size = vision_hidden_size if vision_hidden_size is not None else _width(self.vision_config)
+        if isinstance(qformer_config, dict):
+            qformer_config = BliprenQFormerConfig(**qformer_config)
+        elif qformer_config is None:
+            qformer_config = BliprenQFormerConfig(encoder_hidden_size=self.vision_hidden_size)
+        self.qformer_config = qformer_config
+        self.connector = connector
+        self.projector = projector
+        self.projector_hidden_size = projector_hidden_size
+        self.projector_hidden_act = projector_hidden_act
+        self.projector_dropout = projector_dropout
+        self.projector_mid_norm = projector_mid_norm
+        self.num_experts = num_experts
+        self.experts_top_k = experts_top_k
+        self.router_balance_weight = router_balance_weight
+        self.router_z_weight = router_z_weight
+        self.router_noise = router_noise
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_select = vision_feature_select
+        self.num_prefix_tokens = num_prefix_tokens
+        self.vision_grid = vision_grid
+        # beyond the vocabulary is always free: the model never embeds the placeholder
+        self.image_token_id = image_token_id if image_token_id is not None else self.text_config.vocab_size
+        if num_visual_tokens is None and connector == "qformer":
+            num_visual_tokens = self.qformer_config.num_query_tokens
+        self.num_visual_tokens = num_visual_tokens
+        self.base_models = base_models
+        self.checkpoint_type = checkpoint_type
+        # the head is tied exactly where the language model's own is
+        kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+
+    @property
+    def connector_hidden_size(self) -> int:
+        """Width of what enters the projector."""
+        return self.qformer_config.hidden_size if self.connector == "qformer" else self.vision_hidden_size
+
+
+def _sub_config(config, default_model_type: str, defaults: dict):
+    if config is None:
+        return AutoConfig.for_model(default_model_type, **defaults)
+    if isinstance(config, dict):
+        return AutoConfig.for_model(**{"model_type": default_model_type, **config})
+    return config
+
+
+def _width(vision_config) -> int:
+    """Width of an encoder's last hidden state by its config; `from_vision_text_pretrained` measures instead."""
+    hidden_sizes = getattr(vision_config, "hidden_sizes", None)
+    return hidden_sizes[-1] if hidden_sizes else vision_config.hidden_size
+
+
+__all__ = ["BliprenConfig", "BliprenQFormerConfig"]

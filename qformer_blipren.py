@@ -1,0 +1,438 @@
+"""The Q-Former: learned queries that self-attend, and cross-attend to patch features (BLIP-2, arXiv 2301.12597)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_blipren import BliprenQFormerConfig
+
+
+@dataclass
+class BliprenQFormerOutput(ModelOutput):
+    """
+    Args:
+        query_states (`torch.Tensor` of shape `(batch, num_queries, hidden_size)`, *optional*): the queries' last states.
+        text_states (`torch.Tensor` of shape `(batch, text_length, hidden_size)`, *optional*): the text's last states.
+        cross_attentions (`tuple[torch.Tensor]` of shape `(batch, heads, num_queries, num_patches)`, *optional*): one a
+            layer with cross-attention, before dropout.
+        hidden_states (`tuple[torch.Tensor]`, *optional*): embeddings, then the output of every layer.
+    """
+
+    query_states: torch.Tensor | None = None
+    text_states: torch.Tensor | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+def qformer_attention_mask(
+    pattern: str, num_queries: int, text_attention_mask: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """The self-attention mask of each stage-1 objective (BLIP-2, figure 2), True where attention is allowed.
+
+    Args:
+        pattern: `"unimodal"` (ITC: queries and text see only themselves), `"bidirectional"` (ITM: everything sees
+            everything) or `"causal"` (ITG: queries see queries, never text; text sees queries and text up to itself).
+        num_queries: number of queries in front of the text.
+        text_attention_mask: `(batch, text_length)`, 1 for text and 0 for padding; `None` without text.
+
+    Returns:
+        Boolean mask `(batch, 1, num_queries + text_length, num_queries + text_length)`, or `None` without text.
+    """
+    if text_attention_mask is None:
+        return None
+    batch, text_length = text_attention_mask.shape
+    length = num_queries + text_length
+    device = text_attention_mask.device
+    is_text = torch.arange(length, device=device) >= num_queries
+    rows, columns = is_text[:, None], is_text[None, :]
+    if pattern == "unimodal":
+        allowed = rows == columns
+    elif pattern == "bidirectional":
+        allowed = torch.ones(length, length, dtype=torch.bool, device=device)
+    elif pattern == "causal":
+        position = torch.arange(length, device=device)
+        allowed = ~columns | (rows & (position[None, :] <= position[:, None]))
+    else:
+        raise ValueError(f"attention pattern is {pattern!r}; it must be 'unimodal', 'bidirectional' or 'causal'")
+    valid = F.pad(text_attention_mask.bool(), (num_queries, 0), value=True)  # [batch, length]
+    # a padded token still sees itself: a row without any key would give NaN
+    itself = torch.eye(length, dtype=torch.bool, device=device)
+    return ((allowed & valid[:, None, :]) | itself).unsqueeze(1)
+
+
+class BliprenQFormerAttention(nn.Module):
+    """Multi-head attention, self or cross. SDPA, or explicit weights where they are asked for."""
+
+    def __init__(self, config: BliprenQFormerConfig, key_value_size: int):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(key_value_size, config.hidden_size)
+        self.value = nn.Linear(key_value_size, config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [B, N, D]
+        key_value_states: torch.Tensor,  # [B, M, Dkv]
+        attention_mask: torch.Tensor | None,  # bool, broadcastable to [B, heads, N, M]
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = (
+            layer(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N or M, D/heads]
+            for layer, states in (
+                (self.query, hidden_states),
+                (self.key, key_value_states),
+                (self.value, key_value_states),
+            )
+        )
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if output_attentions:
+            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+            if attention_mask is not None:
+                scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+            weights = scores.softmax(dim=-1)  # [B, heads, N, M]
+            context = F.dropout(weights, dropout, self.training) @ value
+        else:
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout)
+        return self.out(context.transpose(1, 2).flatten(2)), weights
+
+
+class BliprenQFormerFeedForward(nn.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, config: BliprenQFormerConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class BliprenQFormerLayer(GradientCheckpointingLayer):
+    """Self-attention of queries and text, cross-attention of queries (some layers), feed-forward of each."""
+
+    def __init__(self, config: BliprenQFormerConfig, layer_idx: int):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.has_cross_attention = (
+            layer_idx >= config.cross_attention_offset
+            and (layer_idx - config.cross_attention_offset) % config.cross_attention_frequency == 0
+        )
+        self.has_query_feed_forward = config.query_feed_forward == "every_layer" or self.has_cross_attention
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.self_attention = BliprenQFormerAttention(config, width)
+        self.self_attention_norm = nn.LayerNorm(width, eps=eps)
+        if self.has_cross_attention:
+            self.cross_attention = BliprenQFormerAttention(
+                config, width if config.project_patches else config.encoder_hidden_size
+            )
+            self.cross_attention_norm = nn.LayerNorm(width, eps=eps)
+        if self.has_query_feed_forward:
+            self.query_feed_forward = BliprenQFormerFeedForward(config)
+            self.query_feed_forward_norm = nn.LayerNorm(width, eps=eps)
+        if config.use_text or not self.has_query_feed_forward:
+            self.text_feed_forward = BliprenQFormerFeedForward(config)
+            self.text_feed_forward_norm = nn.LayerNorm(width, eps=eps)
+
+    def _residual(self, states: torch.Tensor, norm: nn.LayerNorm, block) -> torch.Tensor:
+        if self.pre_norm:
+            return states + self.dropout(block(norm(states)))
+        return norm(states + self.dropout(block(states)))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [B, Q + T, D]
+        num_queries: int,
+        attention_mask: torch.Tensor | None,  # bool [B, 1, Q + T, Q + T]
+        patch_features: torch.Tensor | None,  # [B, P, Dv]
+        patch_mask: torch.Tensor | None,  # bool [B, 1, 1, P]
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden_states = self._residual(
+            hidden_states, self.self_attention_norm, lambda x: self.self_attention(x, x, attention_mask)[0]
+        )
+        queries, text = hidden_states[:, :num_queries], hidden_states[:, num_queries:]
+        cross_attention = None
+        if num_queries:
+            if self.has_cross_attention:
+
+                def attend(x):
+                    nonlocal cross_attention
+                    context, cross_attention = self.cross_attention(x, patch_features, patch_mask, output_attentions)
+                    return context
+
+                queries = self._residual(queries, self.cross_attention_norm, attend)
+            if self.has_query_feed_forward:
+                queries = self._residual(queries, self.query_feed_forward_norm, self.query_feed_forward)
+            else:
+                queries = self._residual(queries, self.text_feed_forward_norm, self.text_feed_forward)
+        if text.shape[1]:
+            text = self._residual(text, self.text_feed_forward_norm, self.text_feed_forward)
+        return torch.cat([queries, text], dim=1), cross_attention
+
+
+class BliprenQFormer(PreTrainedModel):
+    """Q-Former with its learned queries inside, so that whoever saves the module saves them.
+
+    Text goes in beside the queries when `config.use_text` (stage 1, InstructBLIP); the pattern says who sees whom.
+    """
+
+    config_class = BliprenQFormerConfig
+    config: BliprenQFormerConfig
+    base_model_prefix = "qformer"
+    main_input_name = "patch_features"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BliprenQFormerLayer"]
+    # its own SDPA call takes any shape of mask and hands out weights on request; nothing else is dispatched
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: BliprenQFormerConfig):
+        super().__init__(config)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
+        if config.project_patches:
+            self.patch_projection = nn.Linear(config.encoder_hidden_size, config.hidden_size)
+        if config.use_text:
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        # post-norm: of the embeddings, as in BERT; pre-norm: of the output
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList([BliprenQFormerLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BliprenQFormer):
+            init.normal_(module.query_tokens, std=module.config.query_init_std)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.word_embeddings if self.config.use_text else None
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.word_embeddings = value
+
+    def forward(
+        self,
+        patch_features: torch.Tensor | None = None,
+        patch_attention_mask: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        text_attention_mask: torch.Tensor | None = None,
+        attention_pattern: str = "bidirectional",
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        **kwargs,
+    ) -> BliprenQFormerOutput:
+        r"""Queries on patch features, text, or both.
+
+        Args:
+            patch_features: `(batch, num_patches, encoder_hidden_size)`; `None` for text alone (then without queries).
+            patch_attention_mask: `(batch, num_patches)`, 1 for patches and 0 for padding.
+            input_ids: `(batch, text_length)` of the Q-Former's own tokenizer; needs `config.use_text`.
+            text_attention_mask: `(batch, text_length)`; all ones by default.
+            attention_pattern: see [`qformer_attention_mask`].
+            output_attentions: return the cross-attention weights.
+            output_hidden_states: return every layer's states.
+        """
+        if patch_features is None and input_ids is None:
+            raise ValueError("the Q-Former needs patch_features, input_ids, or both")
+        if input_ids is not None and not self.config.use_text:
+            raise ValueError("this Q-Former has no text side: make it with use_text=True to pass input_ids")
+        parts, num_queries = [], 0
+        if patch_features is not None:
+            if patch_features.shape[-1] != self.config.encoder_hidden_size:
+                raise ValueError(
+                    f"patch_features are {patch_features.shape[-1]} wide, the Q-Former expects "
+                    f"{self.config.encoder_hidden_size}: they come from another vision encoder or layer"
+                )
+            patch_features = patch_features.to(self.query_tokens.dtype)
+            num_queries = self.query_tokens.shape[1]
+            parts.append(self.query_tokens.expand(patch_features.shape[0], -1, -1))
+            if self.config.project_patches:
+                patch_features = self.patch_projection(patch_features)
+        if input_ids is not None:
+            if input_ids.shape[1] > self.config.max_position_embeddings:
+                raise ValueError(
+                    f"text has {input_ids.shape[1]} tokens, the Q-Former takes {self.config.max_position_embeddings}"
+                )
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            parts.append(self.word_embeddings(input_ids) + self.position_embeddings(positions))
+            if text_attention_mask is None:
+                text_attention_mask = torch.ones_like(input_ids)
+        hidden_states = torch.cat(parts, dim=1)  # [B, Q + T, D]
+        if self.config.norm_position == "post":
+            hidden_states = self.norm(hidden_states)
+        hidden_states = self.dropout(hidden_states)
+
+        mask = qformer_attention_mask(
+            attention_pattern, num_queries, text_attention_mask if input_ids is not None else None
+        )
+        patch_mask = patch_attention_mask.bool()[:, None, None, :] if patch_attention_mask is not None else None
+        cross_attentions, all_states = [], [hidden_states]
+        for layer in self.layers:
+            hidden_states, cross_attention = layer(
+                hidden_states, num_queries, mask, patch_features, patch_mask, output_attentions
+            )
+            all_states.append(hidden_states)
+            if cross_attention is not None:
+                cross_attentions.append(cross_attention)
+        if self.config.norm_position == "pre":
+            hidden_states = self.norm(hidden_states)
+        return BliprenQFormerOutput(
+            query_states=hidden_states[:, :num_queries] if num_queries else None,
+            text_states=hidden_states[:, num_queries:] if input_ids is not None else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+            hidden_states=tuple(all_states) if output_hidden_states else None,
+        )
+
+
+# source name (BERT, DistilBERT, BLIP-2) -> ours, below a layer
+_BERT_NAMES = {
+    "attention.self.query": ["self_attention.query"],
+    "attention.self.key": ["self_attention.key"],
+    "attention.self.value": ["self_attention.value"],
+    "attention.output.dense": ["self_attention.out"],
+    "attention.output.LayerNorm": ["self_attention_norm"],
+    # both feed-forwards start from BERT's one, as in LAVIS
+    "intermediate.dense": ["text_feed_forward.fc1", "query_feed_forward.fc1"],
+    "output.dense": ["text_feed_forward.fc2", "query_feed_forward.fc2"],
+    "output.LayerNorm": ["text_feed_forward_norm", "query_feed_forward_norm"],
+}
+_DISTILBERT_NAMES = {
+    "attention.q_lin": ["self_attention.query"],
+    "attention.k_lin": ["self_attention.key"],
+    "attention.v_lin": ["self_attention.value"],
+    "attention.out_lin": ["self_attention.out"],
+    "sa_layer_norm": ["self_attention_norm"],
+    "ffn.lin1": ["text_feed_forward.fc1", "query_feed_forward.fc1"],
+    "ffn.lin2": ["text_feed_forward.fc2", "query_feed_forward.fc2"],
+    "output_layer_norm": ["text_feed_forward_norm", "query_feed_forward_norm"],
+}
+_BLIP2_NAMES = {
+    "attention.attention.query": ["self_attention.query"],
+    "attention.attention.key": ["self_attention.key"],
+    "attention.attention.value": ["self_attention.value"],
+    "attention.output.dense": ["self_attention.out"],
+    "attention.output.LayerNorm": ["self_attention_norm"],
+    "crossattention.attention.query": ["cross_attention.query"],
+    "crossattention.attention.key": ["cross_attention.key"],
+    "crossattention.attention.value": ["cross_attention.value"],
+    "crossattention.output.dense": ["cross_attention.out"],
+    "crossattention.output.LayerNorm": ["cross_attention_norm"],
+    "intermediate.dense": ["text_feed_forward.fc1"],
+    "output.dense": ["text_feed_forward.fc2"],
+    "output.LayerNorm": ["text_feed_forward_norm"],
+    "intermediate_query.dense": ["query_feed_forward.fc1"],
+    "output_query.dense": ["query_feed_forward.fc2"],
+    "output_query.LayerNorm": ["query_feed_forward_norm"],
+}
+
+
+def _rename_layers(source: dict, prefix: str, names: dict, own: dict) -> dict:
+    renamed = {}
+    for key, tensor in source.items():
+        if not key.startswith(prefix):
+            continue
+        index, _, rest = key[len(prefix) :].partition(".")
+        module, _, kind = rest.rpartition(".")
+        for target in names.get(module, []):
+            name = f"layers.{index}.{target}.{kind}"
+            if name in own:
+                renamed[name] = tensor
+    return renamed
+
+
+@torch.no_grad()
+def copy_bert_weights(qformer: BliprenQFormer, bert: nn.Module) -> list[str]:
+    """Starts a Q-Former from a BERT or DistilBERT model: self-attention, feed-forward and embeddings are copied,
+    cross-attention and queries stay new.
+
+    Args:
+        qformer: post-norm Q-Former of the same width and at most as many layers.
+        bert: `BertModel` or `DistilBertModel`.
+
+    Returns:
+        Names of the parameters that were copied.
+
+    Raises:
+        ValueError: for another width, layer count, norm position or architecture.
+    """
+    source, own = bert.state_dict(), qformer.state_dict()
+    if qformer.config.norm_position != "post":
+        raise ValueError("a Q-Former starts from BERT only with norm_position='post', as BERT is post-norm")
+    if bert.config.hidden_size != qformer.config.hidden_size:
+        raise ValueError(f"BERT is {bert.config.hidden_size} wide, the Q-Former {qformer.config.hidden_size}")
+    if bert.config.num_hidden_layers < qformer.config.num_hidden_layers:
+        raise ValueError(
+            f"BERT has {bert.config.num_hidden_layers} layers, the Q-Former {qformer.config.num_hidden_layers}"
+        )
+    if any(key.startswith("encoder.layer.") for key in source):
+        renamed = _rename_layers(source, "encoder.layer.", _BERT_NAMES, own)
+    elif any(key.startswith("transformer.layer.") for key in source):
+        renamed = _rename_layers(source, "transformer.layer.", _DISTILBERT_NAMES, own)
+    else:
+        raise ValueError(f"{type(bert).__name__} is neither a BERT nor a DistilBERT encoder")
+    for kind in ("weight", "bias"):
+        renamed[f"norm.{kind}"] = source[f"embeddings.LayerNorm.{kind}"]
+    if qformer.config.use_text:
+        renamed["word_embeddings.weight"] = source["embeddings.word_embeddings.weight"]
+        positions = source["embeddings.position_embeddings.weight"]
+        token_types = source.get("embeddings.token_type_embeddings.weight")
+        # BERT adds token type 0 everywhere: it belongs to the positions here
+        renamed["position_embeddings.weight"] = positions if token_types is None else positions + token_types[0]
+    for name, tensor in renamed.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(own[name].shape)} in the Q-Former, {tuple(tensor.shape)} in BERT")
+        own[name].copy_(tensor)
+    return sorted(renamed)
+
+
+@torch.no_grad()
+def copy_blip2_weights(qformer: BliprenQFormer, source: dict[str, torch.Tensor]) -> list[str]:
+    """Copies a transformers BLIP-2 Q-Former (state dict with `query_tokens`, `qformer.*`, perhaps `embeddings.*`).
+
+    Raises:
+        ValueError: naming the parameters that the source does not give, or that differ in shape.
+    """
+    own = qformer.state_dict()
+    renamed = _rename_layers(source, "qformer.encoder.layer.", _BLIP2_NAMES, own)
+    renamed["query_tokens"] = source["query_tokens"]
+    for kind in ("weight", "bias"):
+        renamed[f"norm.{kind}"] = source[f"qformer.layernorm.{kind}"]
+    for name in ("word_embeddings.weight", "position_embeddings.weight"):
+        for key in (f"embeddings.{name}", f"qformer.embeddings.{name}"):
+            if name in own and key in source:
+                renamed[name] = source[key]
+    missing = sorted(set(own) - set(renamed))
+    if missing:
+        raise ValueError(f"the BLIP-2 weights lack {len(missing)} parameters of the Q-Former, such as {missing[0]}")
+    for name, tensor in renamed.items():
+        if own[name].shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(own[name].shape)} in the Q-Former, {tuple(tensor.shape)} in BLIP-2")
+        own[name].copy_(tensor)
+    return sorted(renamed)
+
+
+__all__ = [
+    "BliprenQFormer",
+    "BliprenQFormerOutput",
+    "copy_bert_weights",
+    "copy_blip2_weights",
+    "qformer_attention_mask",
+]
