@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 import typing
 from dataclasses import dataclass, field
@@ -144,6 +145,81 @@ class AlignSettings(Settings):
     """Feature cache."""
     out: str = positional()
     """Run folder; it loads as a checkpoint."""
+    tokenizer: str | None = None
+    """WordPiece tokenizer of the Q-Former's text side, Hub id or folder; by default the checkpoint's own."""
+    qformer_init: str | None = None
+    """BERT or DistilBERT checkpoint that the Q-Former starts from; its tokenizer is taken unless another is given."""
+    itc_weight: float = 1.0
+    """Weight of image-text contrast."""
+    itm_weight: float = 1.0
+    """Weight of image-text matching."""
+    itg_weight: float = 1.0
+    """Weight of image-grounded text generation."""
+    itc: str = choice("softmax", "sigmoid", default="softmax")
+    """Form of the contrast: softmax over the batch (BLIP-2) or a sigmoid for every pair (SigLIP)."""
+    pooling: str = choice("max", "mean", default="max")
+    """How queries are put together for the contrast: the best one counts (BLIP-2), or their mean."""
+    itc_label_smoothing: float = 0.1
+    """Label smoothing of the softmax contrast."""
+    itg_label_smoothing: float = 0.1
+    """Label smoothing of generation."""
+    temperature: float = 0.07
+    """Temperature that the contrast starts with; it is learned."""
+    embedding_width: int = 256
+    """Width of the image and text embeddings."""
+    batch_size: int = 128
+    """Image-caption pairs of an optimizer update over all processes: the contrast's batch."""
+    micro_batch_size: int | None = None
+    """Pairs whose graph is held at once; smaller than the batch, gradients are cached. By default the whole batch."""
+    epochs: float = 10.0
+    """Passes over all image-caption pairs of the training split."""
+    max_steps: int | None = None
+    """Optimizer updates, instead of epochs."""
+    max_minutes: float | None = None
+    """Stop after this time; the schedule then runs over time instead of updates."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of the Q-Former's body: self-attention, feed-forward, text embeddings."""
+    new_learning_rate: float | None = None
+    """Peak learning rate of queries, cross-attention, projections and heads, which begin at random; as above by default."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; norms, biases, queries and temperature have none."""
+    warmup: float = 0.05
+    """Share of the run during which the learning rates rise."""
+    min_learning_rate: float = 0.1
+    """Share of the peak learning rate that the cosine ends with."""
+    max_grad_norm: float = 1.0
+    """Gradient norm that updates are clipped to."""
+    max_text_tokens: int = 32
+    """Caption tokens, special ones included; what is longer is cut."""
+    precision: str = choice("float32", "bfloat16", default="float32")
+    """Precision of the computation; weights and the contrast stay in float32."""
+    log_every: int = 10
+    """Optimizer updates between log lines."""
+    validate_every: int | None = None
+    """Optimizer updates between measurements of validation recall; by default five times a run."""
+    validation_images: int | None = None
+    """Validation images that recall is measured on, the first ones; all by default."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept for resuming."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint in OUT, where there is one."""
+    full: bool = False
+    """Write a full checkpoint that holds the frozen encoder too, instead of a bridge checkpoint."""
+    seed: int = 0
+    """Seed of new weights, order, dropout and negatives."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.itc_weight + self.itm_weight + self.itg_weight <= 0:
+            raise UsageError("all three loss weights are 0: nothing would be trained")
+        for name in ("batch_size", "log_every", "max_text_tokens", "keep_checkpoints", "embedding_width"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("micro_batch_size", "max_steps", "max_minutes", "validate_every", "validation_images"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.temperature <= 0:
+            raise UsageError(f"temperature is {self.temperature}; it must be above 0")
 
 
 @dataclass(kw_only=True)
@@ -208,6 +284,47 @@ class PushSettings(Settings):
     """Checkpoint folder."""
     repo: str = positional()
     """Hub repository: user/name."""
+    full: bool = True
+    """Publish a full checkpoint, which loads with nothing else."""
+    bridge: bool = False
+    """Publish only what was trained; others load the bases from the Hub. Refused where a base is a local folder."""
+    private: bool = False
+    """Make the repository private when it is created."""
+    revision: str = "main"
+    """Branch that receives the files once they are verified."""
+    tag: str | None = None
+    """Tag of the published commit, such as v1."""
+    dry_run: bool = False
+    """Print the files with their sizes, and send nothing."""
+    run: str | None = None
+    """Run folder with settings, curves and environment for the card; by default MODEL itself."""
+    evaluation: str | None = None
+    """Folder of `blipren evaluate`: metrics, limits and samples for the card."""
+    cache: str | None = None
+    """Feature cache that was trained on: data and filter counts for the card."""
+    pictures: bool = True
+    """Publish curves and the sample grid. Say --no-pictures where the photographs must not be passed on."""
+    license: str | None = None
+    """Licence of the published weights, as the Hub names it; by default the strictest of the parts."""
+    vision_license: str | None = None
+    """Licence of the vision encoder, where its own card does not say it."""
+    llm_license: str | None = None
+    """Licence of the language model, where its own card does not say it."""
+    attempts: int = 3
+    """Times that a failing Hub is tried before giving up; running the command again goes on from there."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo):
+            raise UsageError(f"repo is {self.repo!r}; it must be user/name")
+        if self.bridge:
+            self.full = False
+        elif not self.full:
+            raise UsageError("--no-full publishes nothing: say --bridge for the bridge alone")
+        if self.attempts < 1:
+            raise UsageError(f"attempts is {self.attempts}; it must be at least 1")
+        if self.revision.startswith("refs/"):
+            raise UsageError(f"revision is {self.revision!r}; it must be the name of a branch")
 
 
 @dataclass(kw_only=True)
