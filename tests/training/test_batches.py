@@ -1,0 +1,257 @@
+"""Batches: a pure function of rows, seed and step; no token wasted; equal in loss and gradients to padded rows."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from blipren.training.data import batches
+from blipren.training.data.batches import BatchPlan, Layout, PromptEncoder, TextRows, TrainBatches
+
+IMAGE, EOS, PAD, VOCABULARY, VISUAL = 3, 2, 0, 60, 4
+
+
+class ToyProcessor:
+    """Characters as tokens: what PromptEncoder needs of a processor, without a tokenizer file."""
+
+    image_token_id = IMAGE
+    prompts = ["describe:", "what?", "caption:"]
+    system_prompts = ["be brief", "be kind"]
+
+    def encode_prompt(self, prompt=None, system=None, num_visual_tokens=()):
+        system_ids = [] if system is None else self.encode_answer(system)[:-1]
+        return [1, *system_ids, *[IMAGE] * num_visual_tokens[0], *self.encode_answer(prompt or "")[:-1]]
+
+    def encode_answer(self, answer):
+        return [4 + ord(c) % 50 for c in answer] + [EOS]
+
+
+class ToySource:
+    def __init__(self, texts, width=8, patches=3, name="a"):
+        prompts = [[q for q, _ in row] for row in texts]
+        answers = [[a for _, a in row] for row in texts]
+        self.texts = TextRows.from_texts(prompts, answers, ToyProcessor().encode_answer)
+        self.ids = [f"{name}{i}" for i in range(len(texts))]
+        self.features = torch.arange(len(texts)).float()[:, None, None].expand(-1, patches, width)
+
+    def visual_tokens(self, image):
+        return VISUAL
+
+    def inputs(self, images, seed):
+        return {"patch_features": self.features[images]}
+
+
+def toy_texts(num_images, seed=0):
+    random = np.random.default_rng(seed)
+    words = ["a dog runs", "two cats", "a red circle above a blue square", "rain", "people on a beach at night"]
+    return [
+        [
+            (None if random.random() < 0.6 else "how many?", words[random.integers(5)])
+            for _ in range(random.integers(1, 6))
+        ]
+        for _ in range(num_images)
+    ]
+
+
+def plan(sizes=(23,), weights=(1.0,), **changes):
+    return BatchPlan(
+        **{"sizes": sizes, "weights": weights, "seed": 5, "images_per_step": 6, "micro_batches": 2} | changes
+    )
+
+
+def test_epoch_takes_every_image_once_and_steps_are_even():
+    p = plan()
+    steps = [p.step_images(k) for k in range(p.steps_per_epoch)]
+    assert all(epoch == 0 for epoch, _ in steps)
+    assert sorted(np.concatenate([images for _, images in steps])[:, 1]) == list(range(23))
+    assert {len(images) for _, images in steps} == {5, 6}
+    assert not np.array_equal(p.epoch_images(0), p.epoch_images(1))
+
+
+def test_weights_take_a_cache_more_or_less_often():
+    p = plan(sizes=(10, 7), weights=(0.5, 2.0))
+    first, second = p.epoch_images(0), p.epoch_images(1)
+    both = np.concatenate([first, second])
+    assert sorted(both[both[:, 0] == 0][:, 1]) == list(range(10))  # half of it in each of two epochs
+    assert sorted(first[first[:, 0] == 1][:, 1]) == sorted([*range(7)] * 2)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_batches_do_not_depend_on_world_size_or_on_what_was_asked_before(world):
+    source = ToySource(toy_texts(23))
+    prompts, layout = PromptEncoder(ToyProcessor()), Layout(pad_token_id=PAD)
+    one = TrainBatches([source], prompts, plan(micro_batches=4), layout, steps=9)
+    reference = [one[i] for i in range(len(one))]
+    fresh = TrainBatches([source], PromptEncoder(ToyProcessor()), plan(micro_batches=4), layout, steps=9)
+    for rank in range(world):
+        for item in reversed(range(rank, len(fresh), world)):
+            ours, theirs = fresh[item], reference[item]
+            assert ours["ids"] == theirs["ids"]
+            assert torch.equal(ours["input_ids"], theirs["input_ids"])
+            assert torch.equal(ours["targets"], theirs["targets"])
+
+
+def test_prompts_and_system_prompts_are_drawn_by_seed_and_fixed_in_validation():
+    source = ToySource([[(None, "rain")] * 5] * 12)
+    prompts, layout = PromptEncoder(ToyProcessor()), Layout(pad_token_id=PAD)
+    train = TrainBatches([source], prompts, plan(sizes=(12,)), layout, steps=8)
+    prefixes, tails = set(), set()
+    for item in range(len(train)):
+        epoch, images = train.plan.micro_batch(*divmod(item, 2))
+        for _, image in images:
+            random = batches.generator(5, epoch, batches.DRAW, 0, image)
+            for block in batches.build_blocks((0, image), source.texts.answers(image), VISUAL, prompts, random):
+                prefixes.add(tuple(block.prefix))
+                tails |= {tuple(prompt) for prompt, _ in block.segments}
+    assert len(prefixes) == 2 and len(tails) == 3
+    blocks = batches.build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts)
+    (block,) = blocks
+    assert {tuple(prompt) for prompt, _ in block.segments} == {tuple(ToyProcessor().encode_answer("describe:")[:-1])}
+
+
+def test_every_answer_and_one_eos_each_are_targets_and_nothing_else():
+    texts = toy_texts(9)
+    source, prompts = ToySource(texts), PromptEncoder(ToyProcessor())
+    wanted = sorted(tuple(ToyProcessor().encode_answer(answer)) for row in texts for _, answer in row)
+    for shared in (True, False):
+        data = batches.EvalBatches(source, prompts, Layout(pad_token_id=PAD, shared_prefix=shared), 4)
+        got, current = [], []
+        for item in range(len(data)):
+            for target in data[item]["targets"].tolist():
+                current.append(target)
+                if target == EOS:
+                    got.append(tuple(current))
+                    current = []
+        assert current == [] and sorted(got) == wanted
+        assert [i for item in range(len(data)) for i in dict.fromkeys(data[item]["ids"])] != []
+
+
+def test_pack_and_useful_share():
+    random = np.random.default_rng(0)
+    lengths = random.integers(60, 130, 32).tolist()
+    bins = batches.pack_rows(lengths)
+    assert sorted(i for b in bins for i in b) == list(range(32))
+    area = len(bins) * max(sum(lengths[i] for i in b) for b in bins)
+    assert sum(lengths) / area >= 0.95
+    assert all(sum(lengths[i] for i in b) <= 260 for b in batches.pack_rows(lengths, 260))
+    assert batches.pack([50, 10], 20) == [[0], [1]]  # too long for the capacity: alone
+
+
+def test_long_image_is_cut_into_blocks_and_a_cut_answer_has_no_eos():
+    source, prompts = ToySource([[(None, "abcdefgh")] * 20]), PromptEncoder(ToyProcessor())
+    blocks = batches.build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts, max_block_tokens=80)
+    assert len(blocks) > 1 and all(len(b) <= 80 for b in blocks) and sum(len(b.segments) for b in blocks) == 20
+    (block,) = batches.build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts, max_answer_tokens=3)
+    assert all(len(answer) == 3 and EOS not in answer for _, answer in block.segments)
+
+
+def test_a_step_too_small_for_its_parts_is_refused():
+    with pytest.raises(ValueError, match="cannot be cut into 8 micro-batches"):
+        plan(sizes=(5,), micro_batches=8)
+    with pytest.raises(ValueError, match="no image"):
+        plan(sizes=(0,))
+
+
+def test_several_sources_keep_the_order_of_placeholders_and_pad_features():
+    a, b = ToySource(toy_texts(6), patches=3), ToySource(toy_texts(6, 1), patches=5, name="b")
+    p = plan(sizes=(6, 6), weights=(1.0, 1.0), images_per_step=12, micro_batches=1)
+    batch = TrainBatches([a, b], PromptEncoder(ToyProcessor()), p, Layout(pad_token_id=PAD), steps=1)[0]
+    features, mask = batch["inputs"]["patch_features"], batch["inputs"]["patch_attention_mask"]
+    assert len(batch["ids"]) == 12 and features.shape[:2] == (12, 5)
+    for i, name in enumerate(batch["ids"]):
+        assert features[i, 0, 0] == int(name[1:])
+        assert mask[i].sum() == (3 if name[0] == "a" else 5)
+
+
+TINY = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS,
+)  # fmt: skip
+FAMILIES = {
+    "Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Gemma": {"head_dim": 8}, "Phi": {}, "Phi3": {},
+    "SmolLM3": {}, "Granite": {}, "Olmo2": {}, "Cohere": {}, "StableLm": {}, "Mistral": {"sliding_window": 200},
+    "Gemma2": {"head_dim": 8, "sliding_window": 200}, "GPTNeoX": {}, "GPT2": {"cls": "GPT2LMHeadModel"}, "OPT": {}, "Falcon": {},
+    "Gemma3Text": {"head_dim": 8, "sliding_window": 200, "cls": "Gemma3ForCausalLM"},
+}  # fmt: skip
+RENAMED = {
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=256, n_inner=48),
+    "OPT": dict(ffn_dim=48, word_embed_proj_dim=32),
+}
+
+
+def tiny_llm(family, **changes):
+    changes = dict(FAMILIES.get(family, {})) | changes
+    cls = changes.pop("cls", f"{family}ForCausalLM")
+    config = getattr(transformers, f"{family}Config")(**TINY | RENAMED.get(family, {}) | changes)
+    torch.manual_seed(0)
+    model = getattr(transformers, cls)(config).double().eval()
+    for p in model.parameters():  # away from zero biases and tiny initial weights, so that differences would show
+        p.data.add_(torch.randn_like(p), alpha=0.1)
+    return model
+
+
+def loss_of(llm, batch, features):
+    """Summed answer loss of a batch through a bare LLM; image i's features stand at its placeholders."""
+    order = [int(name[1:]) for name in batch["ids"]]
+    embeds = llm.get_input_embeddings()(batch["input_ids"])
+    image_places = batch["input_ids"] == IMAGE
+    embeds = embeds.masked_scatter(image_places[..., None], features[order])
+    if "block_ids" in batch:
+        mask = batches.shared_prefix_mask(batch["block_ids"], batch["segment_ids"], embeds.dtype)
+    else:
+        mask = batch["attention_mask"]
+    out = llm(inputs_embeds=embeds, attention_mask=mask, position_ids=batch["position_ids"], use_cache=False)
+    logits = out.logits.flatten(0, 1)[batch["predict_from"]]
+    return F.cross_entropy(logits, batch["targets"], reduction="sum")
+
+
+def loss_and_gradients(llm, shared):
+    source, prompts = ToySource(toy_texts(5)), PromptEncoder(ToyProcessor())
+    batch = batches.EvalBatches(source, prompts, Layout(pad_token_id=PAD, shared_prefix=shared), 5)[0]
+    features = torch.randn(5, VISUAL, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    features.requires_grad_()
+    llm.zero_grad()
+    loss = loss_of(llm, batch, features)
+    loss.backward()
+    return loss.item(), [features.grad, *(p.grad for p in llm.parameters() if p.grad is not None)]
+
+
+EAGER = ["Llama", "Gemma2", "Gemma3Text", "GPT2", "OPT"]  # transformers gives Gemma 2 no SDPA attention
+
+
+@pytest.mark.parametrize(
+    "family, attention", [(f, "sdpa") for f in FAMILIES if f != "Gemma2"] + [(f, "eager") for f in EAGER]
+)
+def test_shared_prefix_equals_padded_rows(family, attention):
+    """In float64, but for the norms, rotations and softmaxes that several families always compute in float32."""
+    llm = tiny_llm(family)
+    llm.set_attn_implementation(attention)
+    (loss, gradients), (padded_loss, padded_gradients) = (loss_and_gradients(llm, s) for s in (True, False))
+    assert loss == pytest.approx(padded_loss, rel=1e-8)
+    largest = max(g.norm() for g in padded_gradients)  # key biases have no gradient but rounding
+    for ours, theirs in zip(gradients, padded_gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-8 * largest
+
+
+def test_the_block_mask_is_what_makes_them_equal(monkeypatch):
+    def causal_only(block_ids, segment_ids, dtype):
+        return batches_mask(torch.zeros_like(block_ids), torch.zeros_like(segment_ids), dtype)
+
+    llm, batches_mask = tiny_llm("Llama"), batches.shared_prefix_mask
+    right = loss_and_gradients(llm, True)[0]
+    monkeypatch.setattr(batches, "shared_prefix_mask", causal_only)
+    assert abs(loss_and_gradients(llm, True)[0] - right) > 1e-3 * right
+
+
+def test_first_token_behind_an_empty_prompt_is_predicted_by_the_last_image_token():
+    class NoPrompt(ToyProcessor):
+        prompts = [""]
+
+    llm, source = tiny_llm("Llama"), ToySource([[(None, "rain"), (None, "")], [(None, "two cats")]])
+    features = torch.randn(2, VISUAL, 32, dtype=torch.float64)
+    losses = [
+        loss_of(llm, batches.EvalBatches(source, PromptEncoder(NoPrompt()), layout, 2)[0], features).item()
+        for layout in (Layout(pad_token_id=PAD), Layout(pad_token_id=PAD, shared_prefix=False))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
