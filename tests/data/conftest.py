@@ -1,0 +1,61 @@
+"""Small pictures with real bytes, and writers of the data set shapes that are in use."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A smooth, distinct RGB picture: JPEG keeps it, and no two seeds are near duplicates."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), "RGB").resize(
+        size, Image.Resampling.BICUBIC
+    )
+
+
+def encoded(image: Image.Image, format: str = "JPEG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def write_folder(folder, rows: list[dict], pictures: dict[str, bytes], name: str = "metadata.jsonl"):
+    """A folder of images with metadata."""
+    for path, data in pictures.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def write_tar(path, samples: dict[str, dict[str, bytes]]):
+    """A WebDataset tar: `{key: {extension: bytes}}`."""
+    with tarfile.open(path, "w") as archive:
+        for key, members in samples.items():
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def photo_folder(tmp_path):
+    """Twelve images with two captions each and a split column: 8 train, 2 validation, 2 test."""
+    splits = ["train"] * 8 + ["validation"] * 2 + ["test"] * 2
+    rows = [
+        {
+            "file_name": f"images/{i:02d}.jpg",
+            "captions": [f"picture number {i} in colours", f"smooth colours, the {i}th"],
+            "split": s,
+        }
+        for i, s in enumerate(splits)
+    ]
+    return write_folder(
+        tmp_path / "photos", rows, {row["file_name"]: encoded(picture(i)) for i, row in enumerate(rows)}
+    )

@@ -1,0 +1,198 @@
+"""Any picture that data holds, as RGB pixels the way a viewer shows it, or an `ImageError` that names why not.
+
+`PIL.Image.convert("RGB")` alone reveals what transparency hides, saturates 16-bit greys, and ignores EXIF rotation;
+`datasets` hands the raw mode on. This module is the one place where foreign bytes become pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# PIL refuses 179 megapixels and only warns above half of that; here the warning's limit is the limit.
+MAX_PIXELS = 89_478_485
+# A processor that resizes the shorter edge would turn 30000x1 into 7,680,000x256.
+MAX_ASPECT_RATIO = 200
+# EPS runs Ghostscript and others run plugins: only plain raster formats are opened.
+Image.init()  # registers every plugin; only these are then used
+_WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # AVIF and JPEG 2000 are optional in Pillow builds
+_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.\-]*:(//|(?=/))")
+
+
+class ImageError(Exception):
+    """A picture that cannot be used. `reason` is a short word for counting, `detail` the value that led to it."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a data set's image paths may lead. Metadata is foreign input: it names no file elsewhere, and no address.
+
+    Args:
+        root: folder that relative paths start from, and that they may not leave; None: no path is followed.
+        absolute_roots: folders inside which absolute paths are followed: those that a library's own listing of the
+            data set's files yields, never those that a row may name.
+        remote_prefix: `hf://datasets/ID`, which streaming from the Hub uses for the data set's own files.
+    """
+
+    root: str | None = None
+    absolute_roots: tuple[str, ...] = ()
+    remote_prefix: str | None = None
+
+    def resolve(self, path: str) -> Path:
+        """The file that `path` means, or `ImageError`. Links inside the folder are followed, as the Hub's cache has
+        them."""
+        if _SCHEME.match(path):
+            raise ImageError("remote_path", f"{path[:200]} is an address, and only files of the data set are read")
+        if "\0" in path or not path:
+            raise ImageError("missing_file", f"{path[:200]!r} is no file name")
+        if os.path.isabs(path) or re.match(r"^([a-zA-Z]:)?[\\/]", path):
+            full = Path(os.path.normpath(path))
+            if any(full.is_relative_to(os.path.abspath(root)) for root in self.absolute_roots):
+                return full
+            raise ImageError(
+                "outside_folder", f"{path[:200]} is absolute; paths are relative to the data set's folder"
+            )
+        if self.root is None:
+            raise ImageError("outside_folder", f"{path[:200]}: this data set has no folder of files")
+        base = Path(os.path.abspath(self.root))
+        full = Path(os.path.normpath(base / path))
+        if not full.is_relative_to(base):
+            raise ImageError("outside_folder", f"{path[:200]} leaves the folder {base.name}")
+        return full
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file, or `ImageError("missing_file")`."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError("missing_file", f"{path.name}: {error.strerror or error}") from error
+
+
+def _why_not_an_image(data: bytes) -> ImageError:
+    start = data[:2048].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not data.strip(b"\0"):
+        return ImageError("empty", f"{len(data)} bytes, none of them set")
+    if start.startswith(b"<svg") or (start.startswith(b"<?xml") and b"<svg" in start):
+        return ImageError("svg", "a vector drawing; render it to PNG first")
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return ImageError("html", "a web page where a picture should be")
+    return ImageError("unreadable", f"no known picture format; starts with {data[:8].hex(' ')}")
+
+
+def _grey_from_wide(values: np.ndarray) -> Image.Image:
+    """16- and 32-bit integer or float greys `[height, width]` to 8 bits by their range, never by cutting off."""
+    if not np.isfinite(values).all():
+        raise ImageError("not_finite", "the picture holds NaN or infinite values")
+    low, high = float(values.min()), float(values.max())
+    unit_range = np.issubdtype(values.dtype, np.floating) and 0 <= low and high <= 1
+    values = values.astype(np.float64)
+    if unit_range:
+        values = values * 255
+    elif low < 0 or high > 255:
+        values = (values - low) / max(high - low, 1e-12) * 255
+    return Image.fromarray(np.rint(values).astype(np.uint8), "L")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded PIL image in any mode to `RGB`; transparent parts lie on white, as on a page."""
+    mode = image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        return image
+    if mode.startswith("I;16"):  # 16-bit greys: the full range is 65535 whatever the picture uses
+        wide = np.asarray(image).astype(np.uint16)
+        image = Image.fromarray(((wide.astype(np.uint32) + 128) // 257).astype(np.uint8), "L")
+    elif mode == "I":
+        wide = np.asarray(image)
+        if wide.min() >= 0 and 255 < wide.max() <= 65535:
+            image = Image.fromarray(((wide.astype(np.uint32) + 128) // 257).astype(np.uint8), "L")
+        else:
+            image = _grey_from_wide(wide)
+    elif mode == "F":
+        image = _grey_from_wide(np.asarray(image))
+    elif mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image if mode == "RGBA" else image.convert("RGBA")
+        page = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(page, rgba)
+    return image.convert("RGB")
+
+
+def decode_image(
+    source: bytes | Image.Image, max_pixels: int = MAX_PIXELS, max_aspect_ratio: float = MAX_ASPECT_RATIO
+) -> Image.Image:
+    """Encoded bytes, or a PIL image, to an upright 8-bit `RGB` PIL image.
+
+    Rotated by its EXIF tag, composited on white, the first frame of an animation, 16-bit and float greys by their
+    range. Raises `ImageError` for what is no picture, is cut short, or is too large (`max_pixels`) or too narrow
+    (`max_aspect_ratio`) to be one.
+    """
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        if not source:
+            raise ImageError("empty", "0 bytes")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below, as an error
+                image = Image.open(io.BytesIO(source), formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise ImageError("too_large", str(error)) from error
+        except UnidentifiedImageError as error:
+            raise _why_not_an_image(source) from error
+        except Exception as error:  # decoders raise nearly anything on foreign bytes; the row is rejected with it
+            raise ImageError("unreadable", f"{type(error).__name__}: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError("too_large", f"{width}x{height} has more than {max_pixels:,} pixels")
+    if max(width, height) > max_aspect_ratio * max(1, min(width, height)):
+        raise ImageError("aspect_ratio", f"{width}x{height} is narrower than 1 to {max_aspect_ratio:g}")
+    try:
+        image.load()
+    except Exception as error:  # as above: libjpeg, libtiff, zlib and struct each have their own
+        reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "unreadable"
+        raise ImageError(reason, f"{type(error).__name__}: {error}") from error
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (struct.error, ValueError, TypeError, SyntaxError, KeyError, OSError):
+        pass  # a broken EXIF block says nothing about rotation; the pixels are sound
+    return to_rgb(image)
+
+
+def image_bytes(value: Any, folder: Folder = Folder()) -> bytes | Image.Image:
+    """What an image cell of a row holds, undecoded: bytes, `{"bytes", "path"}`, a path in `folder`, or a PIL image."""
+    if isinstance(value, dict):
+        if value.get("bytes") is not None:
+            return bytes(value["bytes"])
+        value = value.get("path")
+    if value is None:
+        raise ImageError("no_image", "the image cell is empty")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
+        return Image.fromarray(value)
+    if not isinstance(value, (str, os.PathLike)):
+        raise ImageError("no_image", f"an image cell of type {type(value).__name__}")
+    value = os.fspath(value)
+    if folder.remote_prefix is not None and value.startswith(folder.remote_prefix):
+        import fsspec
+
+        with fsspec.open(value, "rb") as stream:
+            return stream.read()
+    return read_file(folder.resolve(value))

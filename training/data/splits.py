@@ -1,0 +1,140 @@
+"""Which split a row belongs to, and which images are (nearly) the same.
+
+A `split` column wins, then the data set's own splits, then a hash of the image content: never the position of the
+row, so that the order in which downloads finished, a restart or a second data set cannot move an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import numpy as np
+from PIL import Image
+
+SPLITS = ("train", "validation", "test")
+_ALIASES = {
+    "train": "train",
+    "training": "train",
+    "restval": "train",  # COCO's Karpathy split
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+THUMB = 16  # edge of the thumbnail that confirms a near duplicate
+HASH_DISTANCE = 6  # of 64 bits of the perceptual hash
+THUMB_MEAN_DIFFERENCE = 5.0  # of 255: recompression and resizing stay below 3
+THUMB_MAX_DIFFERENCE = 40  # of 255: one object of another colour or place exceeds it
+
+
+def normalize_split(name: object) -> str | None:
+    """`train`, `validation` or `test` for the names in use (`val2017`, `dev`, `restval`, ...), else None."""
+    text = str(name).strip().lower()
+    if text in _ALIASES:
+        return _ALIASES[text]
+    found = re.match(r"^(training|train|validation|valid|val|dev|testing|test)[\d_.\-]", text)
+    return _ALIASES[found.group(1)] if found else None
+
+
+def content_hash(data: bytes | Image.Image) -> str:
+    """32 hex digits of the image content: its encoded bytes, or size and pixels of an image that has none."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(data, Image.Image):
+        digest.update(f"{data.mode}{data.size}".encode())
+        data = data.tobytes()
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def split_by_hash(image_hash: str, validation_share: float, test_share: float) -> str:
+    """The split of an image from its content hash alone, with the given shares on average."""
+    # Hashed once more, so that the split is independent of anything else that reads the content hash's first digits.
+    place = int.from_bytes(hashlib.blake2b(image_hash.encode(), digest_size=8).digest(), "big") / 2**64
+    if place < test_share:
+        return "test"
+    return "validation" if place < test_share + validation_share else "train"
+
+
+_COSINES = np.cos(np.pi / 32 * (np.arange(32) + 0.5)[None, :] * np.arange(8)[:, None])  # DCT-II, 8 lowest frequencies
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits: signs of the lowest 8x8 DCT coefficients of the 32x32 grey image around their median (pHash)."""
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), dtype=np.float64)
+    low = (_COSINES @ grey @ _COSINES.T).ravel()
+    low[0] = np.median(low[1:])  # the mean brightness says nothing
+    bits = low > np.median(low)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """uint8 `[16, 16, 3]`: the colours in places, to confirm what the perceptual hash suspects."""
+    return np.asarray(image.convert("RGB").resize((THUMB, THUMB), Image.Resampling.BOX), dtype=np.uint8)
+
+
+def image_signature(image: Image.Image) -> tuple[int, np.ndarray]:
+    """`(perceptual_hash, thumbnail)` of an RGB image."""
+    # Both start from one cheap reduction: two full-size resizes would cost more than decoding.
+    factor = min(image.size) // 128
+    small = image.reduce(factor) if factor > 1 else image
+    return perceptual_hash(small), thumbnail(small)
+
+
+def _popcount(values: np.ndarray) -> np.ndarray:
+    return np.bitwise_count(values)
+
+
+def near_duplicates(
+    hashes: np.ndarray,
+    thumbs: np.ndarray,
+    other_hashes: np.ndarray,
+    other_thumbs: np.ndarray,
+    distance: int = HASH_DISTANCE,
+) -> dict[int, int]:
+    """For each image that is nearly one of the others: its index -> the first such other's index.
+
+    A candidate differs in at most `distance` bits of the perceptual hash, and is confirmed by the thumbnails, because
+    drawn scenes and documents share hashes without being the same picture.
+
+    Args:
+        hashes, other_hashes: uint64 `[n]` and `[m]`.
+        thumbs, other_thumbs: uint8 `[n, 16, 16, 3]` and `[m, 16, 16, 3]`.
+    """
+    found: dict[int, int] = {}
+    if not len(hashes) or not len(other_hashes):
+        return found
+    # Pigeonhole: of distance + 1 pieces of the hash at least one is equal, so only rows that share one are compared.
+    edges = np.linspace(0, 64, distance + 2).astype(int)
+    pairs = []
+    for low, high in zip(edges[:-1], edges[1:]):
+        mask = np.uint64((1 << int(high - low)) - 1)
+        own = (hashes >> np.uint64(low)) & mask
+        other = (other_hashes >> np.uint64(low)) & mask
+        order = np.argsort(other, kind="stable")
+        ordered = other[order]
+        starts = np.searchsorted(ordered, own, "left")
+        counts = np.searchsorted(ordered, own, "right") - starts
+        for begin in range(0, len(own), 8192):  # in pieces: common hash pieces make many candidates
+            part = slice(begin, begin + 8192)
+            mine = np.repeat(np.arange(len(own))[part], counts[part])
+            if not len(mine):
+                continue
+            offsets = np.arange(len(mine)) - np.repeat(np.cumsum(counts[part]) - counts[part], counts[part])
+            theirs = order[np.repeat(starts[part], counts[part]) + offsets]
+            near = _popcount(hashes[mine] ^ other_hashes[theirs]) <= distance
+            if near.any():
+                pairs.append(np.stack([mine[near], theirs[near]], axis=1))
+    if not pairs:
+        return found
+    candidates = np.unique(np.concatenate(pairs), axis=0)
+    for begin in range(0, len(candidates), 4096):
+        mine, theirs = candidates[begin : begin + 4096].T
+        gap = np.abs(thumbs[mine].astype(np.int16) - other_thumbs[theirs].astype(np.int16))
+        gap = gap.reshape(len(gap), -1)
+        same = (gap.mean(axis=1) <= THUMB_MEAN_DIFFERENCE) & (gap.max(axis=1) <= THUMB_MAX_DIFFERENCE)
+        for index, other in zip(mine[same].tolist(), theirs[same].tolist()):
+            found.setdefault(index, other)
+    return found
