@@ -224,16 +224,165 @@ class AlignSettings(Settings):
 
 @dataclass(kw_only=True)
 class TrainSettings(Settings):
-    """`blipren train`: captioning through the LLM."""
+    """`blipren train`: captioning through the LLM. Steps are optimizer updates everywhere."""
 
     model: str = positional()
     """Checkpoint folder or Hub id to start from."""
     cache: str = positional()
-    """Feature cache, or several with weights: CACHE=2,OTHER=1."""
+    """Feature cache, or several with weights: CACHE=2,OTHER=1. With --online a dataset instead."""
     out: str = positional()
-    """Run folder; it loads as a checkpoint."""
+    """Run folder; it loads as a checkpoint. The same command run again goes on where it stopped."""
+
     llm_tuning: str = choice("frozen", "lora", "full", default="frozen")
     """What of the language model is trained."""
+    train_connector: bool = True
+    """Train Q-Former and projector."""
+    train_qformer: bool = True
+    """Train the Q-Former; --no-train-qformer trains the projector alone."""
+    lora_rank: int = 16
+    """Rank of LoRA."""
+    lora_alpha: float = 32.0
+    """Scale of LoRA: its update is multiplied by alpha / rank."""
+    lora_dropout: float = 0.05
+    """Dropout of LoRA's input."""
+    lora_targets: list[str] = field(default_factory=list)
+    """Names of the language model's linear layers that get LoRA, such as q_proj v_proj; all of them when empty."""
+    merge_lora: bool = False
+    """Add LoRA into the language model's weights at the end; needs --full."""
+    llm_bits: int | None = choice(None, 4, 8, default=None)
+    """Load the frozen language model in 4 or 8 bit (bitsandbytes)."""
+    full: bool = False
+    """Write a full checkpoint that holds the frozen parts too, instead of a bridge checkpoint."""
+
+    epochs: float = 5.0
+    """Passes over the data; max_steps overrides it."""
+    max_steps: int | None = None
+    """Number of steps."""
+    batch_size: int = 32
+    """Images of a step, over all processes and micro-batches together."""
+    micro_batches: int = 1
+    """Parts that a step is cut into to save memory, over all processes together; a multiple of their number."""
+    answers_per_image: int | None = None
+    """Answers drawn of each image in an epoch; all of them by default."""
+    max_answer_tokens: int | None = None
+    """Longer answers are cut; a cut one does not teach an end."""
+    shared_prefix: bool = True
+    """All answers of an image in one row behind one prefix; --no-shared-prefix gives each a padded row of its own."""
+    row_tokens: int | None = None
+    """Tokens of a packed row; by default the length that costs least."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    learning_rates: dict = field(default_factory=dict)
+    """Peak learning rates by part where they differ: {qformer: 1.0e-4, projector: 5.0e-4, llm: 2.0e-5}."""
+    weight_decay: float = 0.05
+    """Weight decay of AdamW; norms, biases, embeddings and queries have none."""
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    """Betas of AdamW."""
+    warmup: float = 0.05
+    """Steps of linear warm-up; below 1, their share of all steps."""
+    schedule: str = choice("cosine", "linear", "constant", default="cosine")
+    """Course of the learning rate behind the warm-up."""
+    min_learning_rate: float = 0.1
+    """Where cosine ends, as a share of the peak."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+    label_smoothing: float = 0.0
+    """Share of each target's probability that is spread over the vocabulary; the logged loss is without it."""
+    word_dropout: float = 0.0
+    """Share of the answer's input tokens that the language model cannot look back at, in training."""
+    feature_dropout: float = 0.0
+    """Share of the patch features that are zeroed, whole patches at a time, in training."""
+    feature_noise: float = 0.0
+    """Standard deviation of noise on patch features, in units of their own, in training."""
+    words_weight: float = 0.0
+    """Weight of an auxiliary loss: the mean visual token predicts the words of the image's answers, as a set."""
+    ema: float = 0.0
+    """Decay of an average of the trained weights that is validated and kept instead of them; 0 keeps the weights."""
+    router_balance_weight: float | None = None
+    """Weight of the load-balancing loss of the MoE projector; the checkpoint's own by default."""
+    router_z_weight: float | None = None
+    """Weight of its router z-loss."""
+    router_noise: float | None = None
+    """Standard deviation of noise on its router's logits, in training."""
+
+    eval_every: int | None = None
+    """Steps between validations; once an epoch by default. All of validation is used."""
+    save_every: int | None = None
+    """Steps between checkpoints; eval_every by default."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept, besides the best model."""
+    keep_best: str = choice("loss", "CIDEr", "last", default="loss")
+    """Which model OUT holds in the end: that of least validation loss, of highest validation CIDEr, or the last."""
+    patience: int | None = None
+    """Validations without a better model after which training stops."""
+    generate_samples: int = 4
+    """Validation images whose captions are logged before, during and after training."""
+    max_new_tokens: int = 40
+    """Longest generated caption."""
+    num_beams: int = 1
+    """Beams of the captions generated in training."""
+    log_every: int = 10
+    """Steps between log lines."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers: trackio, tensorboard, wandb, mlflow."""
+
+    online: bool = False
+    """Read images instead of cached features: CACHE is then a dataset, decoded and encoded as it is needed."""
+    image_column: str = "image"
+    """Column with the images, with --online."""
+    caption_columns: list[str] = field(default_factory=lambda: ["caption"])
+    """Columns with captions, with --online."""
+    train_vision: bool = False
+    """Train the vision encoder too, with --online."""
+    precision: str = choice("auto", "fp32", "bf16", "fp16", default="auto")
+    """Arithmetic: auto is bf16 where the GPU has it, else fp32. The trained connector's weights stay in fp32."""
+    compile: bool = False
+    """Compile the model (torch.compile)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    fused_loss: bool = False
+    """Fused linear cross-entropy (Liger kernel, GPU)."""
+    fsdp: bool = False
+    """Shard the model over the processes of torchrun (FSDP2) instead of copying it to each (DDP)."""
+    device: str = choice("auto", "cpu", "cuda", "mps", default="auto")
+    """Where to train."""
+    workers: int = 0
+    """Processes that load batches."""
+    seed: int = 0
+    """Seed of order, prompts, dropout and everything else that is drawn."""
+    trust_remote_code: bool = False
+    """Run the code that a base model's repository ships."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch_size", "micro_batches", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_steps", "eval_every", "save_every", "patience", "answers_per_image", "max_answer_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1, or absent")
+        for name in ("label_smoothing", "word_dropout", "feature_dropout", "ema", "min_learning_rate", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.epochs <= 0:
+            raise UsageError(f"epochs is {self.epochs}; it must be above 0")
+        unknown = set(self.learning_rates) - {"qformer", "projector", "llm", "vision"}
+        if unknown:
+            raise UsageError(
+                f"learning_rates has a part {min(unknown)!r}; parts are qformer, projector, llm and vision"
+            )
+        for part, rate in self.learning_rates.items():
+            if not isinstance(rate, float | int) or isinstance(rate, bool):
+                raise UsageError(f"learning_rates has {rate!r} for {part}; YAML wants 1.0e-4, with a point")
+        if len(self.adam_betas) != 2:
+            raise UsageError(f"adam_betas has {len(self.adam_betas)} numbers; it must have 2")
+        if self.merge_lora and not (self.full and self.llm_tuning == "lora"):
+            raise UsageError("merge_lora needs llm_tuning lora and full: a bridge cannot hold the merged weights")
+        if self.llm_bits is not None and self.llm_tuning == "full":
+            raise UsageError(f"llm_bits {self.llm_bits} cannot be trained fully; use llm_tuning frozen or lora")
+        if self.train_vision and not self.online:
+            raise UsageError("train_vision needs online: cached features are those of the frozen encoder")
 
 
 @dataclass(kw_only=True)
