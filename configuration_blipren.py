@@ -27,6 +27,8 @@ class BliprenQFormerConfig(PreTrainedConfig):
             blocks, instead of in every cross-attention's keys and values.
         use_text (`bool`, defaults to `False`): build the text side (embeddings and text feed-forward) for stage 1.
         vocab_size, max_position_embeddings, pad_token_id: of the text side.
+        decoder_start_token_id (`int`, *optional*): what generation puts in the place of the first token, so that the
+            Q-Former tells it from contrast and matching; `None` keeps the first token.
     """
 
     model_type = "blipren_qformer"
@@ -55,6 +57,7 @@ class BliprenQFormerConfig(PreTrainedConfig):
         vocab_size: int = 30522,
         max_position_embeddings: int = 512,
         pad_token_id: int = 0,
+        decoder_start_token_id: int | None = None,
         **kwargs,
     ):
         if norm_position not in ("pre", "post"):
@@ -92,6 +95,7 @@ class BliprenQFormerConfig(PreTrainedConfig):
         self.use_text = use_text
         self.vocab_size = vocab_size
         self.max_position_embeddings = max_position_embeddings
+        self.decoder_start_token_id = decoder_start_token_id
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
@@ -125,6 +129,10 @@ class BliprenConfig(PreTrainedConfig):
         vision_hidden_size (`int`, *optional*): width of the patch features, measured.
         image_token_id (`int`): the placeholder in `input_ids` that the model fills with image features.
         num_visual_tokens (`int`, *optional*): visual tokens an image; `None` where it differs from image to image.
+        image_text_hidden_size (`int`, defaults to 256): width of the image and text embeddings of
+            `BliprenForImageTextRetrieval`.
+        itc_pooling (`str`, defaults to `"max"`): how that model puts the queries' similarities together: `"max"` (the
+            best query counts, BLIP-2) or `"mean"` (the mean of the queries).
         base_models (`dict`, *optional*): where the frozen parts came from: `{"vision": {"id", "revision", "sha256"},
             "llm": {...}}`.
         checkpoint_type (`str`, defaults to `"full"`): `"full"`, or `"bridge"` when a folder holds only what was trained.
@@ -156,11 +164,14 @@ class BliprenConfig(PreTrainedConfig):
         vision_hidden_size: int | None = None,
         image_token_id: int | None = None,
         num_visual_tokens: int | None = None,
+        image_text_hidden_size: int = 256,
+        itc_pooling: str = "max",
         base_models: dict | None = None,
         checkpoint_type: str = "full",
         **kwargs,
     ):
         for name, value, allowed in (
+            ("itc_pooling", itc_pooling, ("max", "mean")),
             ("connector", connector, ("qformer", "patches")),
             ("projector", projector, ("linear", "mlp2", "mlp", "moe")),
             ("vision_feature_select", vision_feature_select, ("patches", "full")),
@@ -198,6 +209,8 @@ class BliprenConfig(PreTrainedConfig):
         if num_visual_tokens is None and connector == "qformer":
             num_visual_tokens = self.qformer_config.num_query_tokens
         self.num_visual_tokens = num_visual_tokens
+        self.image_text_hidden_size = image_text_hidden_size
+        self.itc_pooling = itc_pooling
         self.base_models = base_models
         self.checkpoint_type = checkpoint_type
         # the head is tied exactly where the language model's own is
