@@ -104,6 +104,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits 40 ms for a delayed acknowledgement
     server_state: HubServer
 
     def log_message(self, *_args) -> None:

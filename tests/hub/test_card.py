@@ -1,0 +1,133 @@
+"""The model card: made of what was measured, valid by the Hub's own classes, nothing left to fill in."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from checkpoint import write_checkpoint, write_evaluation, write_run
+from huggingface_hub import ModelCard, parse_eval_result_entries
+
+from blipren.model_card.build import CardSources, build_card, check_card
+from blipren.model_card.facts import private, strictness
+from blipren.training.errors import UserError
+
+
+@pytest.fixture
+def sources(tmp_path):
+    model = write_run(write_checkpoint(tmp_path / "run"))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "cache.json").write_text(json.dumps({"counts": {"train": 1800, "rejected": 3}}))
+    licenses = {"vision": "apache-2.0", "llm": "llama3.2"}
+    return CardSources(model, model, write_evaluation(tmp_path / "evaluation"), cache, base_licenses=licenses)
+
+
+def test_the_card_says_what_the_run_left(sources):
+    files = build_card("user/thing", sources)
+    text = files["README.md"].decode()
+    card = ModelCard(text)
+    assert card.data.license == "llama3.2"
+    assert card.data.base_model == ["org/vision", "org/llm"]
+    assert card.data.datasets == ["org/photos"]
+    results = {result.metric_name: result for result in card.data.eval_results}
+    assert results["CIDEr"].metric_value == 0.3123
+    assert results["CIDEr"].metric_args == {"interval_95": [0.29, 0.335]}
+    assert results["accuracy"].task_type == "visual-question-answering"
+    for line in (
+        "| captioning | CIDEr | 0.3123 | 0.2900 to 0.3350 | 500 |",
+        "The strictest licence among the parts is **llama3.2** (language model).",
+        "| learning rate | 0.0001 |",
+        "| best validation loss | 2.4000 at update 20 |",
+        "| train | 1,800 |",
+        "| rejected | 3 |",
+        "`captioning.hallucinated_objects` is 0.125",
+        "num_beams 3",
+        "Hardware: CPU, 2 cores.",
+        "![Training and validation loss](pictures/curves.png)",
+        "![Held-out images with their captions](pictures/samples.png)",
+        "| connector | this training run | 65.5K | trained | apache-2.0 |",
+    ):
+        assert line in text, line
+    assert "{" not in text.split("```bibtex")[0].replace('[{"generated_text": ...}]', "").split("---", 2)[2]
+    entries = parse_eval_result_entries(yaml.safe_load(files[".eval_results/captioning.yaml"]))
+    assert {e.task_id: e.value for e in entries}["CIDEr"] == 0.3123
+    assert set(files) == {
+        "README.md",
+        "pictures/curves.png",
+        "pictures/samples.png",
+        ".eval_results/captioning.yaml",
+        ".eval_results/vqa.yaml",
+    }
+
+
+def test_the_hub_accepts_the_card(sources, hub):
+    from huggingface_hub import HfApi
+
+    text = build_card("user/thing", sources)["README.md"].decode()
+    ModelCard(text).validate()
+    HfApi(endpoint=hub.url)._validate_yaml(text)
+
+
+def test_without_run_and_evaluation_nothing_is_claimed(tmp_path):
+    model = write_checkpoint(tmp_path / "model")
+    text = build_card("user/thing", CardSources(model))["README.md"].decode()
+    assert "## Results" not in text and "## Training" not in text and "Time and energy" not in text
+    assert "Hallucination and bias were not measured" in text
+    assert ModelCard(text).data.eval_results is None
+    assert ModelCard(text).data.license == "other"
+    assert "is not stated where it was looked for" in text
+
+
+def test_no_local_name_gets_into_the_card(tmp_path):
+    base = tmp_path / "towers" / "vision"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    bases = {"vision": {"id": str(base)}, "llm": {"id": "org/llm", "revision": "b" * 40}}
+    model = write_checkpoint(tmp_path / "model", bases)
+    (model / "settings.yaml").write_text(f"train:\n  cache: {tmp_path}/cache=2,{tmp_path}/more=1\n  batch_size: 4\n")
+    evaluation = write_evaluation(tmp_path / "evaluation", dataset=str(tmp_path / "photos"))
+    files = build_card("user/thing", CardSources(model, model, evaluation))
+    text = files["README.md"].decode()
+    assert str(tmp_path) not in text and "`vision`, a local folder" in text
+    assert ModelCard(text).data.base_model == ["org/llm"]
+    assert "| vision encoder | `vision`, a local folder | 32.8K | frozen | mit |" in text
+    assert ModelCard(text).data.eval_results[0].dataset_name == "photos"
+    assert not [name for name in files if name.startswith(".eval_results")]
+    assert private(f"{tmp_path}/cache=2,org/photos") == "cache=2,org/photos"
+
+
+def test_licences_are_ranked_and_unknown_ones_are_not_free():
+    assert strictness("mit") < strictness("openrail") < strictness("gemma") < strictness("cc-by-nc-4.0")
+    assert strictness("a-licence-nobody-knows") == strictness("other") > strictness("apache-2.0")
+
+
+@pytest.mark.parametrize("fault", ["TODO: describe", "{{ summary }}", "[More Information Needed]"])
+def test_text_that_is_left_to_fill_in_is_refused(fault, sources):
+    text = build_card("user/thing", sources)["README.md"].decode()
+    check_card(text)
+    with pytest.raises(UserError, match="still holds"):
+        check_card(text.replace("## Limits", f"## Limits\n\n{fault}"))
+
+
+def test_damaged_sources_are_named(sources):
+    (sources.evaluation / "metrics.json").write_text("{")
+    with pytest.raises(UserError, match="metrics.json is not JSON"):
+        build_card("user/thing", sources)
+    (sources.evaluation / "metrics.json").unlink()
+    with pytest.raises(UserError, match="has no metrics.json"):
+        build_card("user/thing", sources)
+
+
+def test_pictures_stay_at_home_when_told_so(sources):
+    import dataclasses
+
+    files = build_card("user/thing", dataclasses.replace(sources, pictures=False))
+    assert not [name for name in files if name.startswith("pictures/")]
+    assert "pictures/" not in files["README.md"].decode()
+
+
+def test_building_a_card_needs_no_torch():
+    code = "import sys, blipren.model_card.build; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
