@@ -1,6 +1,43 @@
 """Configuration of BLIPren: a frozen vision encoder, a Q-Former and projector, any causal language model."""
 
+import os
+import shutil
+from pathlib import Path
+
 from transformers import AutoConfig, PreTrainedConfig
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_blipren.BliprenConfig",
+    "AutoModel": "modeling_blipren.BliprenForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_blipren.BliprenForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_blipren.BliprenForConditionalGeneration",
+    "AutoProcessor": "processing_blipren.BliprenProcessor",
+}
+CUSTOM_PIPELINES = {
+    "image-to-text": {
+        "impl": "pipeline_blipren.BliprenImageToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
+
+
+def split_revision(model_id: str) -> tuple[str, str | None]:
+    """`"user/name@revision"` -> `("user/name", "revision")`; folders are left alone."""
+    if os.path.isdir(model_id) or "@" not in model_id:
+        return model_id, None
+    name, _, revision = model_id.rpartition("@")
+    return name, revision
+
+
+def copy_code_files(save_directory: str | os.PathLike) -> None:
+    """Copies the code that loads a checkpoint beside it: a class has but one auto class, so transformers would not."""
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sorted(Path(__file__).parent.glob("*_blipren.py")):
+        target = folder / source.name
+        if not target.exists() or not target.samefile(source):
+            shutil.copyfile(source, target)
 
 
 class BliprenQFormerConfig(PreTrainedConfig):

@@ -1,0 +1,325 @@
+"""What every BLIPren model shares: what is frozen, and the two kinds of checkpoint."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from .configuration_blipren import AUTO_MAP, CUSTOM_PIPELINES, BliprenConfig, copy_code_files
+
+_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def weight_files(model_id: str, revision: str | None = None, **hub_kwargs) -> list[Path]:
+    """The files that hold a checkpoint's weights, single or sharded. Raises `OSError` when there is none."""
+    keywords = {**hub_kwargs, "revision": revision, "_raise_exceptions_for_missing_entries": False}
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if path := cached_file(model_id, name, **keywords):
+            return [Path(path)]
+        if index := cached_file(model_id, f"{name}.index.json", **keywords):
+            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+            return [Path(cached_file(model_id, shard, **hub_kwargs, revision=revision)) for shard in shards]
+    raise OSError(f"{model_id} has no weights: neither model.safetensors nor pytorch_model.bin, single or sharded")
+
+
+def hash_weights(files: list[Path], sampled: bool = False) -> str:
+    """SHA-256 over weight files, whole, or over their sizes and 66 samples of each (fast at any size)."""
+    digest = hashlib.sha256()
+    sample = 1 << 18
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            if not sampled or size <= 66 * sample:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                continue
+            for i in range(66):
+                file.seek((size - sample) * i // 65)
+                digest.update(file.read(sample))
+    return digest.hexdigest()
+
+
+def base_model_reference(model_id: str, revision: str | None, commit: str | None, **hub_kwargs) -> dict:
+    """Where a frozen part came from: id, revision (the commit, where there is one), hashes of its weights."""
+    files = weight_files(model_id, revision, **hub_kwargs)
+    return {
+        "id": str(model_id),
+        "revision": commit or revision,
+        "sha256": hash_weights(files),
+        "sampled_sha256": hash_weights(files, sampled=True),
+    }
+
+
+class BliprenPreTrainedModel(PreTrainedModel):
+    """Base class: freezing, full and bridge checkpoints."""
+
+    config_class = BliprenConfig
+    config: BliprenConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BliprenQFormerLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # the bridge is small and trained: it stays in float32 whatever the frozen parts are loaded in
+    _keep_in_fp32_modules_strict = ["qformer", "projector"]
+    # the frozen parts that this class holds, by their names in config.base_models
+    _base_parts = ("vision", "llm")
+
+    # ---- what is frozen -------------------------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts by name: `vision`, `qformer`, `projector`, `llm`, `head`; a subclass may have more."""
+        inner = self.base_model
+        names = {"vision": "vision_tower", "qformer": "qformer", "projector": "projector", "llm": "language_model"}
+        parts = {part: getattr(inner, name) for part, name in names.items() if getattr(inner, name, None) is not None}
+        if getattr(self, "lm_head", None) is not None:
+            parts["head"] = self.lm_head
+        return parts
+
+    def freeze(self, train: tuple[str, ...] | list[str] = ("connector",)) -> None:
+        """Decides what trains: the only place that does. Everything not named is frozen: no gradient, eval mode.
+
+        Args:
+            train: names of parts: those of [`parts`], `connector` (Q-Former and projector), `lora` (adapters in the
+                language model). `llm` includes its head.
+
+        Raises:
+            ValueError: naming a part that the model does not have.
+        """
+        parts = self.parts()
+        wanted = set()
+        for name in train:
+            wanted |= {"connector": {"qformer", "projector"}, "llm": {"llm", "head"}}.get(name, {name}) - (
+                {"qformer", "projector", "head"} - set(parts)
+            )
+        if unknown := wanted - set(parts) - {"lora"}:
+            raise ValueError(
+                f"no part {sorted(unknown)[0]!r} to train; parts are {', '.join([*parts, 'connector', 'lora'])}"
+            )
+        for part, module in parts.items():
+            for parameter in module.parameters():
+                # integer weights of a quantised model cannot take a gradient
+                parameter.requires_grad_(part in wanted and parameter.is_floating_point())
+        if "head" in parts and "llm" not in wanted and "llm" in parts:
+            # a tied head is the embedding: the part that was named last must not thaw it
+            parts["head"].requires_grad_(False)
+        if "lora" in wanted:
+            for name, parameter in parts["llm"].named_parameters():
+                if "lora_" in name:  # PEFT's own prefix
+                    parameter.requires_grad_(True)
+        self.train(self.training)
+
+    def describe_trainable(self) -> str:
+        """A line a part: its name, its parameters, and how many of them are trained."""
+        lines, seen = [], set()
+        for part, module in self.parts().items():
+            parameters = [p for p in module.parameters() if id(p) not in seen]
+            seen |= {id(p) for p in parameters}
+            total = sum(p.numel() for p in parameters)
+            trained = sum(p.numel() for p in parameters if p.requires_grad)
+            lines.append(f"{part:>12} {type(module).__name__:<28} {total:>14,} parameters, {trained:>13,} trained")
+        return "\n".join(lines)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self._keep_frozen_in_eval()
+        return self
+
+    def _keep_frozen_in_eval(self) -> None:
+        # frozen means frozen: no dropout and no running statistics, whoever called train() on what
+        for module in self.modules():
+            if (
+                module is not self
+                and isinstance(module, PreTrainedModel)
+                and not isinstance(module, BliprenPreTrainedModel)
+                and not any(p.requires_grad for p in module.parameters())
+                and any(m.training for m in module.modules())
+            ):
+                module.eval()
+
+    # ---- saving ---------------------------------------------------------------------------------------------------
+
+    def _write_code_and_maps(self, save_directory: str | os.PathLike) -> None:
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = {task: dict(value) for task, value in CUSTOM_PIPELINES.items()}
+        copy_code_files(save_directory)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Writes a full checkpoint with the code that loads it. LoRA adapters lie under `adapter/`."""
+        self._save(save_directory, "full", kwargs.pop("state_dict", None), **kwargs)
+
+    def save_bridge(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
+        """Writes a bridge checkpoint: only what was trained, and the ids, revisions and hashes of the frozen parts.
+
+        Raises:
+            ValueError: when the model does not know where its frozen parts came from, or one of them was trained.
+        """
+        if not self.config.base_models:
+            raise ValueError(
+                "a bridge checkpoint needs config.base_models (where the frozen parts came from); "
+                "models made by from_vision_text_pretrained have it, others save with save_pretrained"
+            )
+        for part in ("vision", "llm"):
+            module = self.parts().get(part)
+            if module is not None and any(p.requires_grad and "lora_" not in n for n, p in module.named_parameters()):
+                raise ValueError(
+                    f"the {part} model was trained: a bridge checkpoint would lose it; use save_pretrained"
+                )
+        state_dict = state_dict if state_dict is not None else self.state_dict()
+        frozen = self._frozen_prefixes()
+        kept = {k: v for k, v in state_dict.items() if not k.startswith(frozen) and "lora_" not in k}
+        self._save(save_directory, "bridge", kept, **kwargs)
+
+    def _frozen_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the weights that a bridge checkpoint leaves to the base models."""
+        return ("model.vision_tower.", "model.language_model.", "lm_head.")
+
+    def _save(self, save_directory, checkpoint_type: str, state_dict: dict | None, **kwargs) -> None:
+        self._write_code_and_maps(save_directory)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            # plain save_pretrained would write the adapter alone and lose the bridge
+            super().save_pretrained(Path(save_directory) / "adapter")
+            state_dict = state_dict if state_dict is not None else self.state_dict()
+            state_dict = {k.replace(".base_layer.", "."): v for k, v in state_dict.items() if "lora_" not in k}
+            self._hf_peft_config_loaded = False
+            try:
+                self._save(save_directory, checkpoint_type, state_dict, **kwargs)
+            finally:
+                self._hf_peft_config_loaded = True
+            return
+        previous, self.config.checkpoint_type = self.config.checkpoint_type, checkpoint_type
+        try:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.checkpoint_type = previous
+
+    # ---- loading --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        config: PreTrainedConfig | None = None,
+        verify_base_weights: bool = False,
+        **kwargs,
+    ):
+        r"""Loads a full or a bridge checkpoint, by folder or Hub id.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            config: config to use instead of the checkpoint's.
+            verify_base_weights: of a bridge: hash the whole weights of the frozen parts, not samples of them.
+            kwargs: as in [`~PreTrainedModel.from_pretrained`].
+
+        Raises:
+            ValueError: naming weights that are missing or unexpected, or a frozen part that is another one than the
+                bridge was trained with.
+        """
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        if pretrained_model_name_or_path is None:  # transformers' own way to load a state dict
+            return super().from_pretrained(
+                None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
+            )
+        hub_kwargs = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
+        raw, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+        if raw.get("model_type") != cls.config_class.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is not a BLIPren checkpoint: its config.json has model_type "
+                f"{raw.get('model_type')!r}; make one with `blipren new`"
+            )
+        stage_1 = "BliprenForImageTextRetrieval" in (raw.get("architectures") or []) and "llm" in cls._base_parts
+        if raw.get("checkpoint_type") == "bridge" or (stage_1 and raw.get("base_models")):
+            # stage 1 saves no language model: even its full checkpoints lack one part here
+            config = config if config is not None else cls.config_class.from_dict(raw)
+            state_dict = cls._merge_bridge(pretrained_model_name_or_path, config, verify_base_weights, hub_kwargs)
+            own_kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_KEYWORDS}
+            model, info = super().from_pretrained(
+                None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **own_kwargs
+            )
+            model.config.name_or_path = str(pretrained_model_name_or_path)
+        else:
+            if config is not None:
+                kwargs["config"] = config
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        for kind in ("missing", "unexpected", "mismatched"):
+            if keys := sorted(map(str, info[f"{kind}_keys"])):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: {len(keys)} {kind} weights, such as {keys[0]!r}: the checkpoint "
+                    f"does not hold a whole {cls.__name__}"
+                )
+        adapter = cached_file(
+            pretrained_model_name_or_path,
+            "adapter/adapter_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **{key: value for key, value in hub_kwargs.items() if key != "subfolder"},
+        )
+        if adapter is not None:
+            model.load_adapter(str(Path(adapter).parent))
+        model.freeze()
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _merge_bridge(cls, path, config: BliprenConfig, verify_whole: bool, hub_kwargs: dict) -> dict:
+        """The bridge's own weights beside those of its frozen parts, named as the whole model names them."""
+        base_hub_kwargs = {k: v for k, v in hub_kwargs.items() if k in ("cache_dir", "local_files_only", "token")}
+        merged = {}
+        for file in weight_files(str(path), **hub_kwargs):
+            merged.update(load_file(file))
+        for part, auto_class, sub_config in (
+            ("vision", AutoModel, config.vision_config),
+            ("llm", AutoModelForCausalLM, config.text_config),
+        ):
+            prefix = {"vision": "model.vision_tower.", "llm": "model.language_model."}[part]
+            if part not in cls._base_parts or any(name.startswith(prefix) for name in merged):
+                continue
+            reference = config.base_models[part]
+            where = f"{reference['id']}" + (f" at revision {reference['revision']}" if reference["revision"] else "")
+            try:
+                files = weight_files(reference["id"], reference["revision"], **base_hub_kwargs)
+            except OSError as error:
+                raise ValueError(
+                    f"{path} is a bridge checkpoint over the {part} model {where}, which is not there: {error}"
+                ) from error
+            kind = "sha256" if verify_whole else "sampled_sha256"
+            if (found := hash_weights(files, sampled=not verify_whole)) != reference[kind]:
+                raise ValueError(
+                    f"{path} is a bridge checkpoint over the {part} model {where}, but the weights there are other ones "
+                    f"({kind} {found[:12]}, trained with {reference[kind][:12]}); restore them, or load a full checkpoint"
+                )
+            base = auto_class.from_pretrained(
+                reference["id"],
+                revision=reference["revision"],
+                config=sub_config,
+                dtype=config.dtype or "auto",
+                **base_hub_kwargs,
+            )
+            merged.update(cls._base_state_dict(part, base))
+        return merged
+
+    @staticmethod
+    def _base_state_dict(part: str, base: nn.Module) -> dict[str, torch.Tensor]:
+        if part == "vision":
+            return {f"model.vision_tower.{key}": value for key, value in base.state_dict().items()}
+        state = {f"model.language_model.{key}": value for key, value in base.base_model.state_dict().items()}
+        head = base.get_output_embeddings().state_dict()
+        return {**state, **{f"lm_head.{key}": value for key, value in head.items()}}
+
+
+__all__ = ["BliprenPreTrainedModel", "base_model_reference", "hash_weights", "weight_files"]

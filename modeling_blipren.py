@@ -1,0 +1,727 @@
+"""BLIPren: a frozen vision encoder, a Q-Former and projector, any causal language model.
+
+`BliprenModel` has the layout of transformers' LLaVA (vision tower, connector, headless language model); the language
+model's own head, with its bias, scaling and soft-capping, sits on `BliprenForConditionalGeneration`.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+)
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .base_blipren import BliprenPreTrainedModel, base_model_reference
+from .configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_revision
+from .processing_blipren import end_of_answer_id, pick_image_token
+from .qformer_blipren import BliprenQFormer, copy_bert_weights
+from .retrieval_blipren import BliprenForImageTextRetrieval
+from .vision_blipren import load_vision_config, measure_vision, patch_features_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BliprenImageFeatures(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden)`): patch features.
+        pooler_output (`list[torch.Tensor]` of shape `(num_visual_tokens, text_hidden)`): image features, one an image.
+        router_probs (`torch.Tensor` of shape `(num_images, num_experts)`, *optional*): the `moe` projector's weights.
+        router_aux_loss (`torch.Tensor`, *optional*): weighted balance loss and z-loss, in training only.
+        cross_attentions (`tuple[torch.Tensor]`, *optional*): the Q-Former's, on request.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: list[torch.Tensor] | None = None
+    router_probs: torch.Tensor | None = None
+    router_aux_loss: torch.Tensor | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class BliprenModelOutputWithPast(BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast` with image features `(num_images * num_visual_tokens, text_hidden)` and the router's."""
+
+    image_hidden_states: torch.Tensor | None = None
+    router_probs: torch.Tensor | None = None
+    router_aux_loss: torch.Tensor | None = None
+
+
+@dataclass
+class BliprenCausalLMOutputWithPast(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): cross-entropy summed over label tokens, divided by their number.
+        logits (`torch.Tensor` of shape `(batch, length, vocab_size)`): as the language model's own; with
+            `label_logits_only`, `(num_label_tokens, vocab_size)`.
+        past_key_values, hidden_states, attentions: of the language model.
+        image_hidden_states (`torch.Tensor` of shape `(num_visual_tokens of all images, text_hidden)`): image features.
+        router_probs (`torch.Tensor` of shape `(num_images, num_experts)`, *optional*): of the `moe` projector.
+        router_aux_loss (`torch.Tensor` of shape `()`, *optional*): balance and z-loss, already part of `loss`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    router_probs: torch.Tensor | None = None
+    router_aux_loss: torch.Tensor | None = None
+
+
+class BliprenMlp(nn.Module):
+    """`LN(x + MLP(LN(x)))`: the residual projector of the BLIPren notebooks; a linear first where widths differ."""
+
+    def __init__(self, config: BliprenConfig, out_size: int):
+        super().__init__()
+        hidden = config.projector_hidden_size or 4 * out_size
+        width = config.connector_hidden_size
+        self.input = nn.Linear(width, out_size) if width != out_size else nn.Identity()
+        self.norm = nn.LayerNorm(out_size)
+        self.fc1 = nn.Linear(out_size, hidden)
+        self.activation = ACT2FN[config.projector_hidden_act]
+        self.dropout = nn.Dropout(config.projector_dropout)
+        self.fc2 = nn.Linear(hidden, out_size)
+        self.output_norm = nn.LayerNorm(out_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.input(hidden_states)
+        update = self.fc2(self.dropout(self.activation(self.fc1(self.norm(hidden_states)))))
+        return self.output_norm(hidden_states + self.dropout(update))
+
+
+class BliprenMlp2(nn.Module):
+    """Two plain layers, the LLaVA-1.5 way (https://arxiv.org/abs/2310.03744), with a norm between them on request."""
+
+    def __init__(self, config: BliprenConfig, out_size: int):
+        super().__init__()
+        hidden = config.projector_hidden_size or out_size
+        self.fc1 = nn.Linear(config.connector_hidden_size, hidden)
+        self.activation = ACT2FN[config.projector_hidden_act]
+        self.norm = nn.LayerNorm(hidden) if config.projector_mid_norm else nn.Identity()
+        self.fc2 = nn.Linear(hidden, out_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.norm(self.activation(self.fc1(hidden_states))))
+
+
+class BliprenExpert(nn.Module):
+    """LN, linear, activation, linear, LN."""
+
+    def __init__(self, config: BliprenConfig, out_size: int):
+        super().__init__()
+        hidden = config.projector_hidden_size or 4 * out_size
+        self.norm = nn.LayerNorm(config.connector_hidden_size)
+        self.fc1 = nn.Linear(config.connector_hidden_size, hidden)
+        self.activation = ACT2FN[config.projector_hidden_act]
+        self.fc2 = nn.Linear(hidden, out_size)
+        self.output_norm = nn.LayerNorm(out_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.output_norm(self.fc2(self.activation(self.fc1(self.norm(hidden_states)))))
+
+
+class BliprenMoeProjector(nn.Module):
+    """Experts mixed per image by a router that reads the image's mean patch feature: densely, or the top k only."""
+
+    def __init__(self, config: BliprenConfig, out_size: int):
+        super().__init__()
+        self.config = config
+        width = config.vision_hidden_size
+        self.router = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, config.num_experts)
+        )
+        self.experts = nn.ModuleList([BliprenExpert(config, out_size) for _ in range(config.num_experts)])
+
+    def forward(
+        self, hidden_states: torch.Tensor, patch_features: torch.Tensor, patch_attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`(B, N, D)`, `(B, P, Dv)`, `(B, P)` -> image features `(B, N, text_hidden)`, router probabilities `(B, E)`,
+        auxiliary loss `()` in training."""
+        if patch_attention_mask is None:
+            pooled = patch_features.mean(dim=1)
+        else:
+            mask = patch_attention_mask.unsqueeze(-1).to(patch_features.dtype)
+            pooled = (patch_features * mask).sum(dim=1) / mask.sum(dim=1)
+        logits = self.router(pooled)  # [B, E]
+        if self.training and self.config.router_noise:
+            logits = logits + torch.randn_like(logits) * self.config.router_noise
+        probs = logits.softmax(dim=-1)
+        weights, top_k = probs, self.config.experts_top_k
+        if top_k is not None:
+            values, chosen = probs.topk(top_k, dim=-1)
+            weights = torch.zeros_like(probs).scatter(-1, chosen, values / values.sum(dim=-1, keepdim=True))
+        if top_k is None:
+            outputs = torch.stack([expert(hidden_states) for expert in self.experts], dim=1)  # [B, E, N, D]
+            mixed = torch.einsum("be,bend->bnd", weights, outputs)
+        else:
+            mixed = 0.0
+            for index, expert in enumerate(self.experts):
+                # each expert sees the images routed to it; those not routed get weight zero
+                rows = weights[:, index].nonzero(as_tuple=True)[0]
+                update = expert(hidden_states[rows]) * weights[rows, index, None, None]
+                base = torch.zeros(
+                    *hidden_states.shape[:2], update.shape[-1], dtype=update.dtype, device=update.device
+                )
+                mixed = mixed + base.index_add(0, rows, update)
+        aux_loss = None
+        if self.training:
+            # Switch Transformer: share of images an expert gets times its mean probability; 1 when balanced
+            load = (weights > 0).to(probs.dtype).mean(dim=0) / (top_k or 1) if top_k is not None else probs.mean(dim=0)
+            balance = self.config.num_experts * (load * probs.mean(dim=0)).sum()
+            z_loss = logits.logsumexp(dim=-1).square().mean()
+            aux_loss = self.config.router_balance_weight * balance + self.config.router_z_weight * z_loss
+        return mixed, probs, aux_loss
+
+
+def build_projector(config: BliprenConfig, out_size: int) -> nn.Module:
+    """The projector that the config names, from connector width to the width of the LLM's embeddings."""
+    if config.projector == "linear":
+        return nn.Linear(config.connector_hidden_size, out_size)
+    return {"mlp2": BliprenMlp2, "mlp": BliprenMlp, "moe": BliprenMoeProjector}[config.projector](config, out_size)
+
+
+class BliprenModel(BliprenPreTrainedModel):
+    """Vision tower, connector and headless language model."""
+
+    def __init__(self, config: BliprenConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.qformer = BliprenQFormer(config.qformer_config) if config.connector == "qformer" else None
+        # OPT's embeddings can be narrower than its layers: the embedding's own width is what counts
+        self.projector = build_projector(config, self.language_model.get_input_embeddings().weight.shape[1])
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Images -> patch features `(num_images, num_patches, vision_hidden)`: what the feature cache stores.
+
+        Without gradient and in eval mode, unless the vision tower is being trained.
+
+        Args:
+            pixel_values: `(num_images, channels, height, width)`; for NaFlex `(num_images, max_patches, patch_width)`.
+            pixel_attention_mask: `(num_images, max_patches)`, NaFlex only; it is the mask of the patch features too.
+            spatial_shapes: `(num_images, 2)`, NaFlex only.
+        """
+        frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
+        if frozen and self.vision_tower.training:
+            self.vision_tower.eval()
+        extra = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        prefix = self.config.num_prefix_tokens if self.config.vision_feature_select == "patches" else 0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return patch_features_of(
+                self.vision_tower,
+                pixel_values.to(self.vision_tower.dtype),
+                self.config.vision_feature_layer,
+                prefix,
+                **{key: value for key, value in extra.items() if value is not None},
+            )
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        patch_attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> BliprenImageFeatures:
+        """Images or cached patch features -> image features: the one path on which both meet.
+
+        Args:
+            pixel_values, pixel_attention_mask, spatial_shapes: as in [`encode_images`].
+            patch_features: `(num_images, num_patches, vision_hidden)`, instead of `pixel_values`.
+            patch_attention_mask: `(num_images, num_patches)`, 1 for patches and 0 for padding.
+            output_attentions: return the Q-Former's cross-attention weights.
+        """
+        if (pixel_values is None) == (patch_features is None):
+            raise ValueError("give pixel_values or patch_features, one of them")
+        if patch_features is None:
+            patch_features = self.encode_images(pixel_values, pixel_attention_mask, spatial_shapes)
+            patch_attention_mask = pixel_attention_mask
+        if patch_features.dim() != 3 or patch_features.shape[-1] != self.config.vision_hidden_size:
+            raise ValueError(
+                f"patch_features have shape {tuple(patch_features.shape)}; the model takes (num_images, num_patches, "
+                f"{self.config.vision_hidden_size}): they come from another vision encoder or layer"
+            )
+        hidden_states = patch_features.to(next(self.projector.parameters()).dtype)
+        cross_attentions = None
+        if self.qformer is not None:
+            outputs = self.qformer(hidden_states, patch_attention_mask, output_attentions=output_attentions)
+            states, cross_attentions = outputs.query_states, outputs.cross_attentions
+        else:
+            states = hidden_states
+        router_probs = aux_loss = None
+        if isinstance(self.projector, BliprenMoeProjector):
+            image_features, router_probs, aux_loss = self.projector(states, hidden_states, patch_attention_mask)
+        else:
+            image_features = self.projector(states)
+        if self.qformer is None and patch_attention_mask is not None:
+            per_image = [features[mask.bool()] for features, mask in zip(image_features, patch_attention_mask)]
+        else:
+            per_image = list(image_features)
+        return BliprenImageFeatures(patch_features, per_image, router_probs, aux_loss, cross_attentions)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        patch_attention_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BliprenImageFeatures] | None = None,
+        **kwargs,
+    ) -> BliprenModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        if self.training and not torch.compiler.is_compiling():
+            self._keep_frozen_in_eval()
+        image_mask = input_ids == self.config.image_token_id if input_ids is not None else None
+        if inputs_embeds is None:
+            # the placeholder may lie beyond the vocabulary, which is never resized: it is not embedded
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
+
+        image = (mm_encoder_outputs or {}).get("image")
+        if image is None and (pixel_values is not None or patch_features is not None):
+            image = self.get_image_features(
+                pixel_values, pixel_attention_mask, spatial_shapes, patch_features, patch_attention_mask
+            )
+        image_features = None
+        if image is not None:
+            image_features = torch.cat(list(image.pooler_output), dim=0)  # [tokens of all images, D]
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            if image_mask is None:
+                raise ValueError("images need input_ids, which say where they go; fill inputs_embeds yourself instead")
+            self._check_count(image_mask, image_features.shape[0])
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), image_features)
+        elif image_mask is not None and input_ids.shape[1] > 1:
+            self._check_count(image_mask, 0)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
+        )
+        return BliprenModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=image_features,
+            router_probs=image.get("router_probs") if image is not None else None,
+            router_aux_loss=image.get("router_aux_loss") if image is not None else None,
+        )
+
+    @staticmethod
+    def _check_count(image_mask: torch.Tensor, num_features: int) -> None:
+        if torch.compiler.is_compiling():
+            return  # a count that depends on data would break the graph
+        num_tokens = int(image_mask.sum())
+        if num_tokens != num_features:
+            raise ValueError(
+                f"Image features and image tokens do not match, tokens: {num_tokens}, features: {num_features}"
+            )
+
+
+def build_lm_head(text_config) -> nn.Linear:
+    """The head of the language model's own family: width, vocabulary and bias as `AutoModelForCausalLM` has them."""
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(text_config)
+    head = causal_lm.get_output_embeddings()
+    return nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
+
+
+def scale_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
+    """Logit scaling and soft-capping of the families that have them (Cohere, Granite, Falcon-H1, Gemma)."""
+    if (scale := getattr(text_config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (multiplier := getattr(text_config, "lm_head_multiplier", None)) is not None:
+        logits = logits * multiplier
+    if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
+    """The whole model: images and text in, text out."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    # the heads of stage 1, which a checkpoint of BliprenForImageTextRetrieval brings along
+    _keys_to_ignore_on_load_unexpected = [r"^(vision_proj|text_proj|itm_head|text_head)\.", r"^logit_(scale|bias)$"]
+
+    def __init__(self, config: BliprenConfig):
+        super().__init__(config)
+        self.model = BliprenModel(config)
+        self.lm_head = build_lm_head(config.text_config)
+        # the embedding has another path in every family
+        embeddings = self.model.get_input_embeddings()
+        path = next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{path}.weight"}
+        self.post_init()
+        self.freeze()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.language_model
+
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See [`BliprenModel.encode_images`]."""
+        return self.model.encode_images(pixel_values, pixel_attention_mask, spatial_shapes)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        patch_attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> BliprenImageFeatures:
+        """See [`BliprenModel.get_image_features`]."""
+        return self.model.get_image_features(
+            pixel_values, pixel_attention_mask, spatial_shapes, patch_features, patch_attention_mask, output_attentions
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        label_logits_only: bool = False,
+        logits_at: torch.LongTensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        patch_attention_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BliprenImageFeatures] | None = None,
+        **kwargs,
+    ) -> BliprenCausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids: `(batch, length)`, with the placeholder where image features go.
+            pixel_values: images of the whole batch in order, `(num_images, channels, height, width)`.
+            attention_mask: `(batch, length)`, or a 4-D mask that the language model takes as it is.
+            labels: `(batch, length)`, -100 where there is no loss; image tokens and padding never have one.
+            logits_to_keep: as in transformers; 0 keeps all.
+            label_logits_only: compute logits only where a label is predicted; they come back as
+                `(num_label_tokens, vocab_size)`.
+            logits_at: `(n,)` positions in the flattened `(batch * length)`: compute logits there only, returned as
+                `(n, vocab_size)`. For losses computed outside, without `labels`.
+            num_items_in_batch: what the summed loss is divided by: the number of label tokens of the global batch.
+                By default that of this batch.
+            patch_features, patch_attention_mask: cached, instead of `pixel_values`.
+
+        Raises:
+            ValueError: when image tokens and image features differ in number.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            patch_features=patch_features,
+            patch_attention_mask=patch_attention_mask,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = None
+        if labels is not None:
+            labels = labels.to(hidden_states.device)
+            if input_ids is not None:
+                labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
+            if attention_mask is not None and attention_mask.dim() == 2:
+                labels = labels.masked_fill(attention_mask == 0, -100)
+            # tokens < n predict n
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+            if label_logits_only:
+                keep = shift_labels != -100
+                hidden_states, shift_labels = hidden_states[keep], shift_labels[keep]
+        elif label_logits_only:
+            raise ValueError("label_logits_only needs labels")
+        if not label_logits_only and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            if labels is not None:
+                raise ValueError("labels need all logits, or label_logits_only; not logits_to_keep")
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden_states = hidden_states[:, kept, :]
+        if logits_at is not None:
+            if labels is not None:
+                raise ValueError("logits_at comes without labels: compute the loss from the logits it gives")
+            hidden_states = hidden_states.flatten(0, 1)[logits_at]
+        logits = scale_logits(self.lm_head(hidden_states), self.config.text_config)
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=None,
+                shift_labels=shift_labels,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+            if outputs.router_aux_loss is not None:
+                share = 1.0  # each micro-batch carries the auxiliary loss in proportion to its part of the batch
+                if num_items_in_batch is not None:
+                    share = (shift_labels != -100).sum() / num_items_in_batch
+                loss = loss + share * outputs.router_aux_loss
+        return BliprenCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            router_probs=outputs.router_probs,
+            router_aux_loss=outputs.router_aux_loss,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """As in transformers; `patch_features` may stand for `pixel_values`. Images go through the connector once."""
+        image_kwargs = {
+            key: kwargs.pop(key)
+            for key in (
+                "pixel_values",
+                "pixel_attention_mask",
+                "spatial_shapes",
+                "patch_features",
+                "patch_attention_mask",
+            )
+            if key in kwargs
+        }
+        if any(image_kwargs.get(key) is not None for key in ("pixel_values", "patch_features")):
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**image_kwargs)}
+        return super().generate(inputs, *args, **kwargs)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | os.PathLike,
+        llm: str | os.PathLike,
+        *,
+        connector: str = "qformer",
+        projector: str = "mlp",
+        num_queries: int = 32,
+        qformer: dict | None = None,
+        qformer_init: str | os.PathLike | None = None,
+        projector_options: dict | None = None,
+        vision_feature_layer: int | list[int] = -1,
+        vision_feature_select: str = "patches",
+        match_embedding_scale: bool = True,
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str | None = None,
+        **hub_kwargs,
+    ) -> "BliprenForConditionalGeneration":
+        r"""Joins a pretrained vision encoder and a pretrained language model by an untrained connector.
+
+        Args:
+            vision, llm: Hub ids (perhaps `id@revision`) or folders.
+            connector, projector: see [`BliprenConfig`].
+            num_queries: learned queries of the Q-Former.
+            qformer: fields of [`BliprenQFormerConfig`].
+            qformer_init: BERT or DistilBERT checkpoint to start the Q-Former from; sizes are taken from it.
+            projector_options: fields of [`BliprenConfig`] that begin with `projector_`, `num_experts` or `router_`.
+            vision_feature_layer, vision_feature_select: see [`BliprenConfig`].
+            match_embedding_scale: new image features start as large as the language model's own embeddings; a frozen
+                language model otherwise sees them many times too large.
+            dtype: of the frozen parts; the connector stays in float32.
+            hub_kwargs: `cache_dir`, `token`, `local_files_only`.
+
+        Raises:
+            ValueError: when sizes do not fit, or the language model's logits cannot be reproduced.
+        """
+        vision, vision_revision = split_revision(os.fspath(vision))
+        llm, llm_revision = split_revision(os.fspath(llm))
+        vision_config = load_vision_config(vision, revision=vision_revision, **hub_kwargs)
+        text_config = AutoConfig.from_pretrained(llm, revision=llm_revision, **hub_kwargs)
+        if text_config.is_encoder_decoder:
+            raise ValueError(
+                f"{llm} is an encoder-decoder model ({text_config.model_type}); BLIPren takes decoder-only language models"
+            )
+        image_processor = AutoImageProcessor.from_pretrained(vision, revision=vision_revision, **hub_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(llm, revision=llm_revision, **hub_kwargs)
+        blank = Image.new("RGB", (320, 240))
+        measured = measure_vision(
+            vision_config, dict(image_processor(blank, return_tensors="pt")), vision_feature_layer
+        )
+        patches = measured.num_patches(vision_feature_select)
+        qformer_values = {"num_query_tokens": num_queries, **(qformer or {})}
+        bert = None
+        if qformer_init is not None:
+            bert_id, bert_revision = split_revision(os.fspath(qformer_init))
+            bert = AutoModel.from_pretrained(bert_id, revision=bert_revision, dtype=torch.float32, **hub_kwargs)
+            qformer_values = {
+                "hidden_size": bert.config.hidden_size,
+                "num_hidden_layers": bert.config.num_hidden_layers,
+                "num_attention_heads": bert.config.num_attention_heads,
+                "intermediate_size": getattr(bert.config, "intermediate_size", None) or bert.config.hidden_dim,
+                "vocab_size": bert.config.vocab_size,
+                "max_position_embeddings": bert.config.max_position_embeddings,
+                **qformer_values,
+            }
+        qformer_values["encoder_hidden_size"] = measured.hidden_size
+        causal_lm = AutoModelForCausalLM.from_pretrained(llm, revision=llm_revision, dtype=dtype, **hub_kwargs)
+        vision_model = AutoModel.from_pretrained(
+            vision, revision=vision_revision, config=vision_config, dtype=causal_lm.dtype, **hub_kwargs
+        )
+        config = BliprenConfig(
+            vision_config=vision_config,
+            text_config=causal_lm.config,
+            qformer_config=BliprenQFormerConfig(**qformer_values),
+            connector=connector,
+            projector=projector,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select=vision_feature_select,
+            num_prefix_tokens=measured.num_prefix_tokens,
+            vision_grid=list(measured.grid) if measured.grid else None,
+            vision_hidden_size=measured.hidden_size,
+            image_token_id=pick_image_token(tokenizer)[1],
+            num_visual_tokens=num_queries if connector == "qformer" else patches,
+            base_models={
+                "vision": base_model_reference(
+                    vision, vision_revision, getattr(vision_config, "_commit_hash", None), **hub_kwargs
+                ),
+                "llm": base_model_reference(
+                    llm, llm_revision, getattr(text_config, "_commit_hash", None), **hub_kwargs
+                ),
+            },
+            **(projector_options or {}),
+        )
+        config.dtype = causal_lm.dtype
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation
+        model = cls(config)
+        model.model.vision_tower.to(causal_lm.dtype).load_state_dict(vision_model.state_dict())
+        model.model.language_model.to(causal_lm.dtype).load_state_dict(causal_lm.base_model.state_dict())
+        model.lm_head.to(causal_lm.dtype).load_state_dict(causal_lm.get_output_embeddings().state_dict())
+        model.tie_weights()
+        if bert is not None and model.model.qformer is not None:
+            copied = copy_bert_weights(model.model.qformer, bert)
+            logger.info("Q-Former: %d parameters copied from %s", len(copied), qformer_init)
+        if match_embedding_scale:
+            model._match_embedding_scale()
+        pad = next(i for i in (tokenizer.pad_token_id, causal_lm.generation_config.pad_token_id, 0) if i is not None)
+        ends = causal_lm.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        end = end_of_answer_id(tokenizer, [e for e in ends if e is not None])
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=sorted({end, *(e for e in ends if e is not None)}),
+            pad_token_id=pad,
+            do_sample=False,
+            max_new_tokens=64,
+        )
+        model.eval()
+        model.freeze()
+        model._check_text_logits(causal_lm, llm)
+        return model
+
+    @torch.no_grad()
+    def _match_embedding_scale(self) -> None:
+        """Scales the projector's last layer so that image features start with the root mean square of embeddings."""
+        embeddings = self.get_input_embeddings()
+        ids = torch.arange(0, embeddings.weight.shape[0], max(1, embeddings.weight.shape[0] // 512))
+        wanted = embeddings(ids.to(embeddings.weight.device)).float().square().mean().sqrt()
+        projector = self.model.projector
+        if isinstance(projector, BliprenMlp):
+            projector.output_norm.weight.fill_(wanted)
+        elif isinstance(projector, BliprenMoeProjector):
+            for expert in projector.experts:
+                expert.output_norm.weight.fill_(wanted)
+        else:
+            states = torch.randn(64, self.config.connector_hidden_size)
+            last = projector if isinstance(projector, nn.Linear) else projector.fc2
+            last.weight.mul_(wanted / projector(states).square().mean().sqrt())
+
+    @torch.no_grad()
+    def _check_text_logits(self, causal_lm: nn.Module, name: str) -> None:
+        """Text logits must be the language model's own: families with a head of another shape are found here."""
+        ids = torch.arange(8, device=self.device)[None] % self.get_input_embeddings().weight.shape[0]
+        ids = ids.masked_fill(ids == self.config.image_token_id, 0)
+        own, wanted = self(input_ids=ids).logits.float(), causal_lm.eval()(input_ids=ids).logits.float()
+        if own.shape != wanted.shape or not torch.allclose(
+            own, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item()
+        ):
+            raise ValueError(
+                f"language model {name} ({self.config.text_config.model_type}) computes its logits in a way that BLIPren "
+                "does not reproduce; it cannot be used"
+            )
+
+
+def _ship_pipeline() -> None:
+    """Never called: the import makes the remote-code loader ship the file."""
+    from .pipeline_blipren import BliprenImageToTextPipeline  # noqa: F401
+
+
+__all__ = [
+    "BliprenForConditionalGeneration",
+    "BliprenForImageTextRetrieval",
+    "BliprenModel",
+    "BliprenPreTrainedModel",
+]

@@ -1,0 +1,348 @@
+"""Processor: one resize, one prompt layout and one tokenisation for training, inference and serving."""
+
+import os
+import re
+from pathlib import Path
+
+from PIL import Image
+from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .configuration_blipren import AUTO_MAP, copy_code_files, split_revision
+from .vision_blipren import load_vision_config, measure_vision
+
+IMAGE_TOKEN = "<image>"
+QFORMER_TOKENIZER = "qformer_tokenizer"
+DEFAULT_PROMPT = "Short caption:"
+DEFAULT_CHAT_PROMPT = "Write a short caption for this image."
+# what a language model's template may leave open, and must not: a date or a thinking block that differs from training
+_TEMPLATE_HEAD = """{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}
+{%- if date_string is not defined -%}{%- set date_string = '26 Jul 2024' -%}{%- endif -%}
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- if message['content'] is string or message['content'] is none or message['content'] is not defined -%}
+    {%- set flat.messages = flat.messages + [message] -%}
+  {%- else -%}
+    {%- set content = namespace(text='') -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] in ('image', 'image_url') -%}{%- set content.text = content.text + 'IMAGE_TOKEN' -%}
+      {%- else -%}{%- set content.text = content.text + part['text'] -%}{%- endif -%}
+    {%- endfor -%}
+    {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+# for language models without a template: prompt, one space, answer, end
+_PLAIN_TEMPLATE = """{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{ ' ' + message['content'] }}{% if not (loop.last and continue_final_message) %}{{ eos_token }}{% endif %}{% endgeneration %}
+{%- else -%}{{ message['content'] }}{%- endif -%}
+{%- endfor -%}"""
+
+
+def pick_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """The placeholder and its id, without touching the vocabulary of the model.
+
+    In this order: a token that the tokenizer reserves (for images, or for nothing); else `<image>` is added to the
+    tokenizer alone, where it takes a spare embedding row or an id beyond the vocabulary, which is never embedded.
+    """
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    for pattern in (r"<\|?image(_pad)?\|?>", r"<\|?reserved_special_token_\d+\|?>", r"<\|?(unused|extra_id_)\d+\|?>"):
+        for token, index in sorted(added.items(), key=lambda item: item[1]):
+            if re.fullmatch(pattern, token):
+                return token, index
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    return IMAGE_TOKEN, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+
+def end_of_answer_id(tokenizer: PreTrainedTokenizerBase, generation_eos: list[int]) -> int:
+    """The one token that ends an answer: what the chat template writes there, if generation stops at it; else EOS.
+
+    Raises:
+        ValueError: when neither tokenizer nor model has an end-of-sequence token.
+    """
+    if tokenizer.chat_template:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ANSWER"}], tokenize=False
+        )
+        tail = tokenizer(rendered.rpartition("ANSWER")[2].lstrip(), add_special_tokens=False).input_ids
+        if tail and tail[0] in {tokenizer.eos_token_id, *generation_eos}:
+            return tail[0]
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    if generation_eos:
+        return generation_eos[0]
+    raise ValueError(f"{tokenizer.name_or_path} has no end-of-sequence token: its captions could never stop")
+
+
+class BliprenProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": True}}
+
+
+class BliprenProcessor(ProcessorMixin):
+    r"""Image processor and tokenizer, the placeholder between them, and the prompts.
+
+    Args:
+        image_processor: the vision encoder's own.
+        tokenizer: the language model's own, padding on the left.
+        chat_template (`str`, *optional*): the language model's, taught to place images; or a plain one.
+        image_token (`str`): the placeholder.
+        num_visual_tokens (`int`, *optional*): placeholders an image; `None` where patches are counted per image.
+        answer_end (`str`): the token that ends an answer.
+        answer_start (`str`): what stands between prompt and answer: a space for plain prompts, nothing for chats.
+        prompts (`list[str]`): caption prompts; the first one is used in inference.
+        system_prompts (`list[str]`): system prompts, likewise; empty for none.
+    """
+
+    valid_processor_kwargs = BliprenProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_token: str = IMAGE_TOKEN,
+        num_visual_tokens: int | None = 32,
+        answer_end: str | None = None,
+        answer_start: str = " ",
+        prompts: list[str] | None = None,
+        system_prompts: list[str] | None = None,
+        **kwargs,
+    ):
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.num_visual_tokens = num_visual_tokens
+        self.answer_end = answer_end if answer_end is not None else tokenizer.eos_token
+        self.answer_start = answer_start
+        self.prompts = prompts or [DEFAULT_PROMPT]
+        self.system_prompts = system_prompts or []
+        self.qformer_tokenizer = None  # the align stage's, in a folder of its own
+        for prompt in [*self.prompts, *self.system_prompts]:
+            if prompt != prompt.rstrip():
+                raise ValueError(f"prompt {prompt!r} ends in a space: its last token would not be that of training")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    # ---- making ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | os.PathLike,
+        llm: str | os.PathLike,
+        *,
+        connector: str = "qformer",
+        num_queries: int = 32,
+        vision_feature_layer: int | list[int] = -1,
+        vision_feature_select: str = "patches",
+        prompts: list[str] | None = None,
+        system_prompts: list[str] | None = None,
+        **hub_kwargs,
+    ) -> "BliprenProcessor":
+        r"""The processor beside [`BliprenForConditionalGeneration.from_vision_text_pretrained`], same arguments.
+
+        Args:
+            prompts: caption prompts; "Short caption:" for plain language models, a sentence for chat models.
+            system_prompts: for chat models.
+        """
+        vision, vision_revision = split_revision(os.fspath(vision))
+        llm, llm_revision = split_revision(os.fspath(llm))
+        image_processor = AutoImageProcessor.from_pretrained(vision, revision=vision_revision, **hub_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(llm, revision=llm_revision, **hub_kwargs)
+        num_visual_tokens = num_queries
+        if connector == "patches":
+            vision_config = load_vision_config(vision, revision=vision_revision, **hub_kwargs)
+            inputs = dict(image_processor(Image.new("RGB", (320, 240)), return_tensors="pt"))
+            measured = measure_vision(vision_config, inputs, vision_feature_layer)
+            num_visual_tokens = measured.num_patches(vision_feature_select)
+        try:
+            generation_eos = GenerationConfig.from_pretrained(llm, revision=llm_revision, **hub_kwargs).eos_token_id
+        except OSError:  # base models often ship none
+            generation_eos = None
+        generation_eos = generation_eos if isinstance(generation_eos, list) else [generation_eos]
+        end = end_of_answer_id(tokenizer, [e for e in generation_eos if e is not None])
+        if getattr(tokenizer, "add_eos_token", False):
+            tokenizer.add_eos_token = False  # a prompt that ends in EOS asks for nothing
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)  # masks never look at its id
+        tokenizer.padding_side = "left"
+        chat = tokenizer.chat_template
+        image_token, _ = pick_image_token(tokenizer)
+        tokenizer.chat_template = None  # the processor's own knows images
+        if system_prompts and not chat:
+            raise ValueError(f"{llm} has no chat template: system prompts have no place in its plain prompts")
+        return cls(
+            image_processor,
+            tokenizer,
+            chat_template=_TEMPLATE_HEAD.replace("IMAGE_TOKEN", image_token) + (chat or _PLAIN_TEMPLATE),
+            image_token=image_token,
+            num_visual_tokens=num_visual_tokens,
+            answer_end=tokenizer.convert_ids_to_tokens(end),
+            answer_start="" if chat else " ",
+            prompts=prompts or [DEFAULT_CHAT_PROMPT if chat else DEFAULT_PROMPT],
+            system_prompts=system_prompts,
+        )
+
+    # ---- prompt and answer: the same tokens in training and inference ----------------------------------------------
+
+    def plain_text(self, text: str) -> str:
+        """User text that cannot become a special token or a placeholder: `<image>` becomes `< image>`."""
+        for token in sorted(
+            {self.image_token, *self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()},
+            key=len,
+            reverse=True,
+        ):
+            if len(token.strip()) > 1 and token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def prompt_text(self, prompt: str | None = None, system: str | None = None, num_images: int = 1) -> str:
+        """Prompt as text up to where the answer starts, one placeholder an image, never ending in a space.
+
+        Args:
+            prompt: caption prompt or question; the first of `prompts` by default.
+            system: system prompt; the first of `system_prompts` by default, `""` for none.
+            num_images: images in front of the prompt.
+        """
+        prompt = self.prompts[0] if prompt is None else self.plain_text(prompt.strip())
+        if system is None:
+            system = self.system_prompts[0] if self.system_prompts else ""
+        conversation = [{"role": "system", "content": self.plain_text(system)}] if system else []
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+        conversation.append({"role": "user", "content": content})
+        return self.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+
+    def encode_prompt(
+        self, prompt: str | None = None, system: str | None = None, num_visual_tokens: list[int] | None = None
+    ) -> list[int]:
+        """Token ids of a prompt with its placeholders expanded: exactly what `processor(images, text)` gives.
+
+        Args:
+            prompt, system: as in [`prompt_text`].
+            num_visual_tokens: placeholders of each image; one image of `self.num_visual_tokens` by default.
+        """
+        counts = [self.num_visual_tokens] if num_visual_tokens is None else num_visual_tokens
+        pieces = self._without_double_bos(self.prompt_text(prompt, system, len(counts))).split(self.image_token)
+        text = pieces[0] + "".join(self.image_token * n + piece for n, piece in zip(counts, pieces[1:], strict=True))
+        return self.tokenizer(text).input_ids
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """Token ids of an answer as it continues a prompt, and exactly one end token. Special tokens in the text stay
+        plain text.
+
+        Raises:
+            ValueError: when the answer is empty, or the tokenizer joins it with the prompt's end.
+        """
+        answer = answer.strip()
+        if not answer:
+            raise ValueError("an answer is empty: there is nothing to learn from it")
+        anchor = ":" if self.answer_start else "\n"
+        keywords = {"add_special_tokens": False, "split_special_tokens": True}
+        before = self.tokenizer(anchor, **keywords).input_ids
+        whole = self.tokenizer(anchor + self.answer_start + answer, **keywords).input_ids
+        if whole[: len(before)] != before:
+            raise ValueError(f"the tokenizer joins the prompt's end {anchor!r} with the answer {answer[:40]!r}")
+        return whole[len(before) :] + [self.answer_end_id]
+
+    @property
+    def answer_end_id(self) -> int:
+        """Id of the token that ends an answer."""
+        return self.tokenizer.convert_tokens_to_ids(self.answer_end)
+
+    def decode_answer(self, ids) -> str:
+        """Text of generated ids up to the first end token, without surrounding space."""
+        ids = [int(i) for i in ids]
+        for end in {self.answer_end_id, self.tokenizer.eos_token_id} & set(ids):
+            ids = ids[: ids.index(end)] if end in ids else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _without_double_bos(self, text: str) -> str:
+        bos = self.tokenizer.bos_token
+        if bos and text.startswith(bos) and self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id:
+            return text[len(bos) :]
+        return text
+
+    # ---- transformers' hooks --------------------------------------------------------------------------------------
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Text without the placeholder gets the prompt layout of training; no text gets the caption prompt."""
+        single = isinstance(text, str)
+        if images is not None:
+            nested = isinstance(images, (list, tuple)) and bool(images) and isinstance(images[0], (list, tuple))
+            flat = isinstance(images, (list, tuple)) and not nested
+            if text is None:
+                texts = [None] * (len(images) if nested or flat else 1)
+            else:
+                texts = [text] if single else list(text)
+            if nested:
+                counts = [len(group) for group in images]
+            elif flat:
+                counts = [len(images)] if len(texts) == 1 else [1] * len(images)
+            else:
+                counts = [1]
+            if not any(isinstance(t, str) and self.image_token in t for t in texts):
+                if len(counts) != len(texts):
+                    raise ValueError(
+                        f"{len(texts)} texts and {len(counts)} images: give one text, or one for each image, "
+                        "or a list of images for each text"
+                    )
+                texts = [self.prompt_text(t, num_images=n) if n else t for t, n in zip(texts, counts)]
+            text = texts
+        if text is not None:
+            # apply_chat_template says so itself when its template already wrote BOS
+            given = kwargs.get("add_special_tokens", kwargs.get("text_kwargs", {}).get("add_special_tokens", True))
+            texts = [text] if isinstance(text, str) else list(text)
+            text = [self._without_double_bos(t) for t in texts] if given else texts
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholder, as often as the image has visual tokens."""
+        count = self.num_visual_tokens
+        if count is None:
+            count = int(image_inputs["pixel_attention_mask"][image_idx].sum())
+        return self.image_token * count
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        counts = [self.num_visual_tokens] * len(image_sizes)
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(image_sizes))
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
+        """Decoded texts, as the built-in pipeline wants them."""
+        kwargs.pop("clean_up_tokenization_spaces", None)
+        return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def to_dict(self) -> dict:
+        output = super().to_dict()
+        output["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+        return output
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        folder = Path(save_directory)
+        copy_code_files(folder)
+        if self.qformer_tokenizer is not None:
+            self.qformer_tokenizer.save_pretrained(folder / QFORMER_TOKENIZER)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        hub_keys = ("cache_dir", "local_files_only", "token", "revision")
+        hub_kwargs = {key: kwargs[key] for key in hub_keys if key in kwargs}
+        if isinstance(processor, tuple):  # return_unused_kwargs
+            return processor
+        folder = Path(str(pretrained_model_name_or_path)) / QFORMER_TOKENIZER
+        if folder.is_dir():
+            processor.qformer_tokenizer = AutoTokenizer.from_pretrained(folder)
+        elif not Path(str(pretrained_model_name_or_path)).is_dir():
+            try:
+                processor.qformer_tokenizer = AutoTokenizer.from_pretrained(
+                    pretrained_model_name_or_path, subfolder=QFORMER_TOKENIZER, **hub_kwargs
+                )
+            except (OSError, ValueError):  # only checkpoints of the align stage have one
+                processor.qformer_tokenizer = None
+        return processor
+
+
+__all__ = ["BliprenProcessor"]

@@ -1,0 +1,141 @@
+"""Patch features: what any transformers vision encoder gives, brought to `[num_images, num_patches, vision_hidden]`."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class BliprenVisionShape:
+    """What an encoder gives for an image of its processor: measured once, when a model is made.
+
+    Attributes:
+        grid: `(height, width)` of the patch grid; `None` where the processor gives a mask, so that it differs.
+        num_prefix_tokens: class and register tokens in front of the patches: sequence length minus grid.
+        hidden_size: width of the patch features, over all chosen layers.
+    """
+
+    grid: tuple[int, int] | None
+    num_prefix_tokens: int
+    hidden_size: int
+
+    def num_patches(self, select: str) -> int | None:
+        """Patch features an image, with (`"full"`) or without (`"patches"`) the prefix; `None` without a fixed grid."""
+        if self.grid is None:
+            return None
+        return self.grid[0] * self.grid[1] + (self.num_prefix_tokens if select == "full" else 0)
+
+
+def load_vision_config(vision: str, **hub_kwargs) -> PreTrainedConfig:
+    """The vision part of a checkpoint's config: of SigLIP, CLIP and the like only the image tower's."""
+    config = AutoConfig.from_pretrained(vision, **hub_kwargs)
+    config = getattr(config, "vision_config", config)
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False  # the pooling head is not used, and fails in other engines
+    return config
+
+
+def _select_layers(outputs, layers: int | list[int]) -> list[torch.Tensor]:
+    states = []
+    for layer in [layers] if isinstance(layers, int) else layers:
+        if layer == -1:
+            states.append(outputs.last_hidden_state)
+            continue
+        if outputs.hidden_states is None or not -len(outputs.hidden_states) <= layer < len(outputs.hidden_states):
+            count = 0 if outputs.hidden_states is None else len(outputs.hidden_states)
+            raise ValueError(f"vision_feature_layer {layer} is none of the encoder's {count} hidden states")
+        states.append(outputs.hidden_states[layer])
+    return states
+
+
+def patch_features_of(
+    vision_tower: nn.Module,
+    pixel_values: torch.Tensor,
+    layers: int | list[int] = -1,
+    num_prefix_tokens: int = 0,
+    **vision_inputs,
+) -> torch.Tensor:
+    """Runs an encoder and flattens, cuts and joins its hidden states.
+
+    Args:
+        vision_tower: the encoder.
+        pixel_values: `(num_images, channels, height, width)`, or patches `(num_images, num_patches, patch_width)`.
+        layers: hidden layer, or several to be concatenated; feature maps are averaged down to the last one's grid.
+        num_prefix_tokens: tokens to cut off the front.
+        vision_inputs: what else the encoder takes (`pixel_attention_mask` and `spatial_shapes` for NaFlex).
+
+    Returns:
+        `(num_images, num_patches, vision_hidden)`.
+    """
+    needs_hidden_states = layers != -1 and layers != [-1]
+    outputs = vision_tower(pixel_values, output_hidden_states=needs_hidden_states, return_dict=True, **vision_inputs)
+    states = _select_layers(outputs, layers)
+    if states[-1].dim() == 4:  # feature maps [B, C, H, W]
+        grid = states[-1].shape[-2:]
+        states = [F.adaptive_avg_pool2d(s, grid) if s.shape[-2:] != grid else s for s in states]
+        return torch.cat([s.flatten(2).transpose(1, 2) for s in states], dim=-1)
+    return torch.cat(states, dim=-1)[:, num_prefix_tokens:]
+
+
+@contextlib.contextmanager
+def _first_patch_grid(vision_tower: nn.Module):
+    """Records the output size of the first convolution that cuts the image into patches (kernel = stride > 1)."""
+    grids: list[tuple[int, int]] = []
+    handles = [
+        module.register_forward_hook(lambda _, __, output: grids.append(tuple(output.shape[-2:])))
+        for module in vision_tower.modules()
+        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride and module.kernel_size[0] > 1
+    ]
+    try:
+        yield grids
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def measure_vision(
+    vision_config: PreTrainedConfig, image_inputs: dict[str, torch.Tensor], layers: int | list[int] = -1
+) -> BliprenVisionShape:
+    """Measures an encoder's output on the meta device: no weights, no arithmetic.
+
+    Args:
+        vision_config: the encoder's config.
+        image_inputs: what the image processor gives for one image.
+        layers: as in [`patch_features_of`].
+
+    Raises:
+        ValueError: when sequence length and patch grid cannot be brought together.
+    """
+    name = vision_config.model_type
+    with torch.device("meta"):
+        vision_tower = AutoModel.from_config(vision_config, attn_implementation="eager").eval()
+    inputs = {key: value.to("meta") for key, value in image_inputs.items()}
+    pixel_values = inputs.pop("pixel_values")
+    if "spatial_shapes" in inputs:  # NaFlex: the mask says how many patches an image has; positions need real sizes
+        states = [None] * (1 if isinstance(layers, int) else len(layers))
+        return BliprenVisionShape(None, 0, vision_config.hidden_size * len(states))
+    needs_hidden_states = layers != -1 and layers != [-1]
+    with _first_patch_grid(vision_tower) as grids:
+        outputs = vision_tower(pixel_values, output_hidden_states=needs_hidden_states, return_dict=True)
+    states = _select_layers(outputs, layers)
+    if states[-1].dim() == 4:
+        return BliprenVisionShape(tuple(states[-1].shape[-2:]), 0, sum(s.shape[1] for s in states))
+    length, width = states[-1].shape[1], sum(s.shape[-1] for s in states)
+    if not grids:
+        raise ValueError(f"vision encoder {name!r}: no convolution cuts its image into patches, its grid is unknown")
+    height, breadth = grids[0]
+    if length < height * breadth:  # hierarchical encoders merge patches by a square number
+        merge = math.isqrt(height * breadth // length)
+        if merge * merge * length != height * breadth:
+            raise ValueError(f"vision encoder {name!r}: {length} tokens do not fit a {height}x{breadth} grid")
+        return BliprenVisionShape((height // merge, breadth // merge), 0, width)
+    return BliprenVisionShape((height, breadth), length - height * breadth, width)
+
+
+__all__ = ["BliprenVisionShape", "load_vision_config", "measure_vision", "patch_features_of"]
