@@ -256,41 +256,55 @@ class AlignSettings(Settings):
     embedding_width: int = 256
     """Width of the image and text embeddings."""
     batch_size: int = 128
-    """Image-caption pairs of an optimizer update over all processes: the contrast's batch."""
+    """Image-caption pairs of a step over all processes: the contrast's batch."""
     micro_batch_size: int | None = None
-    """Pairs whose graph is held at once; smaller than the batch, gradients are cached. By default the whole batch."""
+    """Pairs of a process whose graph is held at once; below its share of the batch, gradients are cached."""
     epochs: float = 10.0
-    """Passes over all image-caption pairs of the training split."""
+    """Passes over all image-caption pairs of the training split; max_steps overrides it."""
     max_steps: int | None = None
-    """Optimizer updates, instead of epochs."""
+    """Number of steps (optimizer updates)."""
     max_minutes: float | None = None
-    """Stop after this time; the schedule then runs over time instead of updates."""
+    """Stop after this time, validations included; the learning rate then follows the time instead of the steps."""
     learning_rate: float = 1e-4
     """Peak learning rate of the Q-Former's body: self-attention, feed-forward, text embeddings."""
     new_learning_rate: float | None = None
     """Peak learning rate of queries, cross-attention, projections and heads, which begin at random; as above by default."""
     weight_decay: float = 0.05
-    """Weight decay of matrices; norms, biases, queries and temperature have none."""
+    """Weight decay of AdamW; norms, biases, embeddings, queries and temperature have none."""
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    """Betas of AdamW."""
     warmup: float = 0.05
-    """Share of the run during which the learning rates rise."""
+    """Steps of linear warm-up; below 1, their share of the run."""
+    schedule: str = choice("cosine", "linear", "constant", default="cosine")
+    """Course of the learning rate behind the warm-up."""
     min_learning_rate: float = 0.1
-    """Share of the peak learning rate that the cosine ends with."""
-    max_grad_norm: float = 1.0
-    """Gradient norm that updates are clipped to."""
+    """Where cosine ends, as a share of the peak."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+    feature_dropout: float = 0.0
+    """Share of the patches that are zeroed in training."""
+    ema: float = 0.0
+    """Decay of an average of the trained weights that is validated and kept instead of them; 0 keeps the weights."""
     max_text_tokens: int = 32
     """Caption tokens, special ones included; what is longer is cut."""
-    precision: str = choice("float32", "bfloat16", default="float32")
-    """Precision of the computation; weights and the contrast stay in float32."""
-    log_every: int = 10
-    """Optimizer updates between log lines."""
-    validate_every: int | None = None
-    """Optimizer updates between measurements of validation recall; by default five times a run."""
-    validation_images: int | None = None
+    eval_every: int | None = None
+    """Steps between measurements of validation recall; once an epoch by default."""
+    eval_images: int | None = None
     """Validation images that recall is measured on, the first ones; all by default."""
+    save_every: int | None = None
+    """Steps between checkpoints; eval_every by default."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept for resuming."""
-    resume: bool = True
-    """Go on from the newest complete checkpoint in OUT, where there is one."""
+    """Newest checkpoints that are kept, besides the best model."""
+    log_every: int = 10
+    """Steps between log lines."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers: trackio, tensorboard, wandb, mlflow."""
+    precision: str = choice("auto", "fp32", "bf16", default="auto")
+    """Arithmetic: auto is bf16 where the GPU has it, else fp32. Weights and the contrast stay in fp32."""
+    device: str = choice("auto", "cpu", "cuda", "mps", default="auto")
+    """Where to train."""
+    workers: int = 0
+    """Processes that load batches."""
     full: bool = False
     """Write a full checkpoint that holds the frozen encoder too, instead of a bridge checkpoint."""
     seed: int = 0
@@ -298,16 +312,24 @@ class AlignSettings(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.itc_weight + self.itm_weight + self.itg_weight <= 0:
-            raise UsageError("all three loss weights are 0: nothing would be trained")
+        if min(self.itc_weight, self.itm_weight, self.itg_weight) < 0 or not (
+            self.itc_weight + self.itm_weight + self.itg_weight
+        ):
+            raise UsageError("loss weights must not be negative, and one of them above 0")
         for name in ("batch_size", "log_every", "max_text_tokens", "keep_checkpoints", "embedding_width"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("micro_batch_size", "max_steps", "max_minutes", "validate_every", "validation_images"):
+        for name in ("micro_batch_size", "max_steps", "max_minutes", "eval_every", "save_every", "eval_images"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0, or absent")
+        for name in ("temperature", "epochs", "learning_rate"):
+            if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature is {self.temperature}; it must be above 0")
+        for name in ("itc_label_smoothing", "itg_label_smoothing", "feature_dropout", "ema", "min_learning_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if len(self.adam_betas) != 2:
+            raise UsageError(f"adam_betas has {len(self.adam_betas)} numbers; it must have 2")
 
 
 @dataclass(kw_only=True)
