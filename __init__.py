@@ -3,14 +3,15 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_blipren import BliprenConfig, BliprenQFormerConfig
-from .modeling_blipren import BliprenForConditionalGeneration, BliprenModel
+from .modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval, BliprenModel
 from .pipeline_blipren import BliprenImageToTextPipeline
 from .processing_blipren import BliprenProcessor
 from .qformer_blipren import BliprenQFormer
 
 # with the package installed, the auto classes need no remote code
 AutoConfig.register("blipren", BliprenConfig)
-AutoModel.register(BliprenConfig, BliprenForConditionalGeneration)
+# a checkpoint's `architectures` says which of the two it is
+AutoModel.register(BliprenConfig, (BliprenForConditionalGeneration, BliprenForImageTextRetrieval))
 AutoModelForImageTextToText.register(BliprenConfig, BliprenForConditionalGeneration)
 AutoModelForMultimodalLM.register(BliprenConfig, BliprenForConditionalGeneration)
 AutoProcessor.register(BliprenConfig, BliprenProcessor)
@@ -18,6 +19,7 @@ AutoProcessor.register(BliprenConfig, BliprenProcessor)
 __all__ = [
     "BliprenConfig",
     "BliprenForConditionalGeneration",
+    "BliprenForImageTextRetrieval",
     "BliprenImageToTextPipeline",
     "BliprenModel",
     "BliprenProcessor",

@@ -1,11 +1,14 @@
 """BliprenForImageTextRetrieval: BLIP-2's scores, both kinds of checkpoint, the way to the next stage and back."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoTokenizer, Blip2Config, Blip2ForImageTextRetrieval
+from transformers import AutoModel, AutoTokenizer, Blip2Config, Blip2ForImageTextRetrieval
 
 from blipren.modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
 from blipren.training import objectives
@@ -111,14 +114,35 @@ def test_both_checkpoints_reload_exactly(model, inputs, tmp_path):
         assert "custom_pipelines" not in config
 
 
-def test_the_auto_class_is_this_one(model, inputs, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model.save_pretrained(tmp_path / "model")
-    auto = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
-    assert type(auto).__name__ == "BliprenForImageTextRetrieval"
-    assert type(auto) is not BliprenForImageTextRetrieval, "the folder's own code was to be run"
+REMOTE = """
+import sys, torch
+from transformers import AutoConfig, AutoModel
+folder = sys.argv[1]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+assert "blipren" not in sys.modules, "the folder's own code was to be run"
+inputs = torch.load(folder + "/inputs.pt")
+with torch.no_grad():
+    torch.save({o: dict(model(**inputs, objective=o)) for o in ("itc", "itm", "itg")}, folder + "/outputs.pt")
+print(type(model).__name__, type(AutoConfig.from_pretrained(folder, trust_remote_code=True)).__name__)
+"""
+
+
+def test_the_auto_class_by_the_checkpoints_own_code(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", REMOTE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["BliprenForImageTextRetrieval", "BliprenConfig"]
+    assert_same(outputs(model, inputs), torch.load(tmp_path / "outputs.pt"))
+
+
+def test_the_auto_class_by_the_package(model, inputs, tmp_path):
+    model.save_bridge(tmp_path)
+    auto = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(auto) is BliprenForImageTextRetrieval
     assert_same(outputs(model, inputs), outputs(auto, inputs))
-    assert type(AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=True)).__name__ == "BliprenConfig"
 
 
 @pytest.mark.parametrize("kind", ["full", "bridge"])
