@@ -148,11 +148,16 @@ def clear_unfinished(parent: Path) -> None:
             shutil.rmtree(leftover)
 
 
-def prune(parent: Path, keep: int, prefix: str = "checkpoint") -> None:
-    """Removes all but the newest `keep` checkpoints. A removal begins with a rename, so it is never seen half done."""
-    for folder in list_checkpoints(parent, prefix)[keep:]:
-        outgoing = parent / f".outgoing-{folder.name}"
-        if outgoing.exists():
-            shutil.rmtree(outgoing)
-        folder.rename(outgoing)
+def remove(folder: Path) -> None:
+    """Removes a checkpoint. It begins with a rename, so that a half is never seen."""
+    outgoing = folder.parent / f".outgoing-{folder.name}"
+    if outgoing.exists():
         shutil.rmtree(outgoing)
+    folder.rename(outgoing)
+    shutil.rmtree(outgoing)
+
+
+def prune(parent: Path, keep: int, prefix: str = "checkpoint") -> None:
+    """Removes all but the newest `keep` checkpoints."""
+    for folder in list_checkpoints(parent, prefix)[keep:]:
+        remove(folder)

@@ -7,7 +7,8 @@ import transformers
 from torch.nn import functional as F
 
 from blipren.training.data import batches
-from blipren.training.data.batches import BatchPlan, Layout, PromptEncoder, TextRows, TrainBatches
+from blipren.training.data.batches import BatchPlan, Layout, PromptEncoder, TrainBatches
+from blipren.training.data.tokens import build_table
 
 IMAGE, EOS, PAD, VOCABULARY, VISUAL = 3, 2, 0, 60, 4
 
@@ -31,7 +32,7 @@ class ToySource:
     def __init__(self, texts, width=8, patches=3, name="a"):
         prompts = [[q for q, _ in row] for row in texts]
         answers = [[a for _, a in row] for row in texts]
-        self.texts = TextRows.from_texts(prompts, answers, ToyProcessor().encode_answer)
+        self.texts = build_table(prompts, answers, ToyProcessor())
         self.ids = [f"{name}{i}" for i in range(len(texts))]
         self.features = torch.arange(len(texts)).float()[:, None, None].expand(-1, patches, width)
 

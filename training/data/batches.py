@@ -8,7 +8,7 @@ that cannot take such a mask.
 """
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -17,51 +17,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from blipren.training.data.tokens import TokenTable
+
 ORDER, DRAW, VIEW = 0, 1, 2  # what a random generator is for; the first number of its seed after the run's
 
 
 def generator(*key: int) -> np.random.Generator:
     """A random generator that depends on nothing but its key."""
     return np.random.default_rng([k & 0xFFFFFFFF for k in key])
-
-
-@dataclass
-class TextRows:
-    """The texts of a split as token ids in flat arrays; image i owns answers first[i] to first[i + 1]."""
-
-    first: np.ndarray  # [num_images + 1]
-    starts: np.ndarray  # [num_answers + 1], where each answer begins in `ids`
-    ids: np.ndarray  # [num_tokens], every answer with its EOS
-    prompt_of: np.ndarray  # [num_answers], index into `prompts`
-    prompts: list[str | None]
-
-    def __len__(self) -> int:
-        return len(self.first) - 1
-
-    @classmethod
-    def from_texts(
-        cls,
-        prompts: Iterable[Sequence[str | None]],
-        answers: Iterable[Sequence[str]],
-        encode_answer: Callable[[str], list[int]],
-    ) -> "TextRows":
-        """`prompts[i]` and `answers[i]` are the equally long lists of image i; a null prompt means a caption prompt."""
-        first, starts, ids, prompt_of, index = [0], [0], [], [], {}
-        for image_prompts, image_answers in zip(prompts, answers, strict=True):
-            for prompt, answer in zip(image_prompts, image_answers, strict=True):
-                prompt_of.append(index.setdefault(prompt, len(index)))
-                ids.extend(encode_answer(answer))
-                starts.append(len(ids))
-            first.append(len(prompt_of))
-        integers = [np.asarray(a, dtype=np.int64) for a in (first, starts, ids, prompt_of)]
-        return cls(*integers, list(index))
-
-    def answers(self, image: int) -> list[tuple[str | None, list[int]]]:
-        """The (prompt, answer ids with EOS) pairs of an image."""
-        return [
-            (self.prompts[self.prompt_of[a]], self.ids[self.starts[a] : self.starts[a + 1]].tolist())
-            for a in range(self.first[image], self.first[image + 1])
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +316,7 @@ class Source(Protocol):
 
     ids: Sequence[str]
     """Stable id of each image, named when a batch goes wrong."""
-    texts: TextRows
+    texts: TokenTable
 
     def visual_tokens(self, image: int) -> int:
         """Number of placeholders of an image."""

@@ -1,0 +1,511 @@
+"""Stage 2, `blipren train`: the bridge learns to caption and to answer through the language model.
+
+`CaptionTrainer.compute_loss` is the step. Around it: `train` puts model, batches and run folder together; trainer.py
+keeps checkpoints and stops; data/batches.py says what a batch is; tuning.py what is trained.
+"""
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import EarlyStoppingCallback
+
+from blipren.training import checkpoints, flops, prefix
+from blipren.training.data.batches import (
+    BatchPlan,
+    EvalBatches,
+    Layout,
+    PromptEncoder,
+    TrainBatches,
+    shared_prefix_mask,
+)
+from blipren.training.errors import UserError
+from blipren.training.inputs import open_sources
+from blipren.training.loading import load_checkpoint
+from blipren.training.run_folder import RunFolder
+from blipren.training.settings import TrainSettings
+from blipren.training.trainer import SafeTrainer, clock_text, say, stopped_early, training_arguments
+from blipren.training.tuning import (
+    Average,
+    checkpoint_activations,
+    choose_trained,
+    merge_lora,
+    parameter_groups,
+)
+
+
+def answer_losses(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, vocabulary] logits, [n] targets -> summed negative log-likelihood, and summed objective (with smoothing)."""
+    log_probs = logits.float().log_softmax(dim=-1)
+    nll = -log_probs.gather(1, targets[:, None]).sum()
+    if not smoothing:
+        return nll, nll
+    return nll, (1 - smoothing) * nll - smoothing * log_probs.mean(dim=-1).sum()
+
+
+class CaptionTrainer(SafeTrainer):
+    """Trains on `TrainBatches`, validates on all of `EvalBatches`; loss is summed over answer tokens and divided by
+    their global number, whatever the batching, accumulation or world size."""
+
+    def __init__(
+        self, *, settings: TrainSettings, processor, validation: EvalBatches | None, samples: list, **keywords
+    ):
+        super().__init__(eval_dataset=validation, **keywords)
+        self.settings, self.processor, self.validation, self.samples = settings, processor, validation, samples
+        self.window = Window()
+        self.drawn = time.perf_counter()
+        self.flops_per_token: float | None = None
+
+    def compute_loss(self, model, batch, return_outputs=False, num_items_in_batch=None):
+        """One micro-batch: features and tokens in, this process's part of the step's loss out."""
+        tokens_in_step, images_in_step = num_items_in_batch
+        # ---------------------------------------------------------------------------------------------------------
+        inputs, attention_mask = self.regularised(batch) if model.training else plain(batch, self.mask_dtype)
+        outputs = model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            attention_mask=attention_mask,
+            logits_at=batch["predict_from"],
+            use_cache=False,
+            **inputs,
+        )
+        nll, objective = answer_losses(outputs.logits, batch["targets"], self.settings.label_smoothing)
+        loss = objective / tokens_in_step
+        if outputs.router_aux_loss is not None:
+            loss = loss + outputs.router_aux_loss * len(batch["ids"]) / images_in_step
+        # ---------------------------------------------------------------------------------------------------------
+        self.window.add(batch, nll.detach(), loss.detach(), outputs.router_probs)
+        return loss * self.accelerator.num_processes  # DDP averages gradients over processes; the loss is a sum
+
+    @property
+    def mask_dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    def regularised(self, batch: dict) -> tuple[dict, torch.Tensor]:
+        """Model inputs and mask of a training batch, with dropped patches, noise and dropped words."""
+        s, inputs = self.settings, dict(batch["inputs"])
+        features = inputs.get("patch_features")
+        if features is not None and s.feature_noise:
+            features = features.float()
+            features = features + torch.randn_like(features) * s.feature_noise * features.std()
+        if features is not None and s.feature_dropout:
+            kept = torch.rand(features.shape[:2], device=features.device) >= s.feature_dropout
+            features = features * kept[..., None]
+        if features is not None:
+            inputs["patch_features"] = features
+        _, attention_mask = plain(batch, self.mask_dtype)
+        if s.word_dropout:
+            answer = batch["is_answer"]
+            unseen = answer & (torch.rand(answer.shape, device=answer.device) < s.word_dropout)
+            if attention_mask.ndim == 2:
+                attention_mask = attention_mask.masked_fill(unseen, 0)
+            else:  # nobody looks back at them; they still see themselves
+                others = ~torch.eye(unseen.shape[1], dtype=torch.bool, device=unseen.device)
+                lowest = torch.finfo(attention_mask.dtype).min
+                attention_mask = attention_mask.masked_fill(unseen[:, None, None, :] & others, lowest)
+        return inputs, attention_mask
+
+    def count_step(self, batches: list[dict]) -> torch.Tensor:
+        """[answer tokens, images] of this process's part of a step."""
+        return torch.tensor(
+            [float(sum(len(b["targets"]) for b in batches)), float(sum(len(b["ids"]) for b in batches))]
+        )
+
+    # ---- log ------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "learning_rate" not in logs:  # the Trainer's own summary at the end; validation logs for itself
+            return
+        counts = self.window.drain(self.accelerator)
+        seconds, step = self.clock.elapsed(), self.state.global_step
+        steps = step - self.window.first_step
+        self.clock.reset()
+        self.window.first_step = step
+        values = {
+            "epoch": round(step / self.train_dataset.plan.steps_per_epoch, 4),
+            "loss": counts["nll"] / counts["targets"],
+            "objective": counts["loss"] / steps,
+            "grad_norm": float(logs.get("grad_norm") or 0.0),
+            "learning_rate": logs["learning_rate"],
+            "tokens_per_second": counts["tokens"] / seconds,
+            "images_per_second": counts["images"] / seconds,
+            "useful_tokens": counts["tokens"] / counts["positions"],
+            **{f"expert_{i}": share for i, share in enumerate(counts["experts"])},
+        }
+        if self.flops_per_token:
+            rate = values["tokens_per_second"] * self.flops_per_token
+            values["tflops"] = rate / 1e12
+            peak = flops.peak(self.args.device, half=self.args.bf16 or self.args.fp16)
+            if peak is not None:
+                values["mfu"] = rate / (peak * self.accelerator.num_processes)
+        left = (self.state.max_steps - step) * seconds / steps
+        super().log(dict(values), start_time)
+        self.run_folder.log("train", step, **values)
+        if self.args.should_save:
+            say(train_line(step, self.state.max_steps, values, left))
+
+    # ---- validation -----------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Loss over all of validation, CIDEr where it chooses the model, and the sample captions."""
+        step, images, began = self.state.global_step, len(self.validation.source.texts), time.perf_counter()
+        with self.clock, self.average.in_place() if self.average is not None else nullcontext():
+            metrics = {"loss": self.validation_loss()}
+            if self.settings.keep_best == "CIDEr":
+                metrics["CIDEr"] = self.validation_cider()
+            self.log_samples()
+            self.run_folder.log("validation", step, images=images, **metrics)
+            if time.perf_counter() - self.drawn > 60:
+                self.run_folder.draw_curves()
+                self.drawn = time.perf_counter()
+        if self.args.should_save:
+            text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            say(f"validation at step {step}: {text}  ({images} images, {time.perf_counter() - began:.1f} s)")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        super().log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Negative log-likelihood per answer token over every image and answer of validation."""
+        model, rank, world = self.model, self.accelerator.process_index, self.accelerator.num_processes
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for item in range(rank, len(self.validation), world):
+            batch = self._prepare_inputs(self.validation[item])
+            inputs, attention_mask = plain(batch, self.mask_dtype)
+            outputs = model(
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                attention_mask=attention_mask,
+                logits_at=batch["predict_from"],
+                use_cache=False,
+                **inputs,
+            )
+            nll = F.cross_entropy(outputs.logits.float(), batch["targets"], reduction="sum")
+            sums += torch.tensor([nll.item(), len(batch["targets"])], dtype=torch.float64)
+        model.train(was_training)
+        if world > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
+        return (sums[0] / sums[1]).item()
+
+    def captions(self, images: Sequence[int]) -> list[dict]:
+        """Captions of validation images, as `generate_captions` gives them."""
+        from blipren.training.evaluation.captioning import Features, generate_captions
+
+        source, was_training = self.validation.source, self.model.training
+        self.model.eval()
+        found: list[dict] = []
+        for start in range(0, len(images), 32):
+            inputs = source.inputs(list(images[start : start + 32]), None)
+            if "patch_features" not in inputs:
+                inputs = {k: v.to(self.args.device) for k, v in inputs.items()}
+                mask = inputs.get("pixel_attention_mask")
+                inputs = {"patch_features": self.model.encode_images(**inputs), "patch_attention_mask": mask}
+            features = Features(inputs["patch_features"], inputs.get("patch_attention_mask"))
+            found += generate_captions(
+                self.model,
+                self.processor,
+                features,
+                max_new_tokens=self.settings.max_new_tokens,
+                num_beams=self.settings.num_beams,
+            )
+        self.model.train(was_training)
+        return found
+
+    def validation_cider(self) -> float:
+        """CIDEr of greedy or beam captions over every validation image that has captions."""
+        from blipren.training.evaluation.metrics import caption_metrics
+
+        source, rank, world = self.validation.source, self.accelerator.process_index, self.accelerator.num_processes
+        references = source.references()
+        mine = sorted(references)[rank::world]
+        made = {str(i): found["text"] for i, found in zip(mine, self.captions(mine))}
+        if world > 1:
+            parts: list = [None] * world
+            torch.distributed.all_gather_object(parts, made)
+            made = {name: text for part in parts for name, text in part.items()}
+        return caption_metrics(made, {str(i): texts for i, texts in references.items()})["CIDEr"]
+
+    def log_samples(self, when: str = "during") -> None:
+        """Captions of the same few validation images, into the log and on the screen."""
+        if not self.samples or not self.args.should_save:
+            return
+        say(f"captions {when} training:")
+        for image, found in zip(self.samples, self.captions(self.samples)):
+            name = self.validation.source.ids[image]
+            self.run_folder.log("sample", self.state.global_step, image=name, text=found["text"], when=when)
+            say(f"  {name}: {found['text']}")
+
+
+def plain(batch: dict, dtype: torch.dtype) -> tuple[dict, torch.Tensor]:
+    """Model inputs and attention mask of a batch, nothing dropped: 4-D behind a shared prefix, else 2-D."""
+    if "block_ids" in batch:
+        return batch["inputs"], shared_prefix_mask(batch["block_ids"], batch["segment_ids"], dtype)
+    return batch["inputs"], batch["attention_mask"]
+
+
+def train_line(step: int, steps: int, values: dict, seconds_left: float) -> str:
+    """The one log line of a training step."""
+    speed = f"{values['tokens_per_second']:,.0f} tokens/s  {values['images_per_second']:.1f} images/s"
+    if "mfu" in values:
+        speed += f"  MFU {values['mfu']:.1%}"
+    elif "tflops" in values:
+        speed += f"  {values['tflops']:.3f} TFLOP/s"
+    experts = [values[name] for name in sorted(values) if name.startswith("expert_")]
+    load = "  experts " + "/".join(f"{share:.2f}" for share in experts) if experts else ""
+    return (
+        f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+        f"norm {values['grad_norm']:.2f}  {speed}{load}  left {clock_text(seconds_left)}"
+    )
+
+
+class Window:
+    """Sums between two log lines. What lies on the device is fetched once a line."""
+
+    def __init__(self):
+        self.first_step = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.nll: list[torch.Tensor] = []
+        self.loss: list[torch.Tensor] = []
+        self.experts: list[torch.Tensor] = []
+        self.counts = dict.fromkeys(("targets", "images", "tokens", "positions"), 0)
+
+    def add(self, batch: dict, nll: torch.Tensor, loss: torch.Tensor, router_probs: torch.Tensor | None) -> None:
+        used = batch["block_ids"] >= 0 if "block_ids" in batch else batch["attention_mask"] > 0
+        self.nll.append(nll)
+        self.loss.append(loss)
+        if router_probs is not None:
+            self.experts.append(router_probs.detach().float().sum(dim=0))
+        self.counts["targets"] += len(batch["targets"])
+        self.counts["images"] += len(batch["ids"])
+        self.counts["tokens"] += used.sum()
+        self.counts["positions"] += used.numel()
+
+    def drain(self, accelerator) -> dict:
+        """Sums over all processes since the last call; `experts` are shares of the routing weight."""
+        names = list(self.counts)
+        values = [float(self.counts[n]) for n in names]
+        values += [torch.stack(self.nll).sum().item(), torch.stack(self.loss).sum().item()]
+        values += torch.stack(self.experts).sum(dim=0).tolist() if self.experts else []
+        sums = torch.tensor(values, dtype=torch.float32, device=accelerator.device)
+        sums = (accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums).tolist()
+        self._clear()
+        found = dict(zip([*names, "nll", "loss"], sums))
+        loads = sums[len(names) + 2 :]
+        return found | {"experts": [load / sum(loads) for load in loads]}
+
+
+# ---- putting it together ------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not available[name]:
+        raise UserError(f"device {name} is not there; give --device auto or cpu")
+    return name
+
+
+def choose_precision(name: str, device: str) -> str:
+    if name == "auto":
+        return "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if name == "fp16" and device != "cuda":
+        raise UserError(f"precision fp16 needs a CUDA GPU, not {device}; give --precision bf16 or fp32")
+    return name
+
+
+def load(settings: TrainSettings, precision: str):
+    """Model and processor. The frozen parts come in half precision where the arithmetic is; what is trained in fp32."""
+    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    trains_base = settings.llm_tuning == "full" or settings.train_vision
+    model, processor = load_checkpoint(settings.model, dtype=torch.float32 if trains_base else half)
+    for name in ("router_balance_weight", "router_z_weight", "router_noise"):
+        if getattr(settings, name) is not None:
+            setattr(model.config, name, getattr(settings, name))
+    return model, processor
+
+
+def layout_for(model, processor, settings: TrainSettings, sources: Sequence) -> Layout:
+    """Shared prefixes where the language model takes them; padded rows, and a line that says why, where it does not."""
+    shared = settings.shared_prefix
+    if shared:
+        reason = prefix.obstacle(model, longest_row(model, processor, sources))
+        if reason is not None:
+            shared = False
+            say(f"padded rows, one an answer, instead of shared prefixes: the language model cannot, {reason}")
+    pad = processor.tokenizer.pad_token_id
+    return Layout(
+        pad_token_id=pad if pad is not None else 0,
+        shared_prefix=shared,
+        row_tokens=settings.row_tokens,
+        answers_per_image=settings.answers_per_image,
+        max_answer_tokens=settings.max_answer_tokens,
+        multiple=8 if torch.cuda.is_available() else 1,
+    )
+
+
+def longest_row(model, processor, sources: Sequence) -> int:
+    """Tokens of the longest prompt and the longest answer together; only asked where a window could be shorter."""
+    if prefix.attention_window(model.config.text_config) is None:
+        return 0
+    prompts, longest = PromptEncoder(processor), 0
+    for source in sources:
+        visual = max(source.visual_tokens(i) for i in range(len(source.texts)))
+        texts = [p for p in source.texts.prompts if p is not None] + prompts.caption_prompts
+        longest_prompt = max(
+            sum(map(len, prompts.encode(prompt, system, visual)))
+            for prompt in texts
+            for system in prompts.system_prompts
+        )
+        longest = max(longest, longest_prompt + int(np.diff(source.texts.starts).max()))
+    return longest
+
+
+def whole_steps(settings: TrainSettings, plan: BatchPlan) -> int:
+    return settings.max_steps or math.ceil(settings.epochs * plan.steps_per_epoch)
+
+
+def make_plan(settings: TrainSettings, sources: Sequence, world: int) -> BatchPlan:
+    """The batch plan; a step is cut into a multiple of the number of processes."""
+    try:
+        return BatchPlan(
+            sizes=tuple(len(source.texts) for source in sources),
+            weights=tuple(source.weight for source in sources),
+            seed=settings.seed,
+            images_per_step=settings.batch_size,
+            micro_batches=-(-settings.micro_batches // world) * world,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def count_flops(trainer: CaptionTrainer, model) -> None:
+    """FLOPs per useful token, from the first micro-batch of the run, forward and backward."""
+    batch = trainer._prepare_inputs(trainer.train_dataset[0])
+    model.train()
+    counts = torch.tensor([float(len(batch["targets"])), float(len(batch["ids"]))], device=trainer.args.device)
+    total = flops.count(lambda: trainer.compute_loss(model, batch, num_items_in_batch=counts).backward())
+    model.zero_grad()
+    tokens = trainer.window.counts["tokens"]
+    trainer.window = Window()
+    trainer.flops_per_token = total / int(tokens)
+
+
+def train(settings: TrainSettings) -> int:
+    """The `train` command. Returns the exit status: 0 when all was done, 130 when it was interrupted and saved."""
+    device = choose_device(settings.device)
+    precision = choose_precision(settings.precision, device)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    run = RunFolder(settings.out, writes=int(os.environ.get("RANK", 0)) == 0)
+    if done := run.finished():
+        run.claim(settings)
+        say(f"{run.path} is finished: {done['steps']} steps; the model is in {run.path}")
+        return 0
+    torch.manual_seed(settings.seed)
+    model, processor = load(settings, precision)
+    choose_trained(model, settings)
+    sources, validation = open_sources(settings, model, processor)
+    plan, prompts = make_plan(settings, sources, world), PromptEncoder(processor)
+    layout = layout_for(model, processor, settings, sources)
+    steps = whole_steps(settings, plan)
+    run.claim(settings)
+    if run.writes:
+        say(model.describe_trainable())
+        say(
+            f"{steps} steps of {plan.images_per_epoch / plan.steps_per_epoch:.0f} images in {plan.micro_batches} "
+            f"micro-batches, {plan.steps_per_epoch} an epoch of {plan.images_per_epoch:,} images; {precision} on "
+            f"{device}, {world} process{'es' if world > 1 else ''}; validation on "
+            f"{len(validation.texts) if validation else 0} images; run folder {run.path}"
+        )
+    if settings.gradient_checkpointing:
+        checkpoint_activations(model)
+
+    judge = settings.keep_best if validation is not None and settings.keep_best != "last" else None
+    every = (settings.eval_every or min(plan.steps_per_epoch, steps)) if validation is not None else None
+    if settings.compile:
+        os.environ["ACCELERATE_DYNAMO_USE_DYNAMIC"] = "true"  # lengths differ from batch to batch
+    text_side = "qformer" in model.parts() and model.parts()["qformer"].config.use_text
+    args = training_arguments(
+        settings,
+        run,
+        steps,
+        plan.micro_batches // world,
+        eval_steps=every,
+        use_cpu=device == "cpu",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        metric_for_best_model=judge,
+        greater_is_better=judge == "CIDEr",
+        torch_compile=settings.compile,
+        ddp_find_unused_parameters=text_side,  # the Q-Former's text side is for stage 1
+    )
+    trainer = CaptionTrainer(
+        settings=settings,
+        processor=processor,
+        validation=EvalBatches(validation, prompts, layout, settings.batch_size) if validation is not None else None,
+        samples=list(range(min(settings.generate_samples, len(validation.texts)))) if validation is not None else [],
+        run=run,
+        average=Average(model, settings.ema) if settings.ema else None,
+        groups=parameter_groups(model, settings),
+        betas=settings.adam_betas,
+        model=model,
+        args=args,
+        train_dataset=TrainBatches(sources, prompts, plan, layout, steps),
+        callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience and judge else None,
+    )
+    checkpoint, damaged = checkpoints.newest_verified(run.checkpoints)
+    for bad in damaged:
+        say(f"passed over a damaged checkpoint, {bad}")
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
+    run.rewind(checkpoints.step_of(checkpoint) if checkpoint is not None else -1)
+    count_flops(trainer, model)
+    if checkpoint is None and validation is not None:
+        trainer.log_samples("before")
+    if checkpoint is not None and stopped_early(checkpoint):
+        trainer.restore(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    if trainer.interrupted:
+        say(f"interrupted: saved at step {trainer.state.global_step}; run the same command again to go on")
+        return 130
+    finish(trainer, settings, run)
+    return 0
+
+
+def finish(trainer: CaptionTrainer, settings: TrainSettings, run: RunFolder) -> None:
+    """The chosen weights into OUT, with processor, curves and summary."""
+    best = trainer.load_best()
+    if not run.writes:
+        return
+    model, state = trainer.model, trainer.state
+    full = settings.full or settings.llm_tuning == "full" or settings.train_vision
+    if settings.merge_lora:
+        merge_lora(model)
+    model.save_pretrained(run.path) if full else model.save_bridge(run.path)
+    trainer.processor.save_pretrained(run.path)
+    trainer.log_samples("after")
+    run.draw_curves()
+    summary = {"steps": state.global_step, "kept": "last" if best is None else f"step {best}"}
+    if state.best_metric is not None:
+        summary[settings.keep_best] = state.best_metric
+    run.finish(summary)
+    which = (
+        "last weights"
+        if best is None
+        else f"best of validation, {settings.keep_best} {state.best_metric:.4f} at step {best}"
+    )
+    say(
+        f"done: {state.global_step} steps; {which}. {'Full' if full else 'Bridge'} checkpoint, log.jsonl and curves.png in {run.path}"
+    )
