@@ -1,0 +1,161 @@
+"""The held-out split of a data set, one example an image: reference captions, questions with answers, known objects."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from blipren.training.data.images import ImageError
+from blipren.training.data.sources import Row, Source, open_rows
+from blipren.training.data.splits import normalize_split, split_by_hash
+from blipren.training.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FACT_COLUMNS = ("objects", "scene", "group")
+"""Metadata columns, beside images and texts, that say what is in a picture."""
+
+
+@dataclass
+class Example:
+    """One image of the split.
+
+    Attributes:
+        references: its captions (texts whose prompt is the default one). questions: question -> answers of people.
+        facts: what else the metadata knows: `objects` (COCO boxes), `scene` (a drawn scene as JSON), `group`.
+    """
+
+    id: str
+    row: Row
+    references: list[str]
+    questions: dict[str, list[str]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def load(self) -> Image.Image:
+        """The upright RGB photo. Raises `ImageError`."""
+        try:
+            return self.row.load()
+        finally:
+            self.row._data = None  # a whole split of encoded photos does not fit into memory
+
+
+@dataclass
+class Split:
+    """The examples that are evaluated, and which part of the data they are."""
+
+    dataset: str
+    name: str
+    examples: list[Example]
+    rows: Counter
+    """Rows of each split of the data set, rejected ones apart."""
+    fingerprint: str
+
+    def describe(self) -> str:
+        sizes = ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
+        return f"split {self.name!r} of {self.dataset}: {len(self.examples):,} images (the data set has {sizes})"
+
+
+def _split_of(row: Row, shares: tuple[float, float]) -> str:
+    if row.rejected is not None:
+        return "rejected"
+    if row.split is not None:
+        return row.split
+    try:
+        return split_by_hash(row.image_hash(), *shares)
+    except ImageError:
+        return "rejected"  # without a readable image there is no split
+    finally:
+        row._data = None
+
+
+def _facts(dataset: str) -> dict[str, dict[str, Any]]:
+    """What a local folder's metadata.jsonl says about each picture beside its texts: id or file name -> columns."""
+    found: dict[str, dict[str, Any]] = {}
+    path = Path(dataset)
+    if not path.is_dir():
+        return found
+    for file in (path / "metadata.jsonl", *sorted(path.glob("*/metadata.jsonl"))):
+        if not file.exists():
+            continue
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the reader of rows rejects and counts such lines
+            if not isinstance(record, dict):
+                continue
+            facts = {name: record[name] for name in FACT_COLUMNS if record.get(name) is not None}
+            name = record.get("id", record.get("file_name"))
+            if facts and name is not None:
+                prefix = "" if file.parent == path or "id" in record else f"{file.parent.name}/"
+                found[f"{prefix}{name}"] = facts
+    return found
+
+
+def _example(row: Row, facts: dict[str, dict[str, Any]], seen: Counter) -> Example:
+    references, questions = [], {}
+    for prompt, answer in zip(row.prompts, row.answers):
+        if prompt is None:
+            references.append(answer)
+        else:
+            questions.setdefault(prompt, []).append(answer)
+    seen[row.id] += 1
+    unique = row.id if seen[row.id] == 1 else f"{row.id}#{seen[row.id]}"
+    return Example(unique, row, references, questions, facts.get(row.id, {}))
+
+
+def _collect(
+    source: Source, wanted: tuple[str, ...], shares: tuple[float, float]
+) -> tuple[dict[str, list[Row]], Counter]:
+    rows: dict[str, list[Row]] = {name: [] for name in wanted}
+    counts: Counter = Counter()
+    for row in source.rows():
+        name = _split_of(row, shares)
+        counts[name] += 1
+        if name in rows:
+            rows[name].append(row)
+    return rows, counts
+
+
+def open_split(
+    dataset: str,
+    split: str | None = None,
+    limit: int | None = None,
+    validation_share: float = 0.05,
+    test_share: float = 0.05,
+    **columns: Any,
+) -> Split:
+    """The examples to evaluate on.
+
+    Args:
+        dataset: anything that `open_rows` takes.
+        split: `train`, `validation` or `test`; None takes test, else validation, else everything, and says so.
+        limit: only the first so many images.
+        columns: column names for `open_rows`.
+
+    Raises:
+        UserError: there is no such split, or it has no image.
+    """
+    source = open_rows(dataset, **columns)
+    shares = (validation_share, test_share)
+    wanted = (normalize_split(split),) if split is not None else ("test", "validation")
+    if wanted[0] is None:
+        raise UserError(f"split {split!r} is none of train, validation, test")
+    rows, counts = _collect(source, wanted, shares)
+    name = next((name for name in wanted if rows[name]), None)
+    if name is None and split is None and counts["train"]:
+        # everything is one split (a folder of photos without a split column is divided by hash, so this is a declared one)
+        logger.warning("%s has neither a test nor a validation split: evaluating on its train split", dataset)
+        name, (rows, _) = "train", _collect(source, ("train",), shares)
+    if name is None:
+        sizes = ", ".join(f"{n} {c}" for n, c in counts.items()) or "no rows"
+        raise UserError(f"{dataset}: split {split or 'test'!r} has no images; there are: {sizes}")
+    facts, seen = _facts(dataset), Counter()
+    examples = [_example(row, facts, seen) for row in rows[name][:limit]]
+    return Split(dataset, name, examples, counts, source.fingerprint)
