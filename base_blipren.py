@@ -1,5 +1,6 @@
 """What every BLIPren model shares: what is frozen, and the two kinds of checkpoint."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,8 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from .configuration_blipren import AUTO_MAP, CUSTOM_PIPELINES, BliprenConfig, copy_code_files
 
@@ -46,9 +48,11 @@ def hash_weights(files: list[Path], sampled: bool = False) -> str:
     return digest.hexdigest()
 
 
-def base_model_reference(model_id: str, revision: str | None, commit: str | None, **hub_kwargs) -> dict:
+def base_model_reference(model_id: str, revision: str | None, **hub_kwargs) -> dict:
     """Where a frozen part came from: id, revision (the commit, where there is one), hashes of its weights."""
     files = weight_files(model_id, revision, **hub_kwargs)
+    # a file of the Hub lies in the cache under its commit
+    commit = None if os.path.isdir(model_id) else extract_commit_hash(str(files[0]), None)
     return {
         "id": str(model_id),
         "revision": commit or revision,
@@ -200,6 +204,9 @@ class BliprenPreTrainedModel(PreTrainedModel):
             finally:
                 self._hf_peft_config_loaded = True
             return
+        for name in self.config.sub_configs:  # loading notes a dtype in every part: saving does so too
+            if getattr(self.config, name).dtype is None:
+                getattr(self.config, name).dtype = self.dtype
         previous, self.config.checkpoint_type = self.config.checkpoint_type, checkpoint_type
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
@@ -234,6 +241,8 @@ class BliprenPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(
                 None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
             )
+        # the library's own error names no weight: all three kinds are told apart below
+        kwargs.setdefault("ignore_mismatched_sizes", True)
         hub_kwargs = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
         raw, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         if raw.get("model_type") != cls.config_class.model_type:
@@ -251,6 +260,11 @@ class BliprenPreTrainedModel(PreTrainedModel):
                 None, *model_args, config=config, state_dict=state_dict, output_loading_info=True, **own_kwargs
             )
             model.config.name_or_path = str(pretrained_model_name_or_path)
+            if cls.can_generate():
+                with contextlib.suppress(OSError):  # no such file: the defaults stay
+                    model.generation_config = GenerationConfig.from_pretrained(
+                        pretrained_model_name_or_path, **hub_kwargs
+                    )
         else:
             if config is not None:
                 kwargs["config"] = config

@@ -644,12 +644,8 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
             image_token_id=pick_image_token(tokenizer)[1],
             num_visual_tokens=num_queries if connector == "qformer" else patches,
             base_models={
-                "vision": base_model_reference(
-                    vision, vision_revision, getattr(vision_config, "_commit_hash", None), **hub_kwargs
-                ),
-                "llm": base_model_reference(
-                    llm, llm_revision, getattr(text_config, "_commit_hash", None), **hub_kwargs
-                ),
+                "vision": base_model_reference(vision, vision_revision, **hub_kwargs),
+                "llm": base_model_reference(llm, llm_revision, **hub_kwargs),
             },
             **(projector_options or {}),
         )

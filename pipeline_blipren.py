@@ -46,8 +46,10 @@ class BliprenImageToTextPipeline(Pipeline):
         return inputs.to(dtype=self.dtype)
 
     def _forward(self, model_inputs, generate_kwargs=None):
-        generate_kwargs = dict(generate_kwargs or {})
-        generate_kwargs.setdefault("generation_config", self.generation_config)
+        # what the pipeline was made with: newer libraries keep it apart, older ones in a generation config
+        generate_kwargs = {**getattr(self, "_generate_kwargs", {}), **(generate_kwargs or {})}
+        if hasattr(self, "generation_config"):
+            generate_kwargs.setdefault("generation_config", self.generation_config)
         length = model_inputs["input_ids"].shape[1]
         sequences = self.model.generate(**model_inputs, **generate_kwargs)
         return {

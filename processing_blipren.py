@@ -121,6 +121,7 @@ class BliprenProcessor(ProcessorMixin):
         for prompt in [*self.prompts, *self.system_prompts]:
             if prompt != prompt.rstrip():
                 raise ValueError(f"prompt {prompt!r} ends in a space: its last token would not be that of training")
+        tokenizer.padding_side = "left"  # tokenizers do not save it
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     # ---- making ---------------------------------------------------------------------------------------------------
@@ -165,7 +166,6 @@ class BliprenProcessor(ProcessorMixin):
             tokenizer.add_eos_token = False  # a prompt that ends in EOS asks for nothing
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)  # masks never look at its id
-        tokenizer.padding_side = "left"
         chat = tokenizer.chat_template
         image_token, _ = pick_image_token(tokenizer)
         tokenizer.chat_template = None  # the processor's own knows images
@@ -323,7 +323,13 @@ class BliprenProcessor(ProcessorMixin):
         copy_code_files(folder)
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(folder / QFORMER_TOKENIZER)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        kind, auto_class = type(self), self._auto_class
+        # code and map are written already; the library would write the map into tokenizer and image processor too
+        kind._auto_class = None
+        try:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            kind._auto_class = auto_class
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):

@@ -1,0 +1,366 @@
+"""Whoever has only the id: fresh processes without our package, by folder, by Hub id and revision, by every auto class."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from fake_cache import lay_out_cache
+from fresh import fresh_result, run_fresh
+from tiny import TINY_QFORMER, picture, tiny_llm_config, write_llm, write_model, write_vision
+
+from blipren import BliprenForConditionalGeneration, BliprenProcessor
+from blipren.training.publish import push
+from blipren.training.settings import PushSettings
+
+REPO = "user/blipren-tiny"
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bases")
+    return write_vision(root / "vision"), write_llm(root / "llm")
+
+
+@pytest.fixture(scope="session")
+def full(bases, tmp_path_factory):
+    """A full checkpoint, saved by the installed package."""
+    return write_model(tmp_path_factory.mktemp("full") / "model", *bases)
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    picture(3, (64, 48)).save(path)
+    return path
+
+
+def answer(folder, photo, **options) -> dict:
+    """Tokens and logits of this process, which the fresh ones must reproduce."""
+    from PIL import Image
+
+    model = BliprenForConditionalGeneration.from_pretrained(folder, **options)
+    inputs = BliprenProcessor.from_pretrained(folder)(images=Image.open(photo), return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    return {"tokens": model.generate(**inputs, max_new_tokens=6)[0].tolist(), "logits": logits.tolist()}
+
+
+def digests(folder: Path, *but: str) -> dict[str, str]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.name not in but}
+
+
+LOAD = """
+import torch, transformers
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import pipeline
+image = Image.open("photo.jpg")
+def load(auto, **more):
+    return auto.from_pretrained(WHERE, trust_remote_code=True, **OPTIONS, **more)
+def answer(model):
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    return {"tokens": model.generate(**inputs, max_new_tokens=6)[0].tolist(), "logits": logits.tolist()}
+config, processor = load(AutoConfig), load(AutoProcessor)
+inputs = processor(images=image, return_tensors="pt")
+"""
+
+
+def test_every_auto_class_and_pipeline_from_a_folder(full, photo, tmp_path):
+    code = (
+        f"WHERE, OPTIONS = {str(full)!r}, {{}}"
+        + LOAD
+        + """
+result = {"config": type(config).__name__, "answers": []}
+for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    model = load(auto)
+    result["answers"].append(answer(model))
+result["class"] = [type(model).__name__, type(model).__module__.split(".")[0]]
+masks = processor(images=[image, image], text=["a", "a longer text"], return_tensors="pt")["attention_mask"]
+result["padding"] = [masks[0, [0, 1, -1]].tolist(), processor.tokenizer.padding_side]
+model.save_pretrained("again")
+load(AutoProcessor).save_pretrained("again")
+
+captioner = pipeline("image-to-text", model=WHERE, trust_remote_code=True, max_new_tokens=6)
+rows = [{"image": image}, {"image": image, "text": "What is it?"}]
+result["captions"] = {
+    "image": captioner(image), "path": captioner("photo.jpg"), "list": captioner([image, "photo.jpg"]),
+    "batches": captioner([image] * 3, batch_size=2), "generator": list(captioner(image for _ in range(2))),
+    "rows": list(captioner(row for row in rows)), "prompt": captioner(image, prompt="What is it?"),
+    "beams": captioner(image, generate_kwargs={"num_beams": 2}), "short": captioner(image, max_new_tokens=1),
+}
+captioner.save_pretrained("pipe")
+named = pipeline("image-to-text", model="pipe", trust_remote_code=True, max_new_tokens=6)
+result["captions"]["saved"] = named(image)
+given = pipeline("image-to-text", model=model, processor=processor, pipeline_class=type(captioner), max_new_tokens=6)
+result["captions"]["object"] = given(image)
+
+chat = pipeline("image-text-to-text", model=WHERE, trust_remote_code=True)
+message = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]}]
+settings = {"max_new_tokens": 6, "return_full_text": False}
+chat_object = pipeline("image-text-to-text", model=model, processor=processor)
+result["chats"] = [
+    chat(images=image, text="What is it?", **settings)[0]["generated_text"],
+    chat(text=message, **settings)[0]["generated_text"],
+    chat_object(text=message, **settings)[0]["generated_text"],
+]
+"""
+    )
+    (tmp_path / "photo.jpg").write_bytes(photo.read_bytes())
+    got = fresh_result(code, tmp_path, {"HF_HOME": str(tmp_path / "home")})
+    expected = answer(full, photo)
+    assert got["config"] == "BliprenConfig"
+    assert got["class"] == ["BliprenForConditionalGeneration", "transformers_modules"]
+    for found in got["answers"]:
+        assert found["tokens"] == expected["tokens"]
+        assert found["logits"] == pytest.approx(expected["logits"], abs=1e-6)
+    captions = got["captions"]
+    one = captions["image"]
+    assert isinstance(one[0]["generated_text"], str) and len(one) == 1 and list(one[0]) == ["generated_text"]
+    assert captions["path"] == captions["saved"] == captions["object"] == one
+    assert captions["list"] == [one] * 2 and captions["batches"] == [one] * 3 and captions["generator"] == [one] * 2
+    assert captions["rows"] == [one, captions["prompt"]] and captions["prompt"] != one
+    assert captions["beams"][0]["generated_text"]
+    assert one[0]["generated_text"].startswith(captions["short"][0]["generated_text"].rstrip("\ufffd"))
+    assert got["chats"][0].strip() == got["chats"][1].strip() == got["chats"][2].strip()
+    assert got["chats"][0].strip() == captions["prompt"][0]["generated_text"]
+    assert got["padding"] == [[0, 0, 1], "left"]
+    # what remote code saves is what the package saved: code, weights, processor, byte for byte
+    assert digests(tmp_path / "again") == digests(full)
+
+
+def test_hub_id_and_revision_and_the_example_of_the_card(hub, full, bases, photo, tmp_path):
+    """Pushed by `blipren push`, then fetched by id in a fresh process: v1 stays what it was when main moves on."""
+    licenses = {"vision_license": "mit", "llm_license": "mit"}
+    push(PushSettings(model=str(full), repo=REPO, tag="v1", **licenses))
+    other = write_model(tmp_path / "other", *bases, seed=5)
+    push(PushSettings(model=str(other), repo=REPO, tag="v2", **licenses))
+    (tmp_path / "photo.jpg").write_bytes(photo.read_bytes())
+    card = hub.repository(REPO).read("main", "README.md").decode()
+    blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(blocks) == 2 and all(REPO in block for block in blocks)
+    examples = "".join(
+        f"with contextlib.redirect_stdout(io.StringIO()) as out:\n    exec({block!r}, {{}})\nshown.append(out.getvalue())\n"
+        for block in blocks
+    )
+    code = (
+        f"WHERE, OPTIONS = {REPO!r}, {{'revision': 'v1'}}"
+        + LOAD
+        + f"""
+import contextlib, io
+shown = []
+result = {{"v1": answer(load(AutoModelForImageTextToText))}}
+OPTIONS = {{}}
+result["main"] = answer(load(AutoModel))
+{examples}
+result["shown"] = shown
+"""
+    )
+    got = fresh_result(code, tmp_path, hub.environment(str(tmp_path / "home")))
+    for revision, folder in (("v1", full), ("main", other)):
+        expected = answer(folder, photo)
+        assert got[revision]["tokens"] == expected["tokens"], revision
+        assert got[revision]["logits"] == pytest.approx(expected["logits"], abs=1e-6)
+    assert got["v1"]["logits"] != pytest.approx(got["main"]["logits"], abs=1e-3)
+    assert got["shown"][0].startswith("[{'generated_text':") and got["shown"][1].strip()
+
+
+def test_installed_needs_no_remote_code(full, photo):
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
+
+    from blipren import BliprenImageToTextPipeline
+
+    assert AutoConfig.from_pretrained(full).model_type == "blipren"
+    for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        assert type(auto.from_pretrained(full)) is BliprenForConditionalGeneration
+    processor = AutoProcessor.from_pretrained(full)
+    assert type(processor) is BliprenProcessor
+    model = AutoModel.from_pretrained(full)
+    given = BliprenImageToTextPipeline(model=model, processor=processor)
+    assert given(str(photo), max_new_tokens=2)[0].keys() == {"generated_text"}
+
+
+def test_save_load_save_gives_the_same_files(full, tmp_path):
+    model, processor = BliprenForConditionalGeneration.from_pretrained(full), BliprenProcessor.from_pretrained(full)
+    model.save_pretrained(tmp_path / "second")
+    processor.save_pretrained(tmp_path / "second")
+    assert digests(tmp_path / "second") == digests(full)
+    BliprenForConditionalGeneration.from_pretrained(tmp_path / "second").save_bridge(tmp_path / "bridge")
+    bridge = BliprenForConditionalGeneration.from_pretrained(tmp_path / "bridge")
+    bridge.save_bridge(tmp_path / "bridge2")
+    assert digests(tmp_path / "bridge") == digests(tmp_path / "bridge2")
+    bridge.save_pretrained(tmp_path / "third")
+    processor.save_pretrained(tmp_path / "third")
+    assert digests(tmp_path / "third") == digests(full)
+    shards = tmp_path / "shards"
+    model.save_pretrained(shards, max_shard_size="60KB")
+    assert len(list(shards.glob("model-*.safetensors"))) > 2
+    loaded = BliprenForConditionalGeneration.from_pretrained(shards).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_bridge_over_hub_bases_in_a_fresh_process(bases, photo, tmp_path):
+    """A bridge names its bases by id and commit; both come from the (fake) cache of whoever loads it."""
+    home, cache = tmp_path / "home", {"cache_dir": str(tmp_path / "home" / "hub")}
+    commits = {name: lay_out_cache(home, f"org/{name}", folder) for name, folder in zip(("vision", "llm"), bases)}
+    model = BliprenForConditionalGeneration.from_vision_text_pretrained(
+        "org/vision", "org/llm", num_queries=4, qformer=TINY_QFORMER, **cache
+    )
+    assert {part: (base["id"], base["revision"]) for part, base in model.config.base_models.items()} == {
+        part: (f"org/{part}", commit) for part, commit in commits.items()
+    }
+    processor = BliprenProcessor.from_vision_text_pretrained("org/vision", "org/llm", num_queries=4, **cache)
+    model.save_bridge(tmp_path / "bridge")
+    model.save_pretrained(tmp_path / "full")
+    for folder in ("bridge", "full"):
+        processor.save_pretrained(tmp_path / folder)
+    sizes = {kind: (tmp_path / kind / "model.safetensors").stat().st_size for kind in ("bridge", "full")}
+    assert sizes["bridge"] < 0.6 * sizes["full"]
+    # the same id moves on to other weights: the pinned commit does not
+    lay_out_cache(home, "org/llm", write_llm(tmp_path / "other-llm", seed=9))
+    (tmp_path / "photo.jpg").write_bytes(photo.read_bytes())
+    code = f"WHERE, OPTIONS = 'bridge', {{}}{LOAD}result = answer(load(AutoModelForImageTextToText))\n"
+    got = fresh_result(code, tmp_path, {"HF_HOME": str(home)})
+    expected = answer(tmp_path / "full", photo)
+    assert got["tokens"] == expected["tokens"]
+    assert got["logits"] == pytest.approx(expected["logits"], abs=1e-6)
+
+
+def test_options_of_from_pretrained(full, photo):
+    expected = answer(full, photo)
+    low = answer(full, photo, dtype=torch.bfloat16)
+    assert low["logits"] == pytest.approx(expected["logits"], abs=0.1)
+    model = BliprenForConditionalGeneration.from_pretrained(full, dtype=torch.bfloat16)
+    assert model.model.language_model.dtype == torch.bfloat16
+    assert model.model.projector.fc1.weight.dtype == torch.float32
+    for options in ({"device_map": "auto"}, {"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": True}):
+        assert answer(full, photo, **options)["logits"] == pytest.approx(expected["logits"], abs=1e-6), options
+    for attention in ("eager", "sdpa"):
+        found = answer(full, photo, attn_implementation=attention)
+        assert found["logits"] == pytest.approx(expected["logits"], abs=1e-4), attention
+        model = BliprenForConditionalGeneration.from_pretrained(full, attn_implementation=attention)
+        assert model.model.language_model.config._attn_implementation == attention
+        assert model.model.vision_tower.config._attn_implementation == attention
+
+
+def test_weights_that_are_missing_or_too_many_are_named(full, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(full / "model.safetensors")
+    for change, message in (
+        (lambda w: w.pop("model.qformer.query_tokens"), "missing weights.*model.qformer.query_tokens"),
+        (lambda w: w.pop("model.language_model.layers.1.mlp.up_proj.weight"), "missing.*layers.1.mlp.up_proj"),
+        (lambda w: w.update({"model.qformer.extra": torch.zeros(2)}), "unexpected.*model.qformer.extra"),
+        (lambda w: w.update({"model.qformer.query_tokens": torch.zeros(1, 9, 32)}), "model.qformer.query_tokens"),
+    ):
+        folder = tmp_path / "damaged"
+        shutil.copytree(full, folder, dirs_exist_ok=True)
+        changed = dict(weights)
+        change(changed)
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            BliprenForConditionalGeneration.from_pretrained(folder)
+
+
+def test_what_is_no_checkpoint_is_said_in_one_line(full, bases, photo, tmp_path):
+    """Truncated and tampered files, other models, futures and halves: one clear error each, in a fresh process."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model = BliprenForConditionalGeneration.from_pretrained(full)
+
+    def copy(name: str, bridge: bool = False) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(full, folder)
+        if bridge:
+            (folder / "model.safetensors").unlink()
+            model.save_bridge(folder)
+        return folder
+
+    def edit(folder: Path, **values) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        for key, value in values.items():
+            config[key] = value(config[key]) if callable(value) else value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    truncated = copy("truncated")
+    content = (truncated / "model.safetensors").read_bytes()
+    (truncated / "model.safetensors").write_bytes(content[: len(content) // 2])
+    no_code = copy("no_code")
+    for file in no_code.glob("*.py"):
+        file.unlink()
+    other_base = copy("other_base", bridge=True)
+    edit(other_base, base_models=lambda b: b | {"llm": b["llm"] | {"id": str(write_llm(tmp_path / "llm2", seed=3))}})
+    no_base = copy("no_base", bridge=True)
+    edit(no_base, base_models=lambda b: b | {"llm": b["llm"] | {"id": str(tmp_path / "gone")}})
+    wide_base = copy("wide_base", bridge=True)
+    wide = write_llm(tmp_path / "wide", tiny_llm_config(hidden_size=64))
+    edit(wide_base, base_models=lambda b: b | {"llm": b["llm"] | {"id": str(wide)}})
+    tampered = copy("tampered", bridge=True)
+    llm = tmp_path / "tampered-llm"
+    shutil.copytree(bases[1], llm)
+    weights = load_file(llm / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    edit(tampered, base_models=lambda b: b | {"llm": b["llm"] | {"id": str(llm)}})
+    future = copy("future")
+    edit(future, projector="hologram")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = {
+        truncated: "truncated|incomplete|[Ii]nvalid|deserializ",
+        no_code: "configuration_blipren.py",
+        other_base: "weights there are other ones",
+        wide_base: "weights there are other ones",
+        tampered: "weights there are other ones",
+        no_base: "which is not there",
+        future: "projector is 'hologram'",
+        empty: "config.json",
+        bases[1]: "not a BLIPren|BliprenForConditionalGeneration|Unrecognized|model_type",
+    }
+    code = f"""
+from transformers import AutoModelForImageTextToText
+result = {{}}
+for where in {[str(folder) for folder in cases]!r}:
+    try:
+        AutoModelForImageTextToText.from_pretrained(where, trust_remote_code=True)
+        result[where] = "LOADED"
+    except Exception as error:
+        result[where] = type(error).__name__ + ": " + str(error)
+"""
+    got = fresh_result(code, tmp_path, {"HF_HOME": str(tmp_path / "home")})
+    for folder, message in cases.items():
+        assert re.search(message, got[str(folder)]), (folder.name, got[str(folder)])
+
+
+def test_a_processor_of_another_checkpoint_is_an_error(full, bases, photo, tmp_path):
+    """Its placeholders or their number do not fit the model: an error that says the numbers, never a wrong caption."""
+    from PIL import Image
+
+    model = BliprenForConditionalGeneration.from_pretrained(full)
+    other = BliprenProcessor.from_vision_text_pretrained(*bases, num_queries=7)
+    inputs = other(images=Image.open(photo), return_tensors="pt")
+    with pytest.raises(ValueError, match="tokens: 7, features: 4"):
+        model(**inputs)
+
+
+def test_remote_code_is_not_run_unasked(full, tmp_path):
+    process = run_fresh(
+        f"from transformers import AutoConfig\nAutoConfig.from_pretrained({str(full)!r}, trust_remote_code=False)",
+        tmp_path,
+        {"HF_HOME": str(tmp_path / "home")},
+    )
+    assert process.returncode != 0 and "trust_remote_code=True" in process.stderr
