@@ -8,6 +8,7 @@ import types
 import typing
 from pathlib import Path
 
+import transformers
 import yaml
 
 from blipren.training.errors import UsageError, UserError
@@ -117,6 +118,9 @@ def main(arguments: list[str] | None = None) -> int:
     command, config = flags.pop("command"), flags.pop("config")
     try:
         settings = build_settings(command, flags, config)
+        # load reports and bars of base models say nothing that a user of a command can act on
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         module, function = COMMANDS[command].function.rsplit(".", 1)
         status = getattr(importlib.import_module(module), function)(settings)
     except UsageError as error:

@@ -1,0 +1,61 @@
+"""A checkpoint, named on the command line, into a model and its processor: one place for every command."""
+
+from pathlib import Path
+
+from blipren.base_blipren import BliprenPreTrainedModel
+from blipren.configuration_blipren import BliprenConfig
+from blipren.modeling_blipren import BliprenForConditionalGeneration
+from blipren.processing_blipren import BliprenProcessor
+from blipren.training.errors import UserError
+
+
+def load_config(path: str) -> BliprenConfig:
+    """Config of a checkpoint folder or Hub id. Raises `UserError` when it is none of ours."""
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"{path} is not a checkpoint: it has no config.json; make one with `blipren new`")
+    try:
+        raw, _ = BliprenConfig.get_config_dict(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no checkpoint at {path}: it is neither a folder here nor a model on the Hub ({_line(error)})"
+        ) from error
+    if raw.get("model_type") != BliprenConfig.model_type:
+        raise UserError(
+            f"{path} is not a BLIPren checkpoint: its config.json has model_type {raw.get('model_type')!r}; "
+            "make one with `blipren new`"
+        )
+    return BliprenConfig.from_dict(raw)
+
+
+def load_checkpoint(
+    path: str, model_class: type[BliprenPreTrainedModel] = BliprenForConditionalGeneration, **kwargs
+) -> tuple[BliprenPreTrainedModel, BliprenProcessor]:
+    """Model (in eval mode, frozen but for the connector) and processor of a checkpoint.
+
+    Args:
+        path: folder or Hub id.
+        model_class: class to load it as.
+        kwargs: for the model's `from_pretrained`, such as `dtype`.
+
+    Raises:
+        UserError: one line that says what is wrong with it.
+    """
+    load_config(path)
+    try:
+        model = model_class.from_pretrained(path, **kwargs)
+        processor = BliprenProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} does not load: {_line(error)}") from error
+    if processor.image_token_id != model.config.image_token_id or (
+        processor.num_visual_tokens != model.config.num_visual_tokens
+    ):
+        raise UserError(
+            f"{path}: the processor is of another checkpoint: its placeholder is {processor.image_token_id} x "
+            f"{processor.num_visual_tokens}, the model's {model.config.image_token_id} x {model.config.num_visual_tokens}"
+        )
+    return model.eval(), processor
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:600]
