@@ -195,6 +195,8 @@ class EmbedSettings(Settings):
     """Rows that are redone at most after a crash, and at most in an Arrow file."""
     device: str = "auto"
     """Where the encoder runs: auto, cpu, cuda, cuda:1, mps."""
+    precision: str = choice("auto", "float32", "bfloat16", "float16", default="auto")
+    """Precision that the encoder computes in: the checkpoint's own by default, float32 on a CPU."""
     engine: str = choice("local", "ray", default="local")
     """local: this machine; ray: Ray Data on a cluster (pip install blipren[ray])."""
     limit: int | None = None

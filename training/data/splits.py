@@ -83,58 +83,55 @@ def image_signature(image: Image.Image) -> tuple[int, np.ndarray]:
     return perceptual_hash(small), thumbnail(small)
 
 
-def _popcount(values: np.ndarray) -> np.ndarray:
-    return np.bitwise_count(values)
+class NearIndex:
+    """Pictures to be found again: perceptual hashes uint64 `[m]` and thumbnails uint8 `[m, 16, 16, 3]`.
 
-
-def near_duplicates(
-    hashes: np.ndarray,
-    thumbs: np.ndarray,
-    other_hashes: np.ndarray,
-    other_thumbs: np.ndarray,
-    distance: int = HASH_DISTANCE,
-) -> dict[int, int]:
-    """For each image that is nearly one of the others: its index -> the first such other's index.
-
-    A candidate differs in at most `distance` bits of the perceptual hash, and is confirmed by the thumbnails, because
-    drawn scenes and documents share hashes without being the same picture.
-
-    Args:
-        hashes, other_hashes: uint64 `[n]` and `[m]`.
-        thumbs, other_thumbs: uint8 `[n, 16, 16, 3]` and `[m, 16, 16, 3]`.
+    A candidate differs in at most `distance` bits of the hash, and is confirmed by the thumbnails, because drawn scenes
+    and documents share hashes without being the same picture.
     """
-    found: dict[int, int] = {}
-    if not len(hashes) or not len(other_hashes):
+
+    def __init__(self, hashes: np.ndarray, thumbs: np.ndarray, distance: int = HASH_DISTANCE):
+        self.hashes, self.thumbs, self.distance = hashes, thumbs, distance
+        # Pigeonhole: of distance + 1 pieces of the hash at least one is equal, so only rows that share one are compared.
+        edges = np.linspace(0, 64, distance + 2).astype(int)
+        self._pieces = []
+        for low, high in zip(edges[:-1], edges[1:]):
+            piece = self._piece(hashes, low, high)
+            order = np.argsort(piece, kind="stable")
+            self._pieces.append((low, high, order, piece[order]))
+
+    @staticmethod
+    def _piece(hashes: np.ndarray, low: int, high: int) -> np.ndarray:
+        return (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+
+    def find(self, hashes: np.ndarray, thumbs: np.ndarray) -> dict[int, int]:
+        """For each given picture that is nearly one of the index: its number -> the first such one's number."""
+        found: dict[int, int] = {}
+        if not len(hashes) or not len(self.hashes):
+            return found
+        pairs = []
+        for low, high, order, ordered in self._pieces:
+            own = self._piece(hashes, low, high)
+            starts = np.searchsorted(ordered, own, "left")
+            counts = np.searchsorted(ordered, own, "right") - starts
+            for begin in range(0, len(own), 1024):  # in parts: common pieces make many candidates
+                part = slice(begin, begin + 1024)
+                mine = np.repeat(np.arange(len(own))[part], counts[part])
+                if not len(mine):
+                    continue
+                offsets = np.arange(len(mine)) - np.repeat(np.cumsum(counts[part]) - counts[part], counts[part])
+                theirs = order[np.repeat(starts[part], counts[part]) + offsets]
+                near = np.bitwise_count(hashes[mine] ^ self.hashes[theirs]) <= self.distance
+                if near.any():
+                    pairs.append(np.stack([mine[near], theirs[near]], axis=1))
+        if not pairs:
+            return found
+        candidates = np.unique(np.concatenate(pairs), axis=0)
+        for begin in range(0, len(candidates), 4096):
+            mine, theirs = candidates[begin : begin + 4096].T
+            gap = np.abs(thumbs[mine].astype(np.int16) - self.thumbs[theirs].astype(np.int16))
+            gap = gap.reshape(len(gap), -1)
+            same = (gap.mean(axis=1) <= THUMB_MEAN_DIFFERENCE) & (gap.max(axis=1) <= THUMB_MAX_DIFFERENCE)
+            for index, other in zip(mine[same].tolist(), theirs[same].tolist()):
+                found.setdefault(index, other)
         return found
-    # Pigeonhole: of distance + 1 pieces of the hash at least one is equal, so only rows that share one are compared.
-    edges = np.linspace(0, 64, distance + 2).astype(int)
-    pairs = []
-    for low, high in zip(edges[:-1], edges[1:]):
-        mask = np.uint64((1 << int(high - low)) - 1)
-        own = (hashes >> np.uint64(low)) & mask
-        other = (other_hashes >> np.uint64(low)) & mask
-        order = np.argsort(other, kind="stable")
-        ordered = other[order]
-        starts = np.searchsorted(ordered, own, "left")
-        counts = np.searchsorted(ordered, own, "right") - starts
-        for begin in range(0, len(own), 8192):  # in pieces: common hash pieces make many candidates
-            part = slice(begin, begin + 8192)
-            mine = np.repeat(np.arange(len(own))[part], counts[part])
-            if not len(mine):
-                continue
-            offsets = np.arange(len(mine)) - np.repeat(np.cumsum(counts[part]) - counts[part], counts[part])
-            theirs = order[np.repeat(starts[part], counts[part]) + offsets]
-            near = _popcount(hashes[mine] ^ other_hashes[theirs]) <= distance
-            if near.any():
-                pairs.append(np.stack([mine[near], theirs[near]], axis=1))
-    if not pairs:
-        return found
-    candidates = np.unique(np.concatenate(pairs), axis=0)
-    for begin in range(0, len(candidates), 4096):
-        mine, theirs = candidates[begin : begin + 4096].T
-        gap = np.abs(thumbs[mine].astype(np.int16) - other_thumbs[theirs].astype(np.int16))
-        gap = gap.reshape(len(gap), -1)
-        same = (gap.mean(axis=1) <= THUMB_MEAN_DIFFERENCE) & (gap.max(axis=1) <= THUMB_MAX_DIFFERENCE)
-        for index, other in zip(mine[same].tolist(), theirs[same].tolist()):
-            found.setdefault(index, other)
-    return found
