@@ -213,6 +213,15 @@ class BliprenPreTrainedModel(PreTrainedModel):
         finally:
             self.config.checkpoint_type = previous
 
+    def load_adapter(self, *args, **kwargs):
+        """As in transformers, which leaves the adapter's renaming of weights on the model: the next save would apply it
+        to everything."""
+        conversions = getattr(self, "_weight_conversions", None)
+        try:
+            return super().load_adapter(*args, **kwargs)
+        finally:
+            self._weight_conversions = conversions
+
     # ---- loading --------------------------------------------------------------------------------------------------
 
     @classmethod

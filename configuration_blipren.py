@@ -170,6 +170,8 @@ class BliprenConfig(PreTrainedConfig):
             `BliprenForImageTextRetrieval`.
         itc_pooling (`str`, defaults to `"max"`): how that model puts the queries' similarities together: `"max"` (the
             best query counts, BLIP-2) or `"mean"` (the mean of the queries).
+        qformer_reads_prompt (`bool`, defaults to `False`): the Q-Former reads the prompt beside the image, through
+            `qformer_input_ids` of its own tokenizer (InstructBLIP, https://arxiv.org/abs/2305.06500).
         base_models (`dict`, *optional*): where the frozen parts came from: `{"vision": {"id", "revision", "sha256"},
             "llm": {...}}`.
         checkpoint_type (`str`, defaults to `"full"`): `"full"`, or `"bridge"` when a folder holds only what was trained.
@@ -203,6 +205,7 @@ class BliprenConfig(PreTrainedConfig):
         num_visual_tokens: int | None = None,
         image_text_hidden_size: int = 256,
         itc_pooling: str = "max",
+        qformer_reads_prompt: bool = False,
         base_models: dict | None = None,
         checkpoint_type: str = "full",
         **kwargs,
@@ -248,6 +251,9 @@ class BliprenConfig(PreTrainedConfig):
         self.num_visual_tokens = num_visual_tokens
         self.image_text_hidden_size = image_text_hidden_size
         self.itc_pooling = itc_pooling
+        if qformer_reads_prompt and not (connector == "qformer" and self.qformer_config.use_text):
+            raise ValueError("qformer_reads_prompt needs a Q-Former with a text side: qformer_config.use_text")
+        self.qformer_reads_prompt = qformer_reads_prompt
         self.base_models = base_models
         self.checkpoint_type = checkpoint_type
         # the head is tied exactly where the language model's own is

@@ -252,6 +252,8 @@ class BliprenModel(BliprenPreTrainedModel):
         spatial_shapes: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
         **kwargs,
     ) -> BliprenImageFeatures:
@@ -261,6 +263,8 @@ class BliprenModel(BliprenPreTrainedModel):
             pixel_values, pixel_attention_mask, spatial_shapes: as in [`encode_images`].
             patch_features: `(num_images, num_patches, vision_hidden)`, instead of `pixel_values`.
             patch_attention_mask: `(num_images, num_patches)`, 1 for patches and 0 for padding.
+            qformer_input_ids, qformer_attention_mask: `(num_images, text_length)`, the prompt of each image for a
+                Q-Former that reads it (`config.qformer_reads_prompt`).
             output_attentions: return the Q-Former's cross-attention weights.
         """
         if (pixel_values is None) == (patch_features is None):
@@ -276,7 +280,16 @@ class BliprenModel(BliprenPreTrainedModel):
         hidden_states = patch_features.to(next(self.projector.parameters()).dtype)
         cross_attentions = None
         if self.qformer is not None:
-            outputs = self.qformer(hidden_states, patch_attention_mask, output_attentions=output_attentions)
+            if self.config.qformer_reads_prompt != (qformer_input_ids is not None):
+                wanted = "needs" if self.config.qformer_reads_prompt else "takes no"
+                raise ValueError(f"this model {wanted} qformer_input_ids: its processor gives what it needs")
+            outputs = self.qformer(
+                hidden_states,
+                patch_attention_mask,
+                qformer_input_ids,
+                qformer_attention_mask,
+                output_attentions=output_attentions,
+            )
             states, cross_attentions = outputs.query_states, outputs.cross_attentions
         else:
             states = hidden_states
@@ -303,6 +316,8 @@ class BliprenModel(BliprenPreTrainedModel):
         spatial_shapes: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BliprenImageFeatures] | None = None,
         **kwargs,
     ) -> BliprenModelOutputWithPast:
@@ -318,7 +333,13 @@ class BliprenModel(BliprenPreTrainedModel):
         image = (mm_encoder_outputs or {}).get("image")
         if image is None and (pixel_values is not None or patch_features is not None):
             image = self.get_image_features(
-                pixel_values, pixel_attention_mask, spatial_shapes, patch_features, patch_attention_mask
+                pixel_values,
+                pixel_attention_mask,
+                spatial_shapes,
+                patch_features,
+                patch_attention_mask,
+                qformer_input_ids,
+                qformer_attention_mask,
             )
         image_features = None
         if image is not None:
@@ -431,12 +452,21 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
         spatial_shapes: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
         **kwargs,
     ) -> BliprenImageFeatures:
         """See [`BliprenModel.get_image_features`]."""
         return self.model.get_image_features(
-            pixel_values, pixel_attention_mask, spatial_shapes, patch_features, patch_attention_mask, output_attentions
+            pixel_values,
+            pixel_attention_mask,
+            spatial_shapes,
+            patch_features,
+            patch_attention_mask,
+            qformer_input_ids,
+            qformer_attention_mask,
+            output_attentions,
         )
 
     @can_return_tuple
@@ -457,6 +487,8 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
         spatial_shapes: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BliprenImageFeatures] | None = None,
         **kwargs,
     ) -> BliprenCausalLMOutputWithPast:
@@ -489,6 +521,8 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
             spatial_shapes=spatial_shapes,
             patch_features=patch_features,
             patch_attention_mask=patch_attention_mask,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -552,6 +586,8 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
                 "spatial_shapes",
                 "patch_features",
                 "patch_attention_mask",
+                "qformer_input_ids",
+                "qformer_attention_mask",
             )
             if key in kwargs
         }

@@ -93,6 +93,7 @@ class BliprenProcessor(ProcessorMixin):
         answer_start (`str`): what stands between prompt and answer: a space for plain prompts, nothing for chats.
         prompts (`list[str]`): caption prompts; the first one is used in inference.
         system_prompts (`list[str]`): system prompts, likewise; empty for none.
+        qformer_reads_prompt (`bool`): give the prompt to the Q-Former too (InstructBLIP), in its own tokens.
     """
 
     valid_processor_kwargs = BliprenProcessorKwargs
@@ -108,8 +109,10 @@ class BliprenProcessor(ProcessorMixin):
         answer_start: str = " ",
         prompts: list[str] | None = None,
         system_prompts: list[str] | None = None,
+        qformer_reads_prompt: bool = False,
         **kwargs,
     ):
+        self.qformer_reads_prompt = qformer_reads_prompt
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.num_visual_tokens = num_visual_tokens
@@ -261,6 +264,37 @@ class BliprenProcessor(ProcessorMixin):
         if bos and text.startswith(bos) and self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id:
             return text[len(bos) :]
         return text
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """As in transformers; text without the placeholder gets the prompt layout of training, see
+        [`prepare_inputs_layout`]. With `qformer_reads_prompt` there are `qformer_input_ids` too, a row an image."""
+        outputs = super().__call__(images=images, text=text, **kwargs)
+        if self.qformer_reads_prompt and images is not None:
+            if self.qformer_tokenizer is None:
+                raise ValueError(
+                    "qformer_reads_prompt needs the Q-Former's tokenizer, in the folder qformer_tokenizer"
+                )
+            prompts = self._prompts_of_images(len(outputs["pixel_values"]), text)
+            tokens = self.qformer_tokenizer(
+                prompts, padding=True, truncation=True, max_length=512, return_tensors="pt"
+            )
+            outputs["qformer_input_ids"] = tokens["input_ids"]
+            outputs["qformer_attention_mask"] = tokens["attention_mask"]
+        return outputs
+
+    def _prompts_of_images(self, num_images: int, text) -> list[str]:
+        """The prompt that belongs to each image, without placeholders; the caption prompt where there is no text."""
+        texts = [text] if text is None or isinstance(text, str) else list(text)
+        prompts = []
+        for one in texts:
+            count = max(1, one.count(self.image_token)) if isinstance(one, str) else 1
+            plain = self.prompts[0] if one is None else " ".join(one.replace(self.image_token, " ").split())
+            prompts += [plain] * count
+        if len(prompts) == 1:
+            prompts *= num_images
+        if len(prompts) != num_images:
+            raise ValueError(f"{len(prompts)} prompts for {num_images} images: give one text, or one for each image")
+        return prompts
 
     # ---- transformers' hooks --------------------------------------------------------------------------------------
 

@@ -402,7 +402,7 @@ class TrainSettings(Settings):
     word_dropout: float = 0.0
     """Share of the answer's input tokens that the language model cannot look back at, in training."""
     feature_dropout: float = 0.0
-    """Share of the patch features that are zeroed, whole patches at a time, in training."""
+    """Share of the patches that are hidden from the bridge in training."""
     feature_noise: float = 0.0
     """Standard deviation of noise on patch features, in units of their own, in training."""
     ema: float = 0.0
@@ -566,6 +566,8 @@ class EvaluateSettings(Settings):
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.predictions is not None and self.tasks != ["captioning"]:
             raise UsageError("predictions are captions: they go with --tasks captioning alone")
+        if self.before is not None and "captioning" not in self.tasks:
+            raise UsageError("before compares captions: it goes with --tasks captioning")
         if self.predictions is None and self.model == "-":
             raise UsageError("a model is needed, unless captions are given by --predictions")
 
@@ -662,6 +664,28 @@ class PushSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class ConvertSettings(Settings):
+    """`blipren convert`: bridge checkpoint <-> full checkpoint."""
+
+    model: str = positional()
+    """Checkpoint folder or Hub id."""
+    out: str = positional()
+    """Folder for the new checkpoint."""
+    to: str = choice("full", "bridge", default="full")
+    """Kind of the new checkpoint: full holds everything, bridge only what was trained."""
+
+
+@dataclass(kw_only=True)
+class ImportSettings(Settings):
+    """`blipren import`: a BLIP-2 or InstructBLIP model of transformers as a full checkpoint."""
+
+    source: str = positional()
+    """Folder or Hub id, optionally with @revision, such as Salesforce/blip2-opt-2.7b."""
+    out: str = positional()
+    """Folder for the checkpoint."""
+
+
+@dataclass(kw_only=True)
 class QuickstartSettings(Settings):
     """`blipren quickstart`: builds, trains, judges and uses a small model, without network or data."""
 
@@ -704,5 +728,9 @@ COMMANDS: dict[str, Command] = {
         CompareSettings, "blipren.training.evaluation.compare.compare", "compare two evaluations, paired"
     ),
     "caption": Command(CaptionSettings, "blipren.training.evaluation.captioning.caption", "caption images"),
+    "convert": Command(ConvertSettings, "blipren.training.convert.convert", "bridge checkpoint <-> full checkpoint"),
+    "import": Command(
+        ImportSettings, "blipren.training.convert.import_model", "a BLIP-2 or InstructBLIP model as a checkpoint of ours"
+    ),
     "push": Command(PushSettings, "blipren.training.publish.push", "publish a checkpoint on the Hub"),
 }

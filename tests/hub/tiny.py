@@ -43,7 +43,8 @@ def tiny_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
 def tiny_llm_config(**options) -> LlamaConfig:
     """A Llama of two layers; head width 16, which every attention kernel takes."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaConfig(vocab_size=320, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2, **sizes | options)  # fmt: skip
+    tokens = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    return LlamaConfig(**sizes | tokens | {"max_position_embeddings": 256} | options)
 
 
 def write_llm(folder: Path, config: PreTrainedConfig | None = None, chat: bool = False, seed: int = 0) -> Path:
