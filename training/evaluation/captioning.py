@@ -12,6 +12,7 @@ from PIL import Image
 
 from blipren.training.data.images import ImageError, decode_image, read_file
 from blipren.training.errors import UserError
+from blipren.training.loading import load_checkpoint
 from blipren.training.settings import CaptionSettings
 
 
@@ -160,14 +161,8 @@ def choose_device(name: str = "auto") -> str:
 
 
 def load_model(path: str, device: str = "auto"):
-    """Model in evaluation mode, processor. Raises `UserError` where the folder is none of ours."""
-    from blipren import BliprenForConditionalGeneration, BliprenProcessor
-
-    try:
-        model = BliprenForConditionalGeneration.from_pretrained(path)
-        processor = BliprenProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} does not load as a BLIPren checkpoint: {' '.join(str(error).split())}") from error
+    """Model in evaluation mode on its device, and processor. Raises `UserError` where the folder is none of ours."""
+    model, processor = load_checkpoint(path)
     return model.to(choose_device(device)).eval(), processor
 
 

@@ -1,0 +1,80 @@
+"""Captions in batches, and the caption command."""
+
+import json
+
+import pytest
+import torch
+
+from blipren.training.cli import main
+from blipren.training.evaluation.captioning import encode_photos, generate_captions, load_model, pad_left, pad_right
+from blipren.training.evaluation.grounding import answer_losses
+from tests.evaluation.conftest import QUESTION, colour_picture, new_model
+
+
+@pytest.fixture(scope="module")
+def seeing_model(seeing):
+    return load_model(str(seeing), "cpu")
+
+
+def test_batches_of_any_size_say_the_same(seeing_model):
+    model, processor = seeing_model
+    photos = [colour_picture(i) for i in range(7)]
+    prompts = [None, QUESTION, None, "A", QUESTION, None, "What is in the picture, and where does it come from ?"]
+    single = generate_captions(model, processor, photos, prompts, batch_size=1, max_new_tokens=20)
+    batched = generate_captions(model, processor, photos, prompts, batch_size=4, max_new_tokens=20)
+    assert batched == single  # in the order given, although the batches were sorted by length
+    assert single[1]["text"] == "green" and single[0]["text"] == "A red picture ."
+    assert single[0]["ended_by_eos"] and single[0]["num_tokens"] > 1
+    cut = generate_captions(model, processor, photos[:1], max_new_tokens=2)[0]
+    assert not cut["ended_by_eos"] and cut["num_tokens"] == 2
+    from_features = generate_captions(model, processor, encode_photos(model, processor, photos).patches, prompts, 3)
+    assert [r["text"] for r in from_features if r["ended_by_eos"]] == [r["text"] for r in single if r["ended_by_eos"]]
+
+
+def test_no_image_at_all(seeing_model):
+    model, processor = seeing_model
+    answers = generate_captions(model, processor, None, [None, QUESTION], max_new_tokens=3)
+    assert len(answers) == 2 and all(isinstance(a["text"], str) for a in answers)
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
+        generate_captions(model, processor, [colour_picture(0)] * 2, ["one"])
+
+
+@pytest.mark.parametrize("options", [{}, {"connector": "patches"}, {"vision": "siglip2_vision_model"}])
+def test_losses_are_the_models_own(tmp_path, options):
+    model, processor = new_model(tmp_path, **options)
+    photos = [colour_picture(0, (40, 32)), colour_picture(1, (24, 60)), colour_picture(2)]
+    features = encode_photos(model, processor, photos)
+    texts = ["A red picture .", "green", "The picture is blue ."]
+    found = answer_losses(model, processor, features, [None, QUESTION, None], texts, batch_size=2)
+    for i, (prompt, text) in enumerate(zip([None, QUESTION, None], texts)):
+        count = features[[i]].visual_tokens(model.config)
+        before, answer = processor.encode_prompt(prompt, num_visual_tokens=count), processor.encode_answer(text)
+        ids = torch.tensor([before + answer])
+        labels = torch.tensor([[-100] * len(before) + answer])
+        pixels = processor.image_processor(images=[photos[i]], return_tensors="pt")
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, **pixels).loss
+        assert found[i][1] == len(answer)
+        assert found[i][0] / found[i][1] == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_padding_sides():
+    assert pad_left([[1], [2, 3]], 9)[0].tolist() == [[9, 1], [2, 3]]
+    assert pad_right([[1], [2, 3]], 9)[1].tolist() == [[1, 0], [1, 1]]
+
+
+def test_caption_command(seeing, tmp_path, capsys):
+    paths = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for i, path in enumerate(paths):
+        colour_picture(i).save(path)
+    assert main(["caption", str(seeing), paths[0], "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "A red picture ."
+    assert main(["caption", str(seeing), *paths, "--prompt", QUESTION, "--json", "--device", "cpu"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [(row["image"], row["text"]) for row in rows] == [(paths[0], "red"), (paths[1], "green")]
+    assert main(["caption", str(seeing), str(tmp_path / "absent.png")]) == 1
+    error = capsys.readouterr().err
+    assert "absent.png" in error and "missing_file" in error and len(error.splitlines()) == 1
+    broken = tmp_path / "page.jpg"
+    broken.write_text("<!doctype html>")
+    assert main(["caption", str(seeing), str(broken)]) == 1
+    assert "a web page where a picture should be" in capsys.readouterr().err

@@ -1,0 +1,274 @@
+"""The `evaluate` command: a checkpoint on a held-out split -> metrics.json, predictions, report.html."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from blipren.base_blipren import hash_weights, weight_files
+from blipren.training.errors import UserError
+from blipren.training.evaluation.captioning import Features, choose_device, encode_photos, load_model
+from blipren.training.evaluation.examples import Split, open_split
+from blipren.training.evaluation.pope import pope_questions, pope_scores, scene_objects
+from blipren.training.evaluation.results import (
+    Evaluation,
+    add_answers,
+    add_captions,
+    add_image_use,
+    add_routing,
+    prediction_rows,
+    split_counts,
+    write_predictions,
+    write_whole,
+)
+from blipren.training.evaluation.sweep import SweepPlan, batches_of_photos, fixed_answers, sweep, sweep_pope
+from blipren.training.settings import EvaluateSettings
+
+VERSIONS = ("torch", "transformers", "datasets", "pycocoevalcap", "numpy", "pillow")
+
+
+def model_fingerprint(path: str) -> str:
+    """What a checkpoint is, whatever its folder is called: a hash of its weights (samples of large ones)."""
+    return hash_weights(weight_files(path), sampled=True)[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in VERSIONS:
+        found[name] = metadata.version(name)
+    return found
+
+
+def generation_settings(settings: EvaluateSettings) -> dict:
+    generation = {"max_new_tokens": settings.max_new_tokens, "num_beams": settings.num_beams}
+    if settings.num_beams > 1:
+        generation["length_penalty"] = settings.length_penalty
+    if settings.no_repeat_ngram_size:
+        generation["no_repeat_ngram_size"] = settings.no_repeat_ngram_size
+    return generation
+
+
+def read_predictions(path: str, split: Split) -> dict[str, dict]:
+    """Captions by image id, from JSON lines with `id` and `caption`, or from one JSON object.
+
+    Raises:
+        UserError: no such file, not JSON, or images of the split without a caption.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: there is no such file of predictions")
+    text = file.read_text(encoding="utf-8")
+    try:
+        if file.suffix == ".json":
+            given = {str(key): value for key, value in json.loads(text).items()}
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            given = {str(row["id"]): row["caption"] for row in rows}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path}: predictions are JSON lines with id and caption, or one JSON object of captions by id "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    missing = [e.id for e in split.examples if e.references and not isinstance(given.get(e.id), str)]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of the {len(split.examples)} images have no caption there, such as {missing[0]!r}"
+        )
+    return {e.id: {"text": given[e.id]} for e in split.examples if isinstance(given.get(e.id), str)}
+
+
+def _check_texts(settings: EvaluateSettings, split: Split) -> None:
+    has_references = any(e.references for e in split.examples)
+    has_questions = any(e.questions for e in split.examples)
+    for task, there, what in (
+        ("captioning", has_references, "captions"),
+        ("retrieval", has_references, "captions"),
+        ("vqa", has_questions, "questions"),
+    ):
+        if task in settings.tasks and not there:
+            others = "vqa" if has_questions else "captioning"
+            raise UserError(
+                f"{settings.dataset}: split {split.name!r} has no {what}, which --tasks {task} needs; name the column "
+                f"(--caption-columns, --question-column), or choose --tasks {others}"
+            )
+
+
+def _retrieval(settings: EvaluateSettings, split: Split) -> tuple[dict, torch.Tensor]:
+    from blipren import BliprenForImageTextRetrieval
+    from blipren.training.evaluation.retrieval import evaluate_retrieval
+    from blipren.training.loading import load_checkpoint
+
+    model, processor = load_checkpoint(settings.model, BliprenForImageTextRetrieval)
+    model = model.to(choose_device(settings.device)).eval()
+    if processor.qformer_tokenizer is None:
+        raise UserError(f"{settings.model} has no text side: --tasks retrieval needs a checkpoint of `blipren align`")
+    examples = [e for e in split.examples if e.references]
+    parts, kept = [], []
+    for good, photos in batches_of_photos(examples, settings.batch_size):
+        parts.append(encode_photos(model, processor, photos, settings.batch_size))
+        kept += good
+    masks = [p.mask for p in parts]
+    features = Features(torch.cat([p.patches for p in parts]), None if masks[0] is None else torch.cat(masks))
+
+    def take(indices: list[int]):
+        chosen = features[indices]
+        return chosen.patches, chosen.mask
+
+    metrics, scores = evaluate_retrieval(
+        model,
+        processor.qformer_tokenizer,
+        take,
+        [e.references for e in kept],
+        batch_size=settings.batch_size,
+        rerank=settings.rerank,
+    )
+    metrics["ids"] = [e.id for e in kept]
+    return metrics, scores
+
+
+def _pope(settings: EvaluateSettings, split: Split, model, processor) -> dict:
+    objects = {}
+    for example in split.examples:
+        if "scene" in example.facts:
+            objects[example.id] = scene_objects(example.facts["scene"])
+        elif example.facts.get("objects"):
+            objects[example.id] = [o["category"] for o in example.facts["objects"]]
+    if not objects:
+        raise UserError(
+            f"{settings.dataset}: nothing says what is in its pictures, which --tasks pope needs: its metadata.jsonl "
+            "has neither `objects` (with a category each) nor `scene`"
+        )
+    questions = pope_questions(objects, seed=settings.seed)
+    asked, said = sweep_pope(model, processor, split.examples, questions, settings.batch_size)
+    return {**pope_scores(asked, said, settings.resamples, settings.seed), "images": len(objects)}
+
+
+def _headline(metrics: dict) -> list[str]:
+    lines = []
+    captioning = metrics.get("captioning")
+    if captioning:
+        low, high = captioning["intervals"]["CIDEr"]
+        values = {name: captioning[name] for name in ("BLEU-4", "ROUGE-L", "METEOR")}
+        rest = ", ".join(f"{n} {'none' if v is None else format(v, '.4f')}" for n, v in values.items())
+        lines.append(f"captioning: CIDEr {captioning['CIDEr']:.4f} ({low:.4f} to {high:.4f}), {rest}")
+        lines += [f"  {note}" for note in captioning["notes"]]
+    if "hallucination" in metrics:
+        shown = {n: v for n, v in metrics["hallucination"].items() if isinstance(v, float)}
+        lines.append("hallucination: " + ", ".join(f"{n} {v:.3f}" for n, v in shown.items()))
+    if "vqa" in metrics:
+        vqa = metrics["vqa"]
+        lines.append(
+            f"vqa: accuracy {vqa['accuracy']:.4f}, soft score {vqa['soft_score']:.4f} ({vqa['questions']} questions)"
+        )
+    if "retrieval" in metrics:
+        for way in ("image_to_text", "text_to_image"):
+            values = metrics["retrieval"][way]
+            lines.append(f"{way}: " + ", ".join(f"{n} {values[n]:.3f}" for n in ("R@1", "R@5", "R@10")))
+    for strategy, values in metrics.get("pope", {}).items():
+        if isinstance(values, dict):
+            lines.append(f"POPE {strategy}: accuracy {values['accuracy']:.3f}, F1 {values['F1']:.3f}")
+    if "image_use" in metrics:
+        lines.append(f"verdict: the model {metrics['image_use']['verdict']}. {metrics['image_use']['because']}")
+    return lines
+
+
+def evaluate(settings: EvaluateSettings) -> None:
+    """The `evaluate` command. Raises `UserError` for what the user can repair."""
+    begin = time.perf_counter()
+    columns = {
+        "image_column": settings.image_column,
+        "caption_columns": settings.caption_columns,
+        "question_column": settings.question_column,
+        "answer_column": settings.answer_column,
+    }
+    split = open_split(settings.dataset, settings.split, settings.limit, **columns)
+    _check_texts(settings, split)
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"evaluating {settings.model} on {split.describe()}; tasks: {', '.join(settings.tasks)}")
+
+    result = Evaluation(examples=split.examples)
+    model = processor = similarities = None
+    generates = {"captioning", "vqa", "pope"} & set(settings.tasks) and settings.predictions is None
+    partial = out / "partial.jsonl"
+    if settings.predictions is not None:
+        captions = read_predictions(settings.predictions, split)
+        add_captions(result, settings, captions, settings.meteor)
+    elif generates:
+        model, processor = load_model(settings.model, settings.device)
+        plan = SweepPlan(
+            captions="captioning" in settings.tasks,
+            questions="vqa" in settings.tasks,
+            probe=settings.probe,
+            prompt=settings.prompt,
+            generation=generation_settings(settings),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+        records = sweep(model, processor, split, plan, partial, model_fingerprint(settings.model))
+        result.records = {record["id"]: record for record in records}
+        result.examples = [e for e in split.examples if "rejected" not in result.records[e.id]]
+        if not result.examples:
+            raise UserError(f"{settings.dataset}: none of the {len(split.examples)} images could be read")
+        captions = {
+            e.id: result.records[e.id]["caption"] for e in result.examples if "caption" in result.records[e.id]
+        }
+        if plan.captions:
+            add_captions(result, settings, captions, settings.meteor)
+        if plan.questions:
+            add_answers(result, settings)
+        if plan.probe:
+            first = [next(iter(e.questions)) for e in result.examples if e.questions and plan.questions]
+            prompts = [settings.prompt] * plan.captions + first
+            add_image_use(result, settings, fixed_answers(model, processor, prompts, plan) if prompts else {})
+        add_routing(result)
+        if "pope" in settings.tasks:
+            result.metrics["pope"] = _pope(settings, split, model, processor)
+    if "retrieval" in settings.tasks:
+        result.metrics["retrieval"], similarities = _retrieval(settings, split)
+    before = _before(settings, split, result) if settings.before is not None else None
+
+    result.metrics["counts"] = split_counts(split, list(result.records.values()))
+    result.metrics["split"] = split.name
+    result.metrics["dataset"] = settings.dataset
+    result.metrics["model"] = {"path": settings.model}
+    if settings.predictions is None:
+        result.metrics["model"]["weights"] = model_fingerprint(settings.model)
+    result.metrics["settings"] = dataclasses.asdict(settings)
+    result.metrics["versions"] = versions()
+    if before is not None:
+        result.metrics["before"] = before.metrics
+    result.metrics["seconds"] = round(time.perf_counter() - begin, 2)
+    prompt = settings.prompt if settings.prompt is not None or processor is None else processor.prompts[0]
+    write_predictions(out, prediction_rows(result, prompt))
+    write_whole(out / "metrics.json", json.dumps(result.metrics, indent=1, ensure_ascii=False) + "\n")
+    partial.unlink(missing_ok=True)
+    print("\n".join(_headline(result.metrics)))
+    if settings.report:
+        from blipren.training.evaluation.report import write_report
+
+        write_report(out, result, settings, model, processor, before=before, similarities=similarities)
+    kinds = "metrics.json predictions.jsonl predictions.csv" + " report.html" * settings.report
+    print(f"{result.metrics['counts']['images']:,} images of split {split.name!r}: {kinds} are in {out}")
+
+
+def _before(settings: EvaluateSettings, split: Split, result: Evaluation) -> Evaluation:
+    """Captions of an earlier checkpoint on the same photos, scored the same way."""
+    model, processor = load_model(settings.before, settings.device)
+    plan = SweepPlan(
+        probe=False, prompt=settings.prompt, generation=generation_settings(settings), batch_size=settings.batch_size
+    )
+    partial = Path(settings.out) / "partial-before.jsonl"
+    same = Split(split.dataset, split.name, result.examples, split.rows, split.fingerprint)
+    records = sweep(model, processor, same, plan, partial, model_fingerprint(settings.before))
+    earlier = Evaluation(examples=result.examples, records={record["id"]: record for record in records})
+    add_captions(earlier, settings, {key: r["caption"] for key, r in earlier.records.items()}, meteor=False)
+    partial.unlink(missing_ok=True)
+    return earlier
