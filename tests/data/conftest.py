@@ -59,3 +59,45 @@ def photo_folder(tmp_path):
     return write_folder(
         tmp_path / "photos", rows, {row["file_name"]: encoded(picture(i)) for i, row in enumerate(rows)}
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_vision(tmp_path_factory):
+    """A tiny random SigLIP tower: 32x32 pixels, 16 patches, 32 wide."""
+    from tests.tiny_models import make_vision
+
+    return make_vision(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory):
+    from tests.tiny_models import make_llm
+
+    return make_llm(tmp_path_factory.mktemp("llm"))
+
+
+def make_model(folder, vision, llm, **options):
+    """An untrained checkpoint as `blipren new` writes it."""
+    from blipren.training.assemble import new
+    from blipren.training.settings import NewSettings
+    from tests.tiny_models import QFORMER
+
+    new(NewSettings(out=str(folder), vision=str(vision), llm=str(llm), queries=4, qformer=QFORMER, **options))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_vision, tiny_llm):
+    """A checkpoint folder: SigLIP of 16 patches x 32 and a Llama."""
+    return make_model(tmp_path_factory.mktemp("model") / "checkpoint", tiny_vision, tiny_llm)
+
+
+def run_embed(model, dataset, cache, **options):
+    """`blipren embed` in this process, without workers unless asked for; gives the opened cache."""
+    from blipren.training.data.cache import FeatureCache
+    from blipren.training.data.embed import embed
+    from blipren.training.settings import EmbedSettings
+
+    settings = {"workers": 0, "batch_size": 4, "rows_per_shard": 8, "device": "cpu"} | options
+    assert not embed(EmbedSettings(model=str(model), dataset=str(dataset), cache=str(cache), **settings))
+    return FeatureCache.open(cache)

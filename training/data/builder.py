@@ -104,7 +104,7 @@ class UnitWriter:
             path = folder / item.split / f"data-{self.number:05d}.arrow"
             self._shards[item.split] = ShardWriter(path, self.builder.columns)
         if self._index is None:
-            self._index = ShardWriter(folder / "index" / f"{self.number:05d}.arrow", INDEX_COLUMNS)
+            self._index = ShardWriter(folder / "index" / f"{self.number:05d}.arrow", self.builder.index_columns)
         record = {
             "id": row.id,
             "image_hash": item.image_hash,
@@ -120,17 +120,18 @@ class UnitWriter:
         if scale is not None:
             record["scale"] = scale
         self._shards[item.split].add(record)
-        self._index.add(
-            {
-                "id": row.id,
-                "split": item.split,
-                "image_hash": item.image_hash,
-                "phash": item.phash,
-                "prompts": row.prompts,
-                "answers": row.answers,
-                "thumb": item.thumb.reshape(-1),
-            }
-        )
+        entry = {
+            "id": row.id,
+            "split": item.split,
+            "image_hash": item.image_hash,
+            "phash": item.phash,
+            "prompts": row.prompts,
+            "answers": row.answers,
+            "thumb": item.thumb.reshape(-1),
+        }
+        if item.scores is not None:
+            entry["scores"] = item.scores
+        self._index.add(entry)
 
     def finish(self) -> None:
         """Makes the unit's files exist and marks it."""
@@ -176,11 +177,17 @@ class CacheBuilder:
         messages: bool,
         rows_per_unit: int,
         near_duplicates: str = "drop",
+        scores: bool = False,
     ):
         self.folder, self.fingerprint = folder, fingerprint
         self.dtype, self.hidden_size, self.rows_per_unit = dtype, hidden_size, rows_per_unit
         self.near_duplicates = near_duplicates
         self.columns = feature_columns(dtype, values, tokens, messages)
+        self.index_columns = INDEX_COLUMNS
+        if scores:
+            self.index_columns = datasets.Features(
+                INDEX_COLUMNS | {"scores": datasets.List(datasets.Value("float32"))}
+            )
         self._finisher = ThreadPoolExecutor(1)
         self._finishing: Future[None] | None = None
 
@@ -379,6 +386,7 @@ class CacheBuilder:
                 "rejected_by_reason": reasons,
                 "duplicates": duplicate_counts,
             },
+            "columns": list(self.columns),
             "dtype": self.dtype,
             "hidden_size": self.hidden_size,
             **described,

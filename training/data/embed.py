@@ -18,7 +18,17 @@ from blipren.training.data.builder import CacheBuilder, CacheLock, UnitWriter, r
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.captions import CaptionFilter, count_captions, summary_table
 from blipren.training.data.encoder import Encoder, to_storage
-from blipren.training.data.prepare import Batch, PrepareConfig, Workers, default_workers, pixel_bytes
+from blipren.training.data.prepare import (
+    Batch,
+    PrepareConfig,
+    Prepared,
+    Workers,
+    default_workers,
+    pixel_bytes,
+    rejection,
+)
+from blipren.training.data.retext import refilter
+from blipren.training.data.similarity import SimilarityScorer, judge
 from blipren.training.data.sources import Row, Source, open_rows
 from blipren.training.errors import UserError
 from blipren.training.loading import load_checkpoint
@@ -152,8 +162,35 @@ def rows_of(features: torch.Tensor, mask: torch.Tensor | None, batch: Batch, s: 
         )
 
 
+def score(batch: Batch, scorer: SimilarityScorer, s: EmbedSettings) -> None:
+    """Gives each row the similarities of its captions, and takes those out that the settings refuse."""
+    pixels = {name: value[:: s.views] for name, value in batch.pixels.items()}
+    captions = [[a for p, a in zip(item.row.prompts, item.row.answers) if p is None] for item in batch.rows]
+    for item, found in zip(batch.rows, scorer(pixels, captions)):
+        scores = iter(found)
+        item.scores = [next(scores) if prompt is None else None for prompt in item.row.prompts]
+        out = judge([item.scores[place] for place in item.kept], s.min_similarity, s.keep_best)
+        for place, (rule, value) in out.items():
+            batch.rejected.append(rejection(item.row, "text", rule, value, item.answers[place]))
+        left = [place for place in range(len(item.answers)) if place not in out]
+        item.prompts, item.answers = [item.prompts[i] for i in left], [item.answers[i] for i in left]
+
+
+def add_row(unit: UnitWriter, item: Prepared, *stored: Any) -> None:
+    """Into the cache, unless similarity left the row without a text."""
+    if item.answers or item.row.messages:
+        unit.add(item, *stored)
+    else:
+        unit.rejected.append(rejection(item.row, "row", "no_caption", "min_similarity"))
+
+
 def run_units(
-    s: EmbedSettings, source: Source, encoder: Encoder, builder: CacheBuilder, config: PrepareConfig
+    s: EmbedSettings,
+    source: Source,
+    encoder: Encoder,
+    builder: CacheBuilder,
+    config: PrepareConfig,
+    scorer: SimilarityScorer | None = None,
 ) -> Progress:
     """Embeds what is not done yet."""
     total = source.num_rows if s.limit is None else min(s.limit, source.num_rows or s.limit)
@@ -175,11 +212,13 @@ def run_units(
                     unit = UnitWriter(builder, which)
                 unit.rows += batch.num_rows
                 unit.texts += batch.num_texts
-                unit.rejected += batch.rejected
                 if batch.rows:
                     features, mask = encoder(batch.pixels)
+                    if scorer is not None:
+                        score(batch, scorer, s)
                     for row in rows_of(features, mask, batch, s):
-                        unit.add(*row)
+                        add_row(unit, *row)
+                unit.rejected += batch.rejected
                 progress.add(batch.num_rows)
                 if last:
                     builder.finish_later(unit)
@@ -279,6 +318,9 @@ def embed(s: EmbedSettings) -> int | None:
         view_flip=s.view_flip,
         variable=encoder.variable,
     )
+    scorer = None
+    if s.min_similarity is not None or s.keep_best is not None:
+        scorer = SimilarityScorer((model.config.base_models or {}).get("vision") or {}, encoder.device)
     num_patches = None if encoder.variable else encoder.measure()
     values = None if num_patches is None else num_patches * encoder.hidden_size * s.views
     print(describe_plan(s, source, encoder, values))
@@ -301,9 +343,10 @@ def embed(s: EmbedSettings) -> int | None:
             messages=bool(source.columns.messages),
             rows_per_unit=s.rows_per_shard,
             near_duplicates=s.near_duplicates,
+            scores=scorer is not None,
         )
         builder.start()
-        progress = run_units(s, source, encoder, builder, config)
+        progress = run_units(s, source, encoder, builder, config, scorer)
         if progress.done == 0:
             shutil.rmtree(folder / "units")
             raise UserError(f"{s.dataset} has no rows")
@@ -317,9 +360,10 @@ def embed(s: EmbedSettings) -> int | None:
 def reuse(s: EmbedSettings, folder: Path, fingerprint: dict[str, Any], rules: CaptionFilter) -> None:
     """A finished cache: left as it is, given other texts where only the caption filter differs, or refused."""
     cache = FeatureCache.open(folder)
-    without = [
-        {key: value for key, value in prints.items() if key != "captions"}
-        for prints in (cache.fingerprint, fingerprint)
-    ]
-    refuse_difference(*without, folder)
-    print(f"{folder} is complete: nothing to embed")
+    prints = (cache.fingerprint, fingerprint)
+    refuse_difference(*({k: v for k, v in each.items() if k != "captions"} for each in prints), folder)
+    current = cache.info.get("captions") or {"settings": cache.fingerprint["captions"]}
+    if current["settings"] == fingerprint["captions"]:
+        print(f"{folder} is complete: nothing to embed")
+    else:
+        refilter(folder, cache.info, fingerprint["captions"], rules)

@@ -13,7 +13,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -61,6 +61,10 @@ class Prepared:
     thumb: np.ndarray
     prompts: list[str | None]
     answers: list[str]
+    kept: list[int]
+    """Which of the row's own texts these are."""
+    scores: list[float | None] | None = None
+    """Similarity of each of the row's own texts to the image, where it was asked for."""
 
 
 @dataclass
@@ -120,7 +124,7 @@ def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[
         return None, [], [*rejected, rejection(row, "row", error.reason, error.detail)]
     split = row.split or split_by_hash(image_hash, config.validation_share, config.test_share)
     phash, thumb = image_signature(image)
-    prepared = Prepared(row, split, image_hash, phash, thumb, left.prompts, left.answers)
+    prepared = Prepared(row, split, image_hash, phash, thumb, left.prompts, left.answers, left.kept)
     # Sides and digits in the texts would be wrong in a mirror.
     flip = config.view_flip and not any(_SIDES.search(text) for text in [*left.answers, *filter(None, left.prompts)])
     views = [
@@ -274,6 +278,3 @@ def pixel_bytes(config: PrepareConfig, batch_size: int) -> int:
     """Bytes of a full batch's pixels, measured on one blank image."""
     pixels = _pixels([Image.new("RGB", (320, 240))], config)
     return sum(tensor.nbytes + 64 for tensor in pixels.values()) * batch_size
-
-
-Prepare = Callable[[list[Row]], Batch]
