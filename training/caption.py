@@ -94,8 +94,13 @@ class CaptionTrainer(SafeTrainer):
             features = features.float()
             features = features + torch.randn_like(features) * s.feature_noise * features.std()
         if features is not None and s.feature_dropout:
+            mask = inputs.get("patch_attention_mask")
             kept = torch.rand(features.shape[:2], device=features.device) >= s.feature_dropout
-            features = features * kept[..., None]
+            kept[:, 0] = True  # an image keeps at least one
+            if self.model.config.connector == "qformer":  # nobody looks at what is dropped
+                inputs["patch_attention_mask"] = kept.long() if mask is None else mask * kept
+            else:  # every patch is a visual token: what is dropped says no more than the whole image does
+                features = torch.where(kept[..., None], features, features.mean(dim=1, keepdim=True))
         if features is not None:
             inputs["patch_features"] = features
         _, attention_mask = plain(batch, self.mask_dtype)
@@ -222,7 +227,7 @@ class CaptionTrainer(SafeTrainer):
 
     def validation_cider(self) -> float:
         """CIDEr of greedy or beam captions over every validation image that has captions."""
-        from blipren.training.evaluation.metrics import caption_metrics
+        from blipren.training.evaluation.metrics import score_captions
 
         source, rank, world = self.validation.source, self.accelerator.process_index, self.accelerator.num_processes
         references = source.references()
@@ -232,7 +237,8 @@ class CaptionTrainer(SafeTrainer):
             parts: list = [None] * world
             torch.distributed.all_gather_object(parts, made)
             made = {name: text for part in parts for name, text in part.items()}
-        return caption_metrics(made, {str(i): texts for i, texts in references.items()})["CIDEr"]
+        references = {str(i): texts for i, texts in references.items()}
+        return score_captions(made, references, tokenizer="python", meteor=False).corpus["CIDEr"]
 
     def log_samples(self, when: str = "during") -> None:
         """Captions of the same few validation images, into the log and on the screen."""

@@ -1,0 +1,133 @@
+"""Each line of the doctor is tested by breaking what it proves."""
+
+import pytest
+import torch
+from tiny_models import QFORMER, make_llm, make_vision
+
+from blipren import BliprenForConditionalGeneration, BliprenProcessor
+from blipren.training.cli import main
+from blipren.training.doctor import (
+    CHECKS,
+    Illness,
+    Patient,
+    check_batch_equals_single,
+    check_dimensions,
+    check_end_of_sequence,
+    check_gradients,
+    check_prompt,
+    check_reload,
+    check_sees_image,
+    draw_patients,
+)
+from blipren.training.settings import DoctorSettings
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bases")
+    return make_vision(root / "vision"), make_llm(root / "llm")
+
+
+@pytest.fixture
+def patient(bases):
+    torch.manual_seed(0)
+    model = BliprenForConditionalGeneration.from_vision_text_pretrained(
+        *bases, num_queries=4, qformer=QFORMER, dtype="float32"
+    )
+    processor = BliprenProcessor.from_vision_text_pretrained(*bases, num_queries=4)
+    settings = DoctorSettings(model="x", steps=20, learning_rate=5e-3)
+    return Patient(model, processor, settings, *draw_patients(0))
+
+
+def test_a_healthy_pair_passes_every_check_and_is_left_as_it_was(bases, tmp_path, capsys):
+    vision, llm = map(str, bases)
+    out = str(tmp_path / "model")
+    qformer = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 64}"
+    assert main(["new", out, "--vision", vision, "--llm", llm, "--queries", "4", "--qformer", qformer]) == 0
+    assert main(["doctor", out, "--learning-rate", "0.01", "--steps", "300"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"ok   {name}" in shown for name in CHECKS)
+
+
+def test_dimensions(patient):
+    patient.processor.num_visual_tokens = 5
+    with pytest.raises((Illness, ValueError), match="4"):
+        check_dimensions(patient)
+
+
+def test_infinite_features(patient):
+    patient.model.model.projector.output_norm.weight.data[0] = float("inf")
+    with pytest.raises(Illness, match="not finite"):
+        check_dimensions(patient)
+
+
+def test_end_of_sequence_that_generation_does_not_know(patient):
+    patient.model.generation_config.eos_token_id = 77
+    with pytest.raises(Illness, match="would never stop"):
+        check_end_of_sequence(patient)
+
+
+def test_answers_without_an_end(patient, monkeypatch):
+    whole = BliprenProcessor.encode_answer
+    monkeypatch.setattr(BliprenProcessor, "encode_answer", lambda self, answer: whole(self, answer)[:-1])
+    with pytest.raises(Illness, match="0 end tokens"):
+        check_end_of_sequence(patient)
+
+
+def test_prompts_that_differ_between_training_and_inference(patient, monkeypatch):
+    whole = BliprenProcessor.encode_prompt
+    monkeypatch.setattr(BliprenProcessor, "encode_prompt", lambda self, *a, **k: whole(self, *a, **k) + [7])
+    with pytest.raises(Illness, match="in training and"):
+        check_prompt(patient)
+
+
+def test_gradients_that_do_not_reach_the_connector(patient):
+    torch.nn.init.zeros_(patient.model.model.projector.output_norm.weight)
+    with pytest.raises(Illness, match="no gradient reaches the qformer"):
+        check_gradients(patient)
+    patient.model.freeze(train=[])
+    with pytest.raises((Illness, RuntimeError)):
+        check_gradients(patient)
+
+
+def test_a_language_model_that_ignores_its_mask(patient, monkeypatch):
+    forward = type(patient.model.model.language_model).forward
+
+    def without_mask(self, *args, attention_mask=None, **kwargs):
+        return forward(self, *args, attention_mask=None, **kwargs)
+
+    monkeypatch.setattr(type(patient.model.model.language_model), "forward", without_mask)
+    with pytest.raises(Illness, match="does not honour the attention mask"):
+        check_batch_equals_single(patient)
+
+
+def test_a_copy_that_lost_a_weight(patient, monkeypatch):
+    load = BliprenForConditionalGeneration.from_pretrained.__func__
+
+    def lossy(cls, *args, **kwargs):
+        model = load(cls, *args, **kwargs)
+        torch.nn.init.zeros_(model.model.qformer.query_tokens)
+        return model
+
+    monkeypatch.setattr(BliprenForConditionalGeneration, "from_pretrained", classmethod(lossy))
+    with pytest.raises(Illness, match="differs by"):
+        check_reload(patient)
+
+
+def test_a_model_that_ignores_its_image(patient, monkeypatch):
+    encode = patient.model.encode_images
+    monkeypatch.setattr(patient.model, "encode_images", lambda *a, **k: torch.zeros_like(encode(*a, **k)))
+    before = patient.model.model.qformer.query_tokens.clone()
+    with pytest.raises(Illness, match="ignores its image"):
+        check_sees_image(patient)
+    assert torch.equal(patient.model.model.qformer.query_tokens, before)  # the check is undone
+
+
+def test_exit_status_1_with_the_reason(bases, tmp_path, capsys, monkeypatch):
+    model = BliprenForConditionalGeneration.from_vision_text_pretrained(*bases, num_queries=4, qformer=QFORMER)
+    model.generation_config.eos_token_id = 77
+    model.save_pretrained(tmp_path)
+    BliprenProcessor.from_vision_text_pretrained(*bases, num_queries=4).save_pretrained(tmp_path)
+    monkeypatch.setattr("blipren.training.doctor.CHECKS", {"end of sequence": check_end_of_sequence})
+    assert main(["doctor", str(tmp_path)]) == 1
+    assert "FAIL end of sequence" in capsys.readouterr().out
