@@ -1,0 +1,251 @@
+"""What each query and each word sees: cross-attention on the encoder's true grid, over the photo as the encoder saw it.
+
+Cross-attention is read from the Q-Former, averaged over heads, per layer and query. A word's map weights it by the
+gradient of the word's log-probability (Chefer et al. 2021, arXiv:2103.15679: positive part of gradient times
+attention). The connector `patches` has no cross-attention: there a word's map is gradient times feature of each patch.
+Class and register tokens are no places of the picture and are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from blipren.training.evaluation.captioning import Features, encode_photos, generate_captions, pad_right
+
+
+@dataclass
+class Grid:
+    """Where patch features lie in the picture that the encoder saw.
+
+    Attributes:
+        height, width: patches. prefix: leading tokens that are no patches (class, registers).
+    """
+
+    height: int
+    width: int
+    prefix: int = 0
+
+    def maps(self, values: torch.Tensor) -> torch.Tensor:
+        """[..., tokens] -> [..., height, width], whatever stands before the patches or pads behind them left out."""
+        patches = self.height * self.width
+        if values.shape[-1] < self.prefix + patches:
+            raise ValueError(
+                f"{values.shape[-1]} tokens are too few for {self.prefix} + {self.height} x {self.width} patches"
+            )
+        return values[..., self.prefix : self.prefix + patches].unflatten(-1, (self.height, self.width))
+
+
+def grid_of(config, pixels: dict[str, torch.Tensor] | None = None, row: int = 0) -> Grid:
+    """The true grid of an image's patch features: the config's, or where it differs from image to image its own."""
+    prefix = config.num_prefix_tokens if config.vision_feature_select == "full" else 0
+    if config.vision_grid is not None:
+        return Grid(*config.vision_grid, prefix)
+    if pixels is None or "spatial_shapes" not in pixels:
+        raise ValueError("this encoder's grid differs from image to image: the processor's spatial_shapes are needed")
+    return Grid(*pixels["spatial_shapes"][row].tolist(), prefix)
+
+
+def seen_picture(processor, pixels: dict[str, torch.Tensor], row: int = 0) -> Image.Image:
+    """The picture as the encoder saw it: resized, cropped and padded by the processor, colours put back."""
+    values = pixels["pixel_values"][row].float()
+    image_processor = processor.image_processor
+    if "spatial_shapes" in pixels:  # NaFlex: rows of patches [patches, side * side * channels]
+        height, width = pixels["spatial_shapes"][row].tolist()
+        side = int((values.shape[-1] // 3) ** 0.5)
+        values = values[: height * width].reshape(height, width, side, side, 3)
+        values = values.permute(4, 0, 2, 1, 3).reshape(3, height * side, width * side)
+    if getattr(image_processor, "do_normalize", True):
+        mean, std = (
+            torch.tensor(getattr(image_processor, f"image_{name}"))[:, None, None] for name in ("mean", "std")
+        )
+        values = values * std + mean
+    # without rescaling the processor hands on numbers up to 255
+    scale = 255 if getattr(image_processor, "do_rescale", True) else 1
+    array = (values * scale).clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).convert("RGB")
+
+
+@torch.no_grad()
+def query_maps(model, features: Features, row: int = 0) -> torch.Tensor | None:
+    """Mean over heads of the cross-attention of one image: [layers, queries, height, width]; each sums to at most 1.
+
+    None for the connector `patches`, which has no queries.
+    """
+    if model.config.connector != "qformer":
+        return None
+    inputs = features[[row]].model_inputs(model.device)
+    attentions = model.get_image_features(**inputs, output_attentions=True).cross_attentions
+    grid = grid_of(model.config, features.pixels, row)
+    return torch.stack([grid.maps(layer[0].float().mean(dim=0)) for layer in attentions]).cpu()
+
+
+def _prefixes(model, processor, features: Features, row: int, prompt, answer_ids: Sequence[int]):
+    count = features[[row]].visual_tokens(model.config)
+    before = list(processor.encode_prompt(prompt, num_visual_tokens=count))
+    ids, mask = pad_right([before + list(answer_ids)], 0)
+    return ids.to(model.device), mask.to(model.device), len(before)
+
+
+def token_maps(
+    model, processor, features: Features, row: int, prompt: str | None, answer_ids: Sequence[int]
+) -> tuple[torch.Tensor, list[float]]:
+    """Gradient-weighted maps of an image for each token of an answer.
+
+    Args:
+        features: with `pixels` where the grid differs from image to image. row: the image.
+        answer_ids: tokens of the answer, as `processor.encode_answer` gives them.
+
+    Returns:
+        Maps [tokens, height, width], each with its maximum at 1 (all zero where nothing is positive), and the
+        log-probability of each token.
+    """
+    ids, mask, start = _prefixes(model, processor, features, row, prompt, answer_ids)
+    grid = grid_of(model.config, features.pixels, row)
+    with torch.enable_grad():
+        inputs = features[[row]].model_inputs(model.device)
+        # frozen models have no gradient of their own; the picture's side of the graph is made to have one
+        inputs["patch_features"] = inputs["patch_features"].float().requires_grad_(True)
+        image = model.get_image_features(**inputs, output_attentions=model.config.connector == "qformer")
+        at = torch.arange(start - 1, start - 1 + len(answer_ids), device=model.device)
+        logits = model(input_ids=ids, attention_mask=mask, mm_encoder_outputs={"image": image}, logits_at=at).logits
+        chosen = logits.float().log_softmax(dim=-1).gather(1, ids[0, start:, None])[:, 0]  # [tokens]
+        maps = []
+        for token, log_probability in enumerate(chosen):
+            again = token + 1 < len(chosen)
+            if image.cross_attentions is not None:
+                gradients = torch.autograd.grad(log_probability, image.cross_attentions, retain_graph=again)
+                weighted = [(g * a).clamp(min=0) for g, a in zip(gradients, image.cross_attentions)]
+                relevance = torch.stack([w[0].float().mean(dim=0).sum(dim=0) for w in weighted]).sum(
+                    dim=0
+                )  # [patches]
+            else:
+                (gradient,) = torch.autograd.grad(log_probability, inputs["patch_features"], retain_graph=again)
+                relevance = (gradient * inputs["patch_features"])[0].float().sum(dim=-1).clamp(min=0)
+            relevance = grid.maps(relevance.detach())
+            maps.append(relevance / relevance.max().clamp(min=1e-12))
+    return torch.stack(maps).cpu(), chosen.detach().cpu().tolist()
+
+
+def word_maps(tokens: Sequence[str], maps: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+    """Joins the tokens of each word: words, and maps [words, height, width], the mean of their tokens'.
+
+    Args:
+        tokens: text of each token as it continues the answer, white space in front where a word begins.
+    """
+    words: list[str] = []
+    members: list[list[int]] = []
+    for i, token in enumerate(tokens):
+        if not words or token[:1].isspace():
+            words.append(token)
+            members.append([i])
+        else:
+            words[-1] += token
+            members[-1].append(i)
+    joined = torch.stack([maps[own].mean(dim=0) for own in members])
+    return [word.strip() for word in words], joined / joined.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def token_texts(processor, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it, so that pieces and bytes come out as they are read."""
+    texts, before = [], ""
+    for end in range(1, len(ids) + 1):
+        whole = processor.tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
+        if whole.endswith("\ufffd"):  # half of a character: shown with its other half
+            texts.append("")
+            continue
+        texts.append(whole[len(before) :])
+        before = whole
+    return texts
+
+
+@dataclass
+class QueryStatistics:
+    """Whether queries look at different things, of one image or averaged over several.
+
+    Attributes:
+        entropy: [queries], of each query's map (mean over layers), as a share of the largest: 1 is everywhere alike.
+        overlap: [queries, queries], sum of the smaller of two normalised maps: 1 is the same map.
+        dead: queries whose map is flat (entropy above 0.98). identical: pairs of queries with overlap above 0.95.
+    """
+
+    entropy: list[float]
+    overlap: list[list[float]]
+    mean_overlap: float
+    dead: list[int]
+    identical: list[tuple[int, int]]
+
+
+def query_statistics(maps: torch.Tensor) -> QueryStatistics:
+    """Entropy and overlap of queries from maps [layers, queries, height, width] of one image, or [images, ...]."""
+    if maps.dim() == 4:
+        maps = maps[None]
+    flat = maps.double().mean(dim=1).flatten(2)  # [images, queries, patches]
+    flat = flat / flat.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    entropy = -(flat * flat.clamp(min=1e-12).log()).sum(dim=-1) / np.log(max(2, flat.shape[-1]))
+    entropy = entropy.mean(dim=0)
+    overlap = torch.stack([torch.minimum(f[:, None], f[None]).sum(dim=-1) for f in flat]).mean(dim=0)
+    count = overlap.shape[0]
+    off_diagonal = overlap[~torch.eye(count, dtype=torch.bool)]
+    pairs = [(i, j) for i in range(count) for j in range(i + 1, count) if overlap[i, j] > 0.95]
+    return QueryStatistics(
+        entropy=entropy.tolist(),
+        overlap=overlap.tolist(),
+        mean_overlap=float(off_diagonal.mean()) if count > 1 else 1.0,
+        dead=[i for i, e in enumerate(entropy.tolist()) if e > 0.98],
+        identical=pairs,
+    )
+
+
+def feature_norms(model, features: Features, row: int = 0) -> torch.Tensor:
+    """Length of each patch feature, [height, width]: large ones are what the encoder makes much of, or artefacts."""
+    norms = features.patches[row].float().norm(dim=-1)
+    return grid_of(model.config, features.pixels, row).maps(norms)
+
+
+@dataclass
+class Explained:
+    """One photo for the attention explorer.
+
+    Attributes:
+        seen: the picture as the encoder saw it. queries: [layers, queries, h, w] or None.
+        words, word_maps: of the caption; log_probabilities of its tokens. norms: [h, w]. router: of the experts.
+    """
+
+    seen: Image.Image
+    caption: str
+    queries: torch.Tensor | None
+    words: list[str]
+    word_maps: torch.Tensor
+    norms: torch.Tensor
+    router: list[float] | None
+
+
+def explain(model, processor, photo: Image.Image, prompt: str | None = None, caption: str | None = None, **generation):
+    """Caption of a photo (generated unless given), what every query saw, and what every word was drawn from."""
+    features = encode_photos(model, processor, [photo], keep_pixels=True)
+    if caption is None:
+        caption = generate_captions(model, processor, features, prompt, **generation)[0]["text"]
+    router = None
+    if model.config.projector == "moe":
+        with torch.no_grad():
+            probabilities = model.get_image_features(**features.model_inputs(model.device)).router_probs
+        router = probabilities[0].float().tolist()
+    words, maps = [], torch.zeros(0, *feature_norms(model, features).shape)
+    if caption.strip():
+        ids = list(processor.encode_answer(caption))[:-1]
+        per_token, _ = token_maps(model, processor, features, 0, prompt, ids)
+        words, maps = word_maps(token_texts(processor, ids), per_token)
+    return Explained(
+        seen=seen_picture(processor, features.pixels),
+        caption=caption,
+        queries=query_maps(model, features),
+        words=words,
+        word_maps=maps,
+        norms=feature_norms(model, features),
+        router=router,
+    )
