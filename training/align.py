@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 
 from blipren.training import checkpoints, objectives
 from blipren.training.align_start import starting_point
-from blipren.training.data.batches import BatchPlan
+from blipren.training.data.batches import VIEW, BatchPlan, generator
+from blipren.training.data.cache import FeatureCache
 from blipren.training.errors import UserError
 from blipren.training.evaluation.retrieval import evaluate_retrieval
 from blipren.training.run_folder import RunFolder
@@ -83,7 +84,10 @@ class PairBatches(Dataset):
         step, part = divmod(item, self.plan.micro_batches)
         numbers = self.plan.micro_batch(step, part)[1][:, 1]
         images = self.pairs.images[numbers]
-        features, mask = self.cache.patch_features(self.split, images.tolist())
+        views = None
+        if self.cache.views > 1:
+            views = generator(self.plan.seed, VIEW, item).integers(self.cache.views, size=len(images))
+        features, mask = self.cache.patch_features(self.split, images, views)
         tokens = self.tokenizer.pad({"input_ids": [self.pairs.tokens[n] for n in numbers]}, return_tensors="pt")
         batch = {
             "item": item,
@@ -120,10 +124,10 @@ def gather_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 class AlignTrainer(SafeTrainer):
     """The three losses, two learning rates, and validation by recall."""
 
-    def __init__(self, *, settings: AlignSettings, validate, clock: Clock, **keywords):
+    def __init__(self, *, settings: AlignSettings, validate, timer: Timer, **keywords):
         super().__init__(**keywords)
-        self.settings, self.validate, self.clock = settings, validate, clock
-        self.noted: dict[str, dict[int, list[float]]] = {}
+        self.settings, self.validate, self.timer = settings, validate, timer
+        self.noted: dict[str, dict[int, list[Tensor | float]]] = {}
         self.offset = 0
 
     # ==================================================================================================== the step
@@ -260,17 +264,18 @@ class AlignTrainer(SafeTrainer):
     def note(self, **values) -> None:
         """Keeps values for the next log line."""
         for name, value in values.items():
-            self.noted.setdefault(name, {}).setdefault(self.state.global_step, []).append(float(value))
+            value = value.detach() if isinstance(value, Tensor) else value  # read when it is logged, not earlier
+            self.noted.setdefault(name, {}).setdefault(self.state.global_step, []).append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             for name, steps in self.noted.items():
                 # the losses of pieces add up to their step's, shares and norms are averaged
                 fold = sum if name in ("itm", "itg") else np.mean
-                logs[name] = float(np.mean([fold(values) for values in steps.values()]))
+                logs[name] = float(np.mean([fold([float(v) for v in values]) for values in steps.values()]))
             self.noted.clear()
             logs["temperature"] = 1 / self.temperature()[0].item()
-            logs["seconds"] = round(self.clock.elapsed(), 2)
+            logs["seconds"] = round(self.timer.elapsed(), 2)
             self.run_folder.log("train", self.state.global_step, **logs)
             if self.args.should_save:
                 shown = ("loss", "itc", "itm", "itg", "itc_accuracy", "itm_accuracy", "temperature", "learning_rate")
@@ -285,7 +290,7 @@ class AlignTrainer(SafeTrainer):
         warmup, floor = min(self.settings.warmup, 0.5), self.settings.min_learning_rate
 
         def factor(step: int) -> float:
-            done = self.clock.share()
+            done = self.timer.share()
             if done < warmup:
                 return max(done / warmup, 0.01)
             done = (done - warmup) / (1 - warmup)
@@ -349,7 +354,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     return {name: math.sqrt(value) for name, value in squares.items()}
 
 
-class Clock(TrainerCallback):
+class Timer(TrainerCallback):
     """Time spent in a run, all its continuations together; ends one whose time is limited."""
 
     def __init__(self, max_minutes: float | None = None, before: float = 0.0):
@@ -418,8 +423,6 @@ def validator(settings: AlignSettings, cache, pairs: CaptionPairs, tokenizer):
 
 def prepare(settings: AlignSettings, folder: RunFolder) -> AlignTrainer:
     """Everything up to the first step."""
-    from blipren.training.data.cache import FeatureCache
-
     torch.manual_seed(settings.seed)
     cache = FeatureCache.open(settings.cache)
     model, processor, tokenizer = starting_point(settings)
@@ -433,7 +436,7 @@ def prepare(settings: AlignSettings, folder: RunFolder) -> AlignTrainer:
     if size < processes:
         raise UserError(f"batch_size {size} cannot be shared by {processes} processes")
     plan = BatchPlan(
-        sizes=[len(pairs["train"])], weights=[1.0], seed=settings.seed, images_per_step=size, micro_batches=processes
+        sizes=(len(pairs["train"]),), weights=(1.0,), seed=settings.seed, images_per_step=size, micro_batches=processes
     )
     steps = settings.max_steps or math.ceil(settings.epochs * plan.steps_per_epoch)
     if settings.max_minutes and not settings.max_steps:
@@ -453,18 +456,18 @@ def prepare(settings: AlignSettings, folder: RunFolder) -> AlignTrainer:
         use_cpu=settings.device == "cpu",
         ddp_find_unused_parameters=False,
     )
-    clock = Clock(settings.max_minutes)
+    timer = Timer(settings.max_minutes)
     average = Average(model, settings.ema) if settings.ema else None
     trainer = AlignTrainer(
         model=model,
         args=args,
         train_dataset=PairBatches(pairs["train"], cache, "train", tokenizer, plan, steps),
         eval_dataset=pairs["validation"],
-        callbacks=[clock] + ([Averaging(average)] if average else []),
+        callbacks=[timer] + ([Averaging(average)] if average else []),
         processing_class=processor,
         settings=settings,
         validate=validator(settings, cache, pairs["validation"], tokenizer),
-        clock=clock,
+        timer=timer,
         run=folder,
         average=average,
         groups=parameter_groups(model, settings),
@@ -494,7 +497,7 @@ def run_align(settings: AlignSettings) -> dict:
     step = checkpoints.step_of(resumed) if resumed else -1
     folder.rewind(step)
     if resumed:
-        trainer.clock.before = max((event.get("seconds", 0.0) for event in folder.events()), default=0.0)
+        trainer.timer.before = max((event.get("seconds", 0.0) for event in folder.events()), default=0.0)
         say(f"going on from {resumed}")
     else:
         trainer.evaluate()  # what the starting weights give
@@ -510,7 +513,7 @@ def run_align(settings: AlignSettings) -> dict:
         "before": validations[0],
         "after": chosen,
         "steps": trainer.state.global_step,
-        "seconds": round(trainer.clock.elapsed(), 1),
+        "seconds": round(trainer.timer.elapsed(), 1),
     }
     if folder.writes:
         model = trainer.model

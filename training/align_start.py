@@ -7,11 +7,12 @@ import math
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from blipren.base_blipren import split_revision
+from blipren.configuration_blipren import split_revision
 from blipren.modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
 from blipren.processing_blipren import BliprenProcessor
 from blipren.qformer_blipren import copy_bert_weights
 from blipren.training.errors import UserError
+from blipren.training.loading import load_checkpoint, load_config
 from blipren.training.settings import AlignSettings
 
 START_TOKENS = ("[DEC]", "[unused0]")  # LAVIS adds the first to BERT's vocabulary; the second lies there unused
@@ -20,11 +21,9 @@ SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # SigLIP's initial values
 
 def starting_point(settings: AlignSettings):
     """(model, processor, tokenizer of the text side), the model with what stage 1 trains unfrozen."""
-    try:
-        processor = BliprenProcessor.from_pretrained(settings.model)
-        generator = load(settings.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{settings.model} cannot be aligned: {error}") from error
+    aligned = "BliprenForImageTextRetrieval" in (load_config(settings.model).architectures or [])
+    kind = BliprenForImageTextRetrieval if aligned else BliprenForConditionalGeneration
+    generator, processor = load_checkpoint(settings.model, kind)
     tokenizer = text_tokenizer(settings, processor)
     # BERT fills the text side too: what an earlier checkpoint knew of another vocabulary is not kept
     bert = settings.qformer_init and bert_weights(settings.qformer_init)
@@ -56,15 +55,6 @@ def starting_point(settings: AlignSettings):
     processor.qformer_tokenizer = tokenizer
     unused(model, settings)
     return model, processor, tokenizer
-
-
-def load(path: str):
-    """The checkpoint in its own class."""
-    name, revision = split_revision(path)
-    config = BliprenForConditionalGeneration.config_class.from_pretrained(name, revision=revision)
-    aligned = "BliprenForImageTextRetrieval" in (config.architectures or [])
-    kind = BliprenForImageTextRetrieval if aligned else BliprenForConditionalGeneration
-    return kind.from_pretrained(name, revision=revision)
 
 
 def text_tokenizer(settings: AlignSettings, processor: BliprenProcessor):
