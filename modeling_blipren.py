@@ -31,7 +31,7 @@ from .configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_re
 from .processing_blipren import end_of_answer_id, pick_image_token
 from .qformer_blipren import BliprenQFormer, copy_bert_weights
 from .retrieval_blipren import BliprenForImageTextRetrieval
-from .vision_blipren import load_vision_config, measure_vision, patch_features_of
+from .vision_blipren import load_vision_config, measure_vision, patch_features_of, used_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -381,6 +381,12 @@ class BliprenModel(BliprenPreTrainedModel):
             )
 
 
+def _refuse_missing(name: str, keys) -> None:
+    """A base model that does not hold all of its weights would be filled with random values."""
+    if keys := sorted(keys):
+        raise ValueError(f"{name} lacks {len(keys)} weights of its architecture, such as {keys[0]!r}")
+
+
 def build_lm_head(text_config) -> nn.Linear:
     """The head of the language model's own family: width, vocabulary and bias as `AutoModelForCausalLM` has them."""
     with torch.device("meta"):
@@ -640,12 +646,13 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"{llm} is an encoder-decoder model ({text_config.model_type}); BLIPren takes decoder-only language models"
             )
+        if text_config.get_text_config() is not text_config:
+            raise ValueError(f"{llm} is a model of several parts ({text_config.model_type}); give a text-only one")
         image_processor = AutoImageProcessor.from_pretrained(vision, revision=vision_revision, **hub_kwargs)
         tokenizer = AutoTokenizer.from_pretrained(llm, revision=llm_revision, **hub_kwargs)
         blank = Image.new("RGB", (320, 240))
-        measured = measure_vision(
-            vision_config, dict(image_processor(blank, return_tensors="pt")), vision_feature_layer
-        )
+        image_inputs = dict(image_processor(blank, return_tensors="pt"))
+        measured = measure_vision(vision_config, image_inputs, vision_feature_layer)
         patches = measured.num_patches(vision_feature_select)
         qformer_values = {"num_query_tokens": num_queries, **(qformer or {})}
         bert = None
@@ -662,10 +669,21 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
                 **qformer_values,
             }
         qformer_values["encoder_hidden_size"] = measured.hidden_size
-        causal_lm = AutoModelForCausalLM.from_pretrained(llm, revision=llm_revision, dtype=dtype, **hub_kwargs)
-        vision_model = AutoModel.from_pretrained(
-            vision, revision=vision_revision, config=vision_config, dtype=causal_lm.dtype, **hub_kwargs
+        causal_lm, info = AutoModelForCausalLM.from_pretrained(
+            llm, revision=llm_revision, dtype=dtype, output_loading_info=True, **hub_kwargs
         )
+        _refuse_missing(llm, info["missing_keys"])
+        vision_model, info = AutoModel.from_pretrained(
+            vision,
+            revision=vision_revision,
+            config=vision_config,
+            dtype=causal_lm.dtype,
+            output_loading_info=True,
+            **hub_kwargs,
+        )
+        if info["missing_keys"]:  # a pooler that nobody reads may be missing, a layer may not
+            used = used_parameters(vision_model, image_inputs, vision_feature_layer)
+            _refuse_missing(vision, set(info["missing_keys"]) & used)
         config = BliprenConfig(
             vision_config=vision_config,
             text_config=causal_lm.config,

@@ -72,14 +72,38 @@ def patch_features_of(
     Returns:
         `(num_images, num_patches, vision_hidden)`.
     """
-    needs_hidden_states = layers != -1 and layers != [-1]
-    outputs = vision_tower(pixel_values, output_hidden_states=needs_hidden_states, return_dict=True, **vision_inputs)
+    return patches_of(
+        vision_outputs_of(vision_tower, pixel_values, layers, **vision_inputs), layers, num_prefix_tokens
+    )
+
+
+def vision_outputs_of(vision_tower: nn.Module, pixel_values: torch.Tensor, layers: int | list[int] = -1, **inputs):
+    """What the encoder itself gives, with its hidden states where a layer needs them."""
+    if layers != -1 and layers != [-1]:
+        inputs["output_hidden_states"] = True
+    return vision_tower(pixel_values, return_dict=True, **inputs)
+
+
+def patches_of(outputs, layers: int | list[int] = -1, num_prefix_tokens: int = 0) -> torch.Tensor:
+    """An encoder's output flattened, cut and joined to `(num_images, num_patches, vision_hidden)`."""
     states = _select_layers(outputs, layers)
     if states[-1].dim() == 4:  # feature maps [B, C, H, W]
         grid = states[-1].shape[-2:]
         states = [F.adaptive_avg_pool2d(s, grid) if s.shape[-2:] != grid else s for s in states]
         return torch.cat([s.flatten(2).transpose(1, 2) for s in states], dim=-1)
     return torch.cat(states, dim=-1)[:, num_prefix_tokens:]
+
+
+def used_parameters(
+    vision_tower: nn.Module, image_inputs: dict[str, torch.Tensor], layers: int | list[int]
+) -> set[str]:
+    """Names of the parameters that patch features depend on, found by a backward pass."""
+    parameters = dict(vision_tower.named_parameters())
+    inputs = dict(image_inputs)
+    pixel_values = inputs.pop("pixel_values").to(vision_tower.dtype)
+    features = patch_features_of(vision_tower.eval(), pixel_values, layers, **inputs)
+    gradients = torch.autograd.grad(features.float().sum(), list(parameters.values()), allow_unused=True)
+    return {name for name, gradient in zip(parameters, gradients) if gradient is not None}
 
 
 @contextlib.contextmanager
@@ -138,4 +162,4 @@ def measure_vision(
     return BliprenVisionShape((height, breadth), length - height * breadth, width)
 
 
-__all__ = ["BliprenVisionShape", "load_vision_config", "measure_vision", "patch_features_of"]
+__all__ = ["BliprenVisionShape", "load_vision_config", "measure_vision", "patch_features_of", "used_parameters"]

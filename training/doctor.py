@@ -71,7 +71,8 @@ def draw_patients(seed: int) -> tuple[list[Image.Image], list[str]]:
         box = (left, top, left + 88, top + 88)
         (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
         images.append(image)
-    return images, [f"A {colour} {shape} number {i}." for i, (colour, shape) in enumerate(zip(colours, shapes))]
+    # plain words: a small language model that is frozen cannot be made to say what it never read
+    return images, [f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" for colour, shape in zip(colours, shapes)]
 
 
 def check_dimensions(patient: Patient) -> str:
@@ -282,7 +283,11 @@ def examine(patient: Patient) -> list[tuple[str, bool, str]]:
 def doctor(settings: DoctorSettings) -> int:
     """Runs every check on a checkpoint. Returns 1 when one failed."""
     print(f"doctor: {settings.model}: {len(CHECKS)} checks, the last trains on eight drawn images and is undone")
-    model, processor = load_checkpoint(settings.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # half precision on a CPU is slow, and too coarse for overfitting
+    keywords = {"dtype": torch.float32} if device == "cpu" else {}
+    model, processor = load_checkpoint(settings.model, **keywords)
+    model.to(device)
     if settings.steps < 10:
         raise UserError(f"steps is {settings.steps}; the overfitting check looks every 10 steps, so give at least 10")
     images, captions = draw_patients(settings.seed)

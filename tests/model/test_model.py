@@ -338,3 +338,50 @@ def test_attention_implementations_agree(bases, tmp_path):
         for name in ("eager", "sdpa")
     }
     torch.testing.assert_close(logits["eager"], logits["sdpa"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_only_the_image_tower_of_a_two_tower_checkpoint_is_taken(kind, bases, tmp_path):
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    vision = bases("vision", f"{kind}_vision_model")
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 60,
+    }
+    values = {"projection_dim": 32} if kind == "clip" else {}
+    both = AutoModel.from_config(
+        AutoConfig.for_model(
+            kind, vision_config=AutoConfig.from_pretrained(vision).to_dict(), text_config=text, **values
+        )
+    ).eval()
+    both.save_pretrained(tmp_path)
+    AutoImageProcessor.from_pretrained(vision).save_pretrained(tmp_path)
+    model = BliprenForConditionalGeneration.from_vision_text_pretrained(
+        tmp_path, bases("llm", "llama"), num_queries=4, qformer=QFORMER
+    )
+    pixels = torch.randn(1, 3, 32, 32)
+    expected = both.vision_model(pixels).last_hidden_state
+    torch.testing.assert_close(model.encode_images(pixels), expected[:, 1:] if kind == "clip" else expected)
+
+
+def test_a_base_that_lacks_weights_is_refused(bases, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    for kind, family, lost in (("vision", "vit", "layer.1"), ("llm", "llama", "layers.1.mlp")):
+        folder = tmp_path / kind
+        shutil.copytree(bases(kind, family), folder)
+        weights = load_file(folder / "model.safetensors")
+        kept = {k: v for k, v in weights.items() if lost not in k and "pooler" not in k}
+        assert len(kept) < len(weights)
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        vision, llm = (folder, bases("llm", "llama")) if kind == "vision" else (bases("vision", "vit"), folder)
+        with pytest.raises(
+            ValueError, match=rf"lacks \d+ weights of its architecture, such as .*{lost.split('.')[0]}"
+        ):
+            BliprenForConditionalGeneration.from_vision_text_pretrained(vision, llm, num_queries=4, qformer=QFORMER)
