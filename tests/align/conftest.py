@@ -40,7 +40,10 @@ def untrained(bases, tmp_path_factory):
     folder = tmp_path_factory.mktemp("new")
     torch.manual_seed(0)
     model = BliprenForConditionalGeneration.from_vision_text_pretrained(
-        bases["vision"], bases["llm"], num_queries=4, qformer=QFORMER
+        bases["vision"],
+        bases["llm"],
+        num_queries=4,
+        qformer={**QFORMER, "initializer_range": 0.2, "query_init_std": 1.0},
     )
     model.save_bridge(folder)
     BliprenProcessor.from_vision_text_pretrained(bases["vision"], bases["llm"], num_queries=4).save_pretrained(folder)

@@ -143,7 +143,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_killed(settings, tmp_pa
 
     def with_kill(*arguments):
         trainer = prepare(*arguments)
-        trainer.add_callback(KillAt(3))
+        trainer.add_callback(KillAt(2))  # noticed at the end of the step after it
         return trainer
 
     monkeypatch.setattr(stage, "prepare", with_kill)
