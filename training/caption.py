@@ -109,10 +109,8 @@ class CaptionTrainer(SafeTrainer):
             unseen = answer & (torch.rand(answer.shape, device=answer.device) < s.word_dropout)
             if attention_mask.ndim == 2:
                 attention_mask = attention_mask.masked_fill(unseen, 0)
-            else:  # nobody looks back at them; they still see themselves
-                others = ~torch.eye(unseen.shape[1], dtype=torch.bool, device=unseen.device)
-                lowest = torch.finfo(attention_mask.dtype).min
-                attention_mask = attention_mask.masked_fill(unseen[:, None, None, :] & others, lowest)
+            else:
+                attention_mask = hide_words(attention_mask, unseen)
         return inputs, attention_mask
 
     def count_step(self, batches: list[dict]) -> torch.Tensor:
@@ -249,6 +247,12 @@ class CaptionTrainer(SafeTrainer):
             name = self.validation.source.ids[image]
             self.run_folder.log("sample", self.state.global_step, image=name, text=found["text"], when=when)
             say(f"  {name}: {found['text']}")
+
+
+def hide_words(mask: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
+    """[rows, 1, length, length] mask in which nobody looks back at the `unseen` [rows, length]; they see themselves."""
+    others = ~torch.eye(unseen.shape[1], dtype=torch.bool, device=unseen.device)
+    return mask.masked_fill(unseen[:, None, None, :] & others, torch.finfo(mask.dtype).min)
 
 
 def plain(batch: dict, dtype: torch.dtype) -> tuple[dict, torch.Tensor]:

@@ -52,3 +52,15 @@ def settings(model_dir, cache_dir, tmp_path):
         return TrainSettings(**values | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def deterministic_model(tmp_path_factory, bases):
+    """Without any dropout."""
+    qformer = tiny_models.QFORMER | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return make_model(
+        tmp_path_factory.mktemp("deterministic") / "model",
+        *bases,
+        qformer=qformer,
+        projector_options={"projector_dropout": 0.0},
+    )

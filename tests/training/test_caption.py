@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from blipren import BliprenForConditionalGeneration
-from blipren.training import caption
-from blipren.training.errors import UserError
+from blipren.training import caption, checkpoints, tuning
+from blipren.training.data.batches import shared_prefix_mask
+from blipren.training.errors import UsageError, UserError
+from blipren.training.inputs import CacheSource
 from blipren.training.settings import TrainSettings
-from tests.tiny_models import QFORMER
-from tests.training.tools import events, make_model, weights
+from tests.training.tools import events, weights
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +103,191 @@ def test_layout_and_accumulation_do_not_change_training(settings, tmp_path, chan
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def deterministic_model(tmp_path_factory, bases):
-    qformer = QFORMER | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return make_model(
-        tmp_path_factory.mktemp("deterministic") / "model",
-        *bases,
-        qformer=qformer,
-        projector_options={"projector_dropout": 0.0},
+# ---- what stops it ------------------------------------------------------------------------------------------------
+
+
+def test_nan_stops_before_the_update_and_names_the_images(settings, tmp_path, monkeypatch):
+    run = settings(max_steps=9, save_every=2, log_every=1)
+    original = CacheSource.inputs
+
+    def poisoned(self, images, seed):
+        inputs = original(self, images, seed)
+        if self.split == "train" and self.ids.index("7.png") in images:
+            inputs["patch_features"][images.index(self.ids.index("7.png"))] = float("nan")
+        return inputs
+
+    monkeypatch.setattr(CacheSource, "inputs", poisoned)
+    with pytest.raises(UserError, match=r"loss is not finite at step (\d+).*7\.png") as caught:
+        caption.train(run)
+    step = int(str(caught.value).split("step ")[1].split(":")[0])
+    for folder in checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints"):
+        assert checkpoints.step_of(folder) < step
+        assert all(t.isfinite().all() for t in load_file(folder / "trained.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"learning_rates": {"head": 1e-3}}, "a part 'head'"),
+        ({"learning_rates": {"llm": "1e-3"}}, "with a point"),
+        ({"merge_lora": True}, "merge_lora needs"),
+        ({"feature_dropout": 1.0}, "below 1"),
+        ({"train_vision": True}, "needs online"),
+        ({"keep_best": "BLEU"}, "must be one of"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, changes, message):
+    with pytest.raises(UsageError, match=message):
+        settings(**changes)
+
+
+def test_wrong_uses_have_one_clear_line(settings):
+    with pytest.raises(UserError, match="no feature cache"):
+        caption.train(settings(cache="nowhere"))
+    with pytest.raises(UserError, match="nowhere"):
+        caption.train(settings(model="nowhere"))
+    with pytest.raises(UsageError, match="WEIGHT"):
+        caption.train(settings(cache="a=x"))
+    with pytest.raises(UserError, match="needs a CUDA GPU"):
+        caption.train(settings(precision="fp16"))
+    with pytest.raises(UserError, match="cannot be cut into 8"):
+        caption.train(settings(batch_size=4, micro_batches=8))
+    with pytest.raises(UserError, match="nothing is trained"):
+        caption.train(settings(train_connector=False))
+    with pytest.raises(UserError, match="lora_targets has 'wq'"):
+        caption.train(settings(llm_tuning="lora", lora_targets=["wq"]))
+
+
+# ---- tuning -------------------------------------------------------------------------------------------------------
+
+
+def logits_of(model):
+    torch.manual_seed(0)
+    n = model.config.num_visual_tokens
+    ids = torch.tensor([[model.config.image_token_id] * n + [5, 6, 7]])
+    features = torch.randn(1, 16, model.config.vision_hidden_size)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), patch_features=features).logits
+
+
+def test_lora_saves_with_the_bridge_and_reloads(settings, tmp_path, model_dir):
+    caption.train(settings(llm_tuning="lora", keep_best="last", learning_rates={"llm": 1e-2}))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not [name for name in weights(tmp_path / "run") if "language_model" in name]
+    before, after = (BliprenForConditionalGeneration.from_pretrained(p) for p in (model_dir, tmp_path / "run"))
+    trained = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-6" / "trained.safetensors")
+    state = after.state_dict()
+    adapters = [n for n in trained if "lora_" in n]
+    assert len(adapters) == 2 * 7 * 2  # two layers, seven linears, A and B
+    assert all(torch.equal(trained[n], state[n]) for n in adapters)
+    assert any(trained[n].abs().sum() > 0 for n in adapters if "lora_B" in n)
+    assert not torch.equal(logits_of(before), logits_of(after))
+    tuning.merge_lora(after)
+    torch.testing.assert_close(
+        logits_of(after),
+        logits_of(BliprenForConditionalGeneration.from_pretrained(tmp_path / "run")),
+        rtol=1e-4,
+        atol=1e-5,
     )
+
+
+def test_merged_lora_is_a_full_checkpoint_with_equal_logits(settings, tmp_path):
+    caption.train(settings(llm_tuning="lora", keep_best="last", learning_rates={"llm": 1e-2}))
+    caption.train(
+        settings(llm_tuning="lora", keep_best="last", learning_rates={"llm": 1e-2}, full=True, merge_lora=True,
+                 out=str(tmp_path / "merged"))
+    )  # fmt: skip
+    assert not (tmp_path / "merged" / "adapter").exists()
+    models = [BliprenForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("run", "merged")]
+    torch.testing.assert_close(*map(logits_of, models), rtol=1e-4, atol=1e-5)
+
+
+def test_full_tuning_trains_the_llm_and_saves_everything(settings, tmp_path, model_dir):
+    caption.train(settings(llm_tuning="full", keep_best="last", gradient_checkpointing=True))
+    before, after = (
+        BliprenForConditionalGeneration.from_pretrained(p).state_dict() for p in (model_dir, tmp_path / "run")
+    )
+    names = [n for n in before if "language_model.layers" in n and n.endswith("proj.weight")]
+    assert names and all(not torch.equal(before[n], after[n]) for n in names)
+    assert all(torch.equal(before[n], after[n]) for n in before if "vision_tower" in n)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(settings, tmp_path, deterministic_model):
+    values = dict(model=str(deterministic_model), max_steps=2, keep_best="last")
+    caption.train(settings(**values))
+    caption.train(settings(**values, gradient_checkpointing=True, out=str(tmp_path / "other")))
+    for name, tensor in weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "other")[name])
+
+
+def test_frozen_qformer_and_learning_rate_groups(model_dir, settings):
+    model = BliprenForConditionalGeneration.from_pretrained(model_dir)
+    tuning.choose_trained(model, settings(train_qformer=False))
+    model.train()
+    assert not any(p.requires_grad for p in model.model.qformer.parameters())
+    assert not any(m.training for m in model.model.qformer.modules())
+    assert all(p.requires_grad for p in model.model.projector.parameters())
+
+    s = settings(learning_rates={"projector": 7e-3, "llm": 1e-5}, llm_tuning="full")
+    tuning.choose_trained(model, s)
+    groups = tuning.parameter_groups(model, s)
+    rates = {g["part"]: g["lr"] for g in groups}
+    assert rates == {"qformer": 3e-3, "projector": 7e-3, "llm": 1e-5}
+    named = {name: g for g in groups for name in g["names"]}
+    assert set(named) == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, group in named.items():
+        bare = name.endswith("bias") or "norm" in name or "query_tokens" in name or "embed" in name
+        assert group["weight_decay"] == (0.0 if bare else s.weight_decay), name
+
+
+# ---- regularisers -------------------------------------------------------------------------------------------------
+
+
+REGULARISERS = {
+    "word_dropout": 0.5, "feature_dropout": 0.5, "feature_noise": 1.0, "label_smoothing": 0.3, "ema": 0.5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain_two_steps(cache_dir, deterministic_model, tmp_path_factory):
+    """Function that trains two steps from the same start with some changes, and returns the run folder."""
+    folder = tmp_path_factory.mktemp("two-steps")
+
+    def run(name, **changes):
+        values = dict(model=str(deterministic_model), cache=str(cache_dir), out=str(folder / name), max_steps=2)
+        values |= dict(batch_size=8, eval_every=2, keep_best="last", generate_samples=0, device="cpu")
+        if not (folder / name).exists():
+            caption.train(TrainSettings(**values | {"learning_rate": 1e-2} | changes))
+        return folder / name
+
+    return run
+
+
+@pytest.mark.parametrize("name", REGULARISERS)
+def test_regularisers_change_training(plain_two_steps, name):
+    a, b = weights(plain_two_steps("plain")), weights(plain_two_steps(name, **{name: REGULARISERS[name]}))
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+
+
+def test_regularisers_leave_validation_alone(plain_two_steps):
+    still = {"learning_rate": 1e-30, "weight_decay": 0.0}
+    folders = plain_two_steps("still", **still), plain_two_steps("all-still", **still, **REGULARISERS)
+    losses = [events(folder, "validation")[-1]["loss"] for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_word_dropout_hides_words_from_others_only():
+    block, segment = torch.tensor([[0, 0, 0, 0, -1]]), torch.tensor([[0, 1, 1, 1, 0]])
+    mask = shared_prefix_mask(block, segment, torch.float32)[0, 0]
+    hidden = caption.hide_words(mask[None, None], torch.tensor([[False, False, True, False, False]]))[0, 0]
+    assert hidden[2, 2] == 0 and hidden[3, 2] < -1e30 and mask[3, 2] == 0
+    assert torch.equal(hidden[:, [0, 1, 3, 4]], mask[:, [0, 1, 3, 4]])
+
+
+def test_answer_losses_equal_torch():
+    logits, targets = torch.randn(7, 11), torch.randint(11, (7,))
+    nll, objective = caption.answer_losses(logits, targets, 0.2)
+    cross_entropy = torch.nn.functional.cross_entropy
+    torch.testing.assert_close(nll, cross_entropy(logits, targets, reduction="sum"))
+    torch.testing.assert_close(objective, cross_entropy(logits, targets, reduction="sum", label_smoothing=0.2))
