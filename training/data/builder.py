@@ -2,7 +2,8 @@
 
 A unit is `rows_per_shard` rows in reading order. Its shards (one a split) and its index are renamed into place, then
 `units/N.json` marks it as done: a unit without mark is redone from its first row, so that a rerun writes the same
-bytes. The last file is `cache.json`: a folder without it is not a cache yet.
+bytes. The disk is waited for in the background, while the next unit is embedded; after a power cut the newest units are
+therefore checked against their checksums. The last file is `cache.json`: a folder without it is not a cache yet.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from blipren.training.data.shards import (
     ShardWriter,
     disk_full,
     feature_columns,
+    file_checksum,
     iter_rows,
+    sync,
     write_atomic,
     write_dataset_files,
 )
@@ -133,23 +136,24 @@ class UnitWriter:
             entry["scores"] = item.scores
         self._index.add(entry)
 
-    def finish(self) -> None:
-        """Makes the unit's files exist and marks it."""
+    def finish(self) -> list[Path]:
+        """Makes the unit's files exist and marks it. Gives the files that the disk has to be waited for."""
         try:
-            shards = {split: writer.finish() for split, writer in sorted(self._shards.items())}
-            index = self._index.finish() if self._index else None
+            shards = {split: writer.finish(synced=False) for split, writer in sorted(self._shards.items())}
+            index = self._index.finish(synced=False) if self._index else None
+            record = {
+                "unit": self.number,
+                "rows": self.rows,
+                "texts": self.texts,
+                "shards": shards,
+                "index": index,
+                "rejected": self.rejected,
+            }
+            write_atomic(self.builder.unit_path(self.number), as_json(record), synced=False)
         except OSError as error:
             self.abandon()
             raise disk_full(error, self.builder.folder) from error
-        record = {
-            "unit": self.number,
-            "rows": self.rows,
-            "texts": self.texts,
-            "shards": shards,
-            "index": index,
-            "rejected": self.rejected,
-        }
-        write_atomic(self.builder.unit_path(self.number), as_json(record))
+        return [*self.builder.unit_files(record), self.builder.unit_path(self.number)]
 
     def abandon(self) -> None:
         for writer in [*self._shards.values(), *([self._index] if self._index else [])]:
@@ -204,6 +208,7 @@ class CacheBuilder:
             write_atomic(begun, as_json(self.fingerprint))
         for path in self.folder.rglob("*.tmp"):
             path.unlink()
+        self._check_newest()
 
     def unit_path(self, number: int) -> Path:
         return self.folder / "units" / f"{number:05d}.json"
@@ -214,16 +219,52 @@ class CacheBuilder:
     def done_units(self) -> list[int]:
         return sorted(int(path.stem) for path in (self.folder / "units").glob("[0-9]*.json"))
 
-    def finish_later(self, unit: UnitWriter) -> None:
-        """Syncs and marks a unit in the background, while the encoder goes on; at most one at a time."""
+    def unit_files(self, record: dict[str, Any]) -> list[Path]:
+        """The Arrow files of a unit."""
+        files = [self.folder / split / shard["file"] for split, shard in record["shards"].items()]
+        return files + ([self.folder / "index" / record["index"]["file"]] if record["index"] else [])
+
+    def finish(self, unit: UnitWriter) -> None:
+        """Marks a unit, and waits for the disk in the background, while the encoder goes on."""
         self.wait()
-        self._finishing = self._finisher.submit(unit.finish)
+        files = unit.finish()
+        self._finishing = self._finisher.submit(self._sync, files)
+
+    def _sync(self, files: list[Path]) -> None:
+        try:
+            for path in files:
+                sync(path)
+                if path.suffix == ".arrow":
+                    sync(path.with_name(path.name + ".sums"))
+            for folder in {path.parent for path in files}:
+                sync(folder)
+        except OSError as error:  # the disk could not take what it had accepted
+            for path in reversed(files):  # the mark first
+                path.unlink(missing_ok=True)
+                path.with_name(path.name + ".sums").unlink(missing_ok=True)
+            raise disk_full(error, self.folder) from error
 
     def wait(self) -> None:
-        """Raises what the unit in the background raised."""
+        """Raises what the disk raised in the background."""
         if self._finishing is not None:
             pending, self._finishing = self._finishing, None
             pending.result()
+
+    def _check_newest(self) -> None:
+        """Unmarks units that a power cut left damaged: only the newest two can be."""
+        for number in sorted(self.done_units(), key=lambda n: self.unit_path(n).stat().st_mtime_ns)[-2:]:
+            try:
+                record = json.loads(self.unit_path(number).read_text())
+                shards = [*record["shards"].values(), *([record["index"]] if record["index"] else [])]
+                sound = all(
+                    file_checksum(path) == shard["xxh3_128"] and path.with_name(path.name + ".sums").exists()
+                    for path, shard in zip(self.unit_files(record), shards)
+                )
+            except (ValueError, KeyError, FileNotFoundError):
+                sound = False
+            if not sound:
+                print(f"unit {number} was not completely on the disk: it is embedded again")
+                self.unit_path(number).unlink()
 
     def close(self) -> None:
         self._finisher.shutdown(wait=True)

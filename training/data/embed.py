@@ -28,6 +28,7 @@ from blipren.training.data.prepare import (
     rejection,
 )
 from blipren.training.data.retext import refilter
+from blipren.training.data.shards import disk_full
 from blipren.training.data.similarity import SimilarityScorer, judge
 from blipren.training.data.sources import Row, Source, open_rows
 from blipren.training.errors import UserError
@@ -221,9 +222,11 @@ def run_units(
                 unit.rejected += batch.rejected
                 progress.add(batch.num_rows)
                 if last:
-                    builder.finish_later(unit)
+                    builder.finish(unit)
                     unit = None
             builder.wait()
+    except OSError as error:
+        raise disk_full(error, builder.folder) from error
     finally:
         if unit is not None:
             unit.abandon()

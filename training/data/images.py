@@ -22,8 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 89_478_485
 # A processor that resizes the shorter edge would turn 30000x1 into 7,680,000x256.
 MAX_ASPECT_RATIO = 200
-# EPS runs Ghostscript and others run plugins: only plain raster formats are opened.
-Image.init()  # registers every plugin; only these are then used
+Image.init()  # registers every format; of them only plain raster formats are opened: EPS would run Ghostscript
 _WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # AVIF and JPEG 2000 are optional in Pillow builds
 _SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.\-]*:(//|(?=/))")
@@ -95,6 +94,11 @@ def _why_not_an_image(data: bytes) -> ImageError:
     return ImageError("unreadable", f"no known picture format; starts with {data[:8].hex(' ')}")
 
 
+def _broken(error: Exception) -> ImageError:
+    cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
+    return ImageError("truncated" if cut else "unreadable", f"{type(error).__name__}: {error}")
+
+
 def _grey_from_wide(values: np.ndarray) -> Image.Image:
     """16- and 32-bit integer or float greys `[height, width]` to 8 bits by their range, never by cutting off."""
     if not np.isfinite(values).all():
@@ -155,7 +159,7 @@ def decode_image(
         except UnidentifiedImageError as error:
             raise _why_not_an_image(source) from error
         except Exception as error:  # decoders raise nearly anything on foreign bytes; the row is rejected with it
-            raise ImageError("unreadable", f"{type(error).__name__}: {error}") from error
+            raise _broken(error) from error
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width}x{height} has more than {max_pixels:,} pixels")
@@ -164,8 +168,7 @@ def decode_image(
     try:
         image.load()
     except Exception as error:  # as above: libjpeg, libtiff, zlib and struct each have their own
-        reason = "truncated" if "truncated" in str(error).lower() or isinstance(error, EOFError) else "unreadable"
-        raise ImageError(reason, f"{type(error).__name__}: {error}") from error
+        raise _broken(error) from error
     try:
         image = ImageOps.exif_transpose(image)
     except (struct.error, ValueError, TypeError, SyntaxError, KeyError, OSError):

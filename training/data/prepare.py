@@ -11,7 +11,10 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -176,8 +179,17 @@ def prepare_batch(rows: list[Row], config: PrepareConfig) -> Batch:
 _shared: dict[str, Any] = {}
 
 
-def _start_worker(config: PrepareConfig, slots: list[mmap.mmap] | None) -> None:
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent was killed: an orphan would hold memory, and the cache's lock."""
+    while os.getppid() == parent:
+        time.sleep(0.25)
+    os._exit(1)
+
+
+def _start_worker(config: PrepareConfig, slots: list[mmap.mmap] | None, parent: int) -> None:
     torch.set_num_threads(1)  # as in a DataLoader's worker: one process a core, and no thread pool after a fork
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _shared.update(config=config, slots=slots)
 
 
@@ -220,7 +232,7 @@ class Workers:
                 workers,
                 mp_context=multiprocessing.get_context(method),
                 initializer=_start_worker,
-                initargs=(config, self._slots),
+                initargs=(config, self._slots, os.getpid()),
             )
 
     def map(self, tasks: Iterable[list[Row]]) -> Iterator[Batch]:

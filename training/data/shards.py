@@ -68,7 +68,7 @@ class _SummedFile:
     """A file that hashes what is written to it: the whole (xxh3-128) and each block (xxh3-64)."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "wb")
+        self.file = open(path, "wb", buffering=0)  # an error shows where it happens, and closing cannot fail
         self.whole = xxhash.xxh3_128()
         self.block = xxhash.xxh3_64()
         self.blocks: list[int] = []
@@ -77,7 +77,9 @@ class _SummedFile:
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
-        self.file.write(view)
+        written = 0
+        while written < len(view):
+            written += self.file.write(view[written:])
         self.whole.update(view)
         done = 0
         while done < len(view):
@@ -91,7 +93,7 @@ class _SummedFile:
         return len(view)
 
     def flush(self) -> None:
-        self.file.flush()
+        pass
 
     def tell(self) -> int:
         return self.size
@@ -111,8 +113,6 @@ class _SummedFile:
             self.file.close()
 
     def finish(self) -> tuple[str, np.ndarray]:
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.close()
         if self.size % BLOCK:
             self.blocks.append(self.block.intdigest())
@@ -129,14 +129,24 @@ def disk_full(error: OSError, folder: Path) -> UserError | OSError:
     return error
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes, synced: bool = True) -> None:
     """A whole file or none: written beside, synced, renamed."""
     apart = path.with_name(path.name + ".tmp")
     try:
         with open(apart, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         os.replace(apart, path)
     except OSError as error:
         apart.unlink(missing_ok=True)
@@ -176,19 +186,26 @@ class ShardWriter:
         self._stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
         self._pending, self._pending_bytes = [], 0
 
-    def finish(self) -> dict[str, Any]:
-        """Syncs and renames; gives the record of the shard: rows, bytes, checksum."""
+    def finish(self, synced: bool = True) -> dict[str, Any]:
+        """Closes and renames; gives the record of the shard: rows, bytes, checksum.
+
+        Args:
+            synced: wait for the disk. A killed process loses nothing without it, a power cut may.
+        """
         self._flush()
         self._stream.close()
         checksum, blocks = self._file.finish()
-        write_atomic(self.path.with_name(self.path.name + ".sums"), blocks.tobytes())
+        if synced:
+            sync(self._apart)
+        write_atomic(self.path.with_name(self.path.name + ".sums"), blocks.tobytes(), synced)
         os.replace(self._apart, self.path)
         return {"file": self.path.name, "rows": self.rows, "bytes": self._file.size, "xxh3_128": checksum}
 
     def abandon(self) -> None:
         """Leaves nothing behind."""
         self._file.close()
-        self._apart.unlink(missing_ok=True)
+        for path in (self._apart, self.path, self.path.with_name(self.path.name + ".sums")):
+            path.unlink(missing_ok=True)
 
 
 def write_table(path: Path, features: datasets.Features, arrays: list[pa.Array]) -> dict[str, Any]:
