@@ -416,7 +416,6 @@ def validator(settings: AlignSettings, cache, pairs: CaptionPairs, tokenizer):
             tokenizer,
             lambda indices: cache.patch_features("validation", [kept[i] for i in indices]),
             [captions[image] for image in kept],
-            pooling=settings.pooling,
             max_length=settings.max_text_tokens,
         )
         model.train(was_training)

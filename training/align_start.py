@@ -95,7 +95,7 @@ def text_side(settings: AlignSettings, tokenizer, bert) -> dict:
         "decoder_start_token_id": next(
             (vocabulary[t] for t in START_TOKENS if t in vocabulary), tokenizer.cls_token_id
         ),
-        "max_position_embeddings": max(settings.max_text_tokens, 64),
+        "max_position_embeddings": settings.max_text_tokens,
     }
     if bert is not None:
         sizes["vocab_size"] = bert.config.vocab_size

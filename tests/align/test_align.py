@@ -14,7 +14,9 @@ from blipren.processing_blipren import BliprenProcessor
 from blipren.training import align as stage
 from blipren.training.align_start import starting_point
 from blipren.training.errors import UserError
+from blipren.training.evaluation.retrieval import matcher
 from blipren.training.run_folder import RunFolder
+from blipren.training.settings import EvaluateSettings
 
 
 def trainer_of(settings):
@@ -204,3 +206,61 @@ def test_what_is_refused(settings, untrained, bases, tmp_path):
         stage.run_align(settings(model=str(patches), out=str(tmp_path / "d")))
     with pytest.raises(UserError, match="loss weights"):
         settings(itc_weight=0, itm_weight=0, itg_weight=0)
+
+
+def test_evaluate_retrieval(run, scenes, tmp_path):
+    """`blipren evaluate --tasks retrieval` on the same pictures gives the recall that training saw."""
+    from blipren.training.evaluation.evaluate import evaluate
+
+    settings, summary = run
+    evaluate(
+        EvaluateSettings(
+            model=settings.out, dataset=str(scenes), out=str(tmp_path), tasks=["retrieval"], rerank=4, report=False,
+            split="validation", device="cpu", caption_columns=["captions"],
+        )
+    )  # fmt: skip
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["retrieval"]
+    for short, way in (("i2t", "image_to_text"), ("t2i", "text_to_image")):
+        for k in (1, 5, 10):
+            assert metrics[way][f"R@{k}"] == summary["after"][f"{short}_R@{k}"]
+            assert 0 <= metrics["reranked"][way][f"R@{k}"] <= 1
+    assert metrics["counts"]["images"] == 8
+    assert metrics["counts"]["captions"] == 16
+    assert metrics["encoder_zero_shot"] is None, "the encoder has no text tower"
+    assert {"embed_images", "embed_texts", "search", "rerank"} == set(metrics["seconds"])
+    assert (tmp_path / "similarity.png").stat().st_size > 5000
+
+
+def test_matcher_equals_the_model(run, cache):
+    settings, _ = run
+    model = BliprenForImageTextRetrieval.from_pretrained(settings.out).eval()
+    tokenizer = BliprenProcessor.from_pretrained(settings.out).qformer_tokenizer
+    opened = stage.FeatureCache.open(cache)
+    texts = ["a red circle", "the big blue star above two dogs", "dogs"]
+    match = matcher(model, tokenizer, lambda i: opened.patch_features("validation", i), texts, batch_size=2)
+    found = match(torch.tensor([3, 3, 0]), torch.tensor([1, 0, 2]))
+    with torch.no_grad():
+        for value, image, text in zip(found, (3, 3, 0), (1, 0, 2), strict=True):
+            alone = tokenizer([texts[text]], return_tensors="pt", return_token_type_ids=False)
+            patches = opened.patch_features("validation", [image])[0]
+            logits = model(**alone, patch_features=patches, objective="itm").logits[0]
+            assert value.item() == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
+
+
+def test_train_goes_on_from_it(run, cache, tmp_path):
+    """`blipren train` takes an align checkpoint as it takes a new one; the connector begins where stage 1 ended."""
+    from blipren.training.caption import train
+    from blipren.training.settings import TrainSettings
+
+    settings, _ = run
+    train(
+        TrainSettings(
+            model=settings.out, cache=str(cache), out=str(tmp_path / "out"), max_steps=2, batch_size=8, device="cpu",
+            generate_samples=0, learning_rate=1e-3,
+        )
+    )  # fmt: skip
+    begun = BliprenForImageTextRetrieval.from_pretrained(settings.out).model.qformer.state_dict()
+    trained = BliprenForConditionalGeneration.from_pretrained(tmp_path / "out").model.qformer.state_dict()
+    moved = {name for name, weight in trained.items() if not torch.equal(weight, begun[name])}
+    assert "query_tokens" in moved
+    assert max((trained[name] - begun[name]).abs().max().item() for name in trained) < 0.01

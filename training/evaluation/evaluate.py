@@ -102,7 +102,7 @@ def _check_texts(settings: EvaluateSettings, split: Split) -> None:
 
 def _retrieval(settings: EvaluateSettings, split: Split) -> tuple[dict, torch.Tensor]:
     from blipren import BliprenForImageTextRetrieval
-    from blipren.training.evaluation.retrieval import evaluate_retrieval
+    from blipren.training.evaluation.retrieval import evaluate_retrieval, first_grid, zero_shot_beside
     from blipren.training.loading import load_checkpoint
 
     model, processor = load_checkpoint(settings.model, BliprenForImageTextRetrieval)
@@ -130,6 +130,9 @@ def _retrieval(settings: EvaluateSettings, split: Split) -> tuple[dict, torch.Te
         rerank=settings.rerank,
     )
     metrics["ids"] = [e.id for e in kept]
+    captions = [e.references for e in kept]
+    metrics["encoder_zero_shot"] = zero_shot_beside(model, lambda index: kept[index].load(), captions)
+    first_grid(Path(settings.out) / "similarity.png", lambda index: kept[index].load(), captions, scores)
     return metrics, scores
 
 
@@ -169,8 +172,11 @@ def _headline(metrics: dict) -> list[str]:
         )
     if "retrieval" in metrics:
         for way in ("image_to_text", "text_to_image"):
-            values = metrics["retrieval"][way]
-            lines.append(f"{way}: " + ", ".join(f"{n} {values[n]:.3f}" for n in ("R@1", "R@5", "R@10")))
+            for kind in ("", "reranked", "encoder_zero_shot", "chance"):
+                values = metrics["retrieval"] if not kind else metrics["retrieval"].get(kind)
+                if values is not None:
+                    shown = ", ".join(f"{n} {values[way][n]:.3f}" for n in ("R@1", "R@5", "R@10"))
+                    lines.append(f"{way}{kind and ', ' + kind.replace('_', ' ')}: {shown}")
     for strategy, values in metrics.get("pope", {}).items():
         if isinstance(values, dict):
             lines.append(f"POPE {strategy}: accuracy {values['accuracy']:.3f}, F1 {values['F1']:.3f}")

@@ -160,7 +160,6 @@ def evaluate_retrieval(
     features: Callable,
     captions: Sequence[Sequence[str]],
     *,
-    pooling: str = "max",
     batch_size: int = 64,
     rerank: int = 0,
     max_length: int = 64,
@@ -172,8 +171,8 @@ def evaluate_retrieval(
         tokenizer: the Q-Former's.
         features: list of image indices -> (patch features `[n, P, D]`, mask `[n, P]` or None).
         captions: each image's captions, at least one.
-        pooling: of the queries' similarities, as trained.
         rerank: candidates that the matching head re-orders; 0 for none.
+        max_length: tokens of a caption; never more than the model has positions.
 
     Returns:
         (metrics, similarities `[images, texts]`). The metrics hold `image_to_text` and `text_to_image` (ITC alone),
@@ -185,13 +184,16 @@ def evaluate_retrieval(
         )
     texts = [caption for own in captions for caption in own]
     image_of_text = torch.tensor([index for index, own in enumerate(captions) for _ in own])
+    max_length = min(max_length, model.config.qformer_config.max_position_embeddings)
 
     begin = time.perf_counter()
     image_embeds = embed_images(model, features, len(captions), batch_size)
     with_images = time.perf_counter()
     text_embeds = embed_texts(model, tokenizer, texts, max_length=max_length)
     with_texts = time.perf_counter()
-    scores = torch.cat([similarity(part, text_embeds, pooling) for part in image_embeds.split(batch_size)])
+    scores = torch.cat(
+        [similarity(part, text_embeds, model.config.itc_pooling) for part in image_embeds.split(batch_size)]
+    )
     metrics: dict = both_ways(scores, image_of_text)
     seconds = {
         "embed_images": with_images - begin,
@@ -215,6 +217,14 @@ def _reordered(scores: Tensor, match: Callable, k: int, image_of_text: Tensor) -
 
 
 # ---------------------------------------------------------------------------------------------- the frozen encoder
+def has_text_tower(encoder: str, revision: str | None = None) -> bool:
+    """Whether a checkpoint's model gives image and text features in one space."""
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(encoder, revision=revision)
+    return hasattr(MODEL_MAPPING.get(type(config), None), "get_text_features")
+
+
 @torch.no_grad()
 def encoder_zero_shot(
     encoder: str,
@@ -233,12 +243,10 @@ def encoder_zero_shot(
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
+    if not has_text_tower(encoder, revision):
+        return None
     config = AutoConfig.from_pretrained(encoder, revision=revision)
-    if getattr(config, "text_config", None) is None or getattr(config, "vision_config", None) is None:
-        return None
     model = AutoModel.from_pretrained(encoder, revision=revision).eval()
-    if not hasattr(model, "get_text_features"):
-        return None
     processor = AutoImageProcessor.from_pretrained(encoder, revision=revision)
     tokenizer = AutoTokenizer.from_pretrained(encoder, revision=revision)
     texts = [caption for own in captions for caption in own]
@@ -261,7 +269,30 @@ def encoder_zero_shot(
     return {"encoder": encoder} | both_ways(torch.cat(image_parts) @ torch.cat(text_parts).T, image_of_text)
 
 
+def zero_shot_beside(model, load: Callable[[int], object], captions: Sequence[Sequence[str]]) -> dict | None:
+    """`encoder_zero_shot` of the encoder that a model was made with, where its id is known and it has a text tower.
+
+    Args:
+        load: image number -> PIL image; not called where there is no text tower.
+    """
+    reference = (model.config.base_models or {}).get("vision")
+    if reference is None or not has_text_tower(reference["id"], reference["revision"]):
+        return None
+    images = [load(index) for index in range(len(captions))]
+    return encoder_zero_shot(reference["id"], images, captions, reference["revision"])
+
+
 # -------------------------------------------------------------------------------------------------------- picture
+def first_grid(
+    path: str | Path, load: Callable[[int], object], captions: Sequence[Sequence[str]], scores: Tensor
+) -> Path:
+    """`similarity_grid` of the first eight images with their first captions."""
+    count = min(8, len(captions))
+    firsts = torch.tensor([0, *(len(own) for own in captions)]).cumsum(0)[:count]
+    chosen = [own[0] for own in captions[:count]]
+    return similarity_grid(path, [load(index) for index in range(count)], chosen, scores[:count, firsts])
+
+
 def similarity_grid(path: str | Path, images: Sequence, captions: Sequence[str], scores: Tensor) -> Path:
     """Picture of the similarity of a few images (rows) with a few captions (columns); the diagonal is right.
 
