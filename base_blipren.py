@@ -82,6 +82,11 @@ class BliprenPreTrainedModel(PreTrainedModel):
     # the frozen parts that this class holds, by their names in config.base_models
     _base_parts = ("vision", "llm")
 
+    def __init__(self, config: BliprenConfig, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        if config.connector == "patches":
+            self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) - {"qformer"}
+
     # ---- what is frozen -------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, nn.Module]:
@@ -120,6 +125,9 @@ class BliprenPreTrainedModel(PreTrainedModel):
         if "head" in parts and "llm" not in wanted and "llm" in parts:
             # a tied head is the embedding: the part that was named last must not thaw it
             parts["head"].requires_grad_(False)
+        if "qformer" in parts and "llm" in self._base_parts:
+            for parameter in parts["qformer"].text_parameters():
+                parameter.requires_grad_(False)  # stage 1 has trained it; nothing reads it here
         if "lora" in wanted:
             for name, parameter in parts["llm"].named_parameters():
                 if "lora_" in name:  # PEFT's own prefix

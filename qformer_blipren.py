@@ -222,6 +222,16 @@ class BliprenQFormer(PreTrainedModel):
         if isinstance(module, BliprenQFormer):
             init.normal_(module.query_tokens, std=module.config.query_init_std)
 
+    def text_parameters(self) -> list[nn.Parameter]:
+        """What only text goes through: embeddings, and the feed-forward that queries do not share."""
+        if not self.config.use_text:
+            return []
+        modules = [self.word_embeddings, self.position_embeddings]
+        for layer in self.layers:
+            if layer.has_query_feed_forward:
+                modules += [layer.text_feed_forward, layer.text_feed_forward_norm]
+        return [parameter for module in modules for parameter in module.parameters()]
+
     def get_input_embeddings(self) -> nn.Module | None:
         return self.word_embeddings if self.config.use_text else None
 

@@ -259,8 +259,15 @@ def test_train_goes_on_from_it(run, cache, tmp_path):
             generate_samples=0, learning_rate=1e-3,
         )
     )  # fmt: skip
+    fresh = BliprenForConditionalGeneration.from_pretrained(settings.out)
+    text = {n for n, p in fresh.model.qformer.named_parameters() if not p.requires_grad}
+    assert {n.split(".")[-2] for n in text} >= {"word_embeddings", "position_embeddings", "fc1"}
+    assert all("word_" in n or "position_" in n or "text_feed_forward" in n for n in text), (
+        "nothing reads the text side"
+    )
     begun = BliprenForImageTextRetrieval.from_pretrained(settings.out).model.qformer.state_dict()
     trained = BliprenForConditionalGeneration.from_pretrained(tmp_path / "out").model.qformer.state_dict()
     moved = {name for name, weight in trained.items() if not torch.equal(weight, begun[name])}
     assert "query_tokens" in moved
+    assert not moved & text
     assert max((trained[name] - begun[name]).abs().max().item() for name in trained) < 0.01
