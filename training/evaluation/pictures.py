@@ -1,0 +1,42 @@
+"""Pictures as text for a page that loads nothing: photos as JPEG data addresses, maps as bytes in base64."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def photo_address(photo: Image.Image, edge: int = 320, quality: int = 80) -> str:
+    """A photo, at most `edge` pixels wide and high, as a `data:` address."""
+    small = photo.convert("RGB")
+    small.thumbnail((edge, edge), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def map_bytes(maps: torch.Tensor, lowest_is_zero: bool = True) -> str:
+    """Maps [..., height, width] as one byte a place, each scaled by its own largest value (and smallest, if wanted).
+
+    A flat map stays dark: what has no spread shows nothing.
+    """
+    flat = maps.float().reshape(-1, maps.shape[-2] * maps.shape[-1])
+    low = flat.amin(dim=1, keepdim=True) if lowest_is_zero else torch.zeros(len(flat), 1)
+    spread = flat.amax(dim=1, keepdim=True) - low
+    scaled = torch.where(spread > 1e-9, (flat - low) / spread.clamp(min=1e-9), torch.zeros_like(flat))
+    return base64.b64encode((scaled * 255).round().to(torch.uint8).numpy().tobytes()).decode()
+
+
+def overlay(photo: Image.Image, values: torch.Tensor, strength: float = 0.6) -> Image.Image:
+    """A map [height, width] over a photo, in matplotlib's inferno: for pictures outside the page."""
+    from matplotlib import colormaps
+
+    values = values.float()
+    spread = values.max() - values.min()
+    scaled = (values - values.min()) / spread if spread > 1e-9 else torch.zeros_like(values)
+    heat = Image.fromarray((colormaps["inferno"](scaled.numpy())[..., :3] * 255).astype(np.uint8))
+    return Image.blend(photo.convert("RGB"), heat.resize(photo.size, Image.Resampling.BICUBIC), strength)
