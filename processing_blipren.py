@@ -9,6 +9,7 @@ from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, Generati
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_blipren import AUTO_MAP, copy_code_files, split_revision
+from .image_blipren import with_fast_resize
 from .vision_blipren import load_vision_config, measure_vision
 
 IMAGE_TOKEN = "<image>"
@@ -126,6 +127,7 @@ class BliprenProcessor(ProcessorMixin):
                 raise ValueError(f"prompt {prompt!r} ends in a space: its last token would not be that of training")
         tokenizer.padding_side = "left"  # tokenizers do not save it
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_processor = with_fast_resize(image_processor)  # every path resizes here
 
     # ---- making ---------------------------------------------------------------------------------------------------
 

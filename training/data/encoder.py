@@ -39,7 +39,7 @@ def encoder_fingerprint(model: torch.nn.Module, image_processor: Any) -> dict[st
         "vision_revision": base.get("revision"),
         "vision_weights": weights_hash(tower),
         "preprocessing": preprocessing,
-        "preprocessing_backend": type(image_processor).__name__,
+        "preprocessing_backend": f"{type(image_processor).__name__} {getattr(image_processor, 'resize_backend', 'own')}",
         "vision_feature_layer": config.vision_feature_layer,
         "vision_feature_select": config.vision_feature_select,
         "num_prefix_tokens": config.num_prefix_tokens,
