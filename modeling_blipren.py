@@ -31,7 +31,7 @@ from .configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_re
 from .processing_blipren import end_of_answer_id, pick_image_token
 from .qformer_blipren import BliprenQFormer, copy_bert_weights
 from .retrieval_blipren import BliprenForImageTextRetrieval
-from .vision_blipren import load_vision_config, measure_vision, patch_features_of, used_parameters
+from .vision_blipren import load_vision_config, measure_vision, patches_of, used_parameters, vision_outputs_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class BliprenImageFeatures(ModelOutput):
         router_probs (`torch.Tensor` of shape `(num_images, num_experts)`, *optional*): the `moe` projector's weights.
         router_aux_loss (`torch.Tensor`, *optional*): weighted balance loss and z-loss, in training only.
         cross_attentions (`tuple[torch.Tensor]`, *optional*): the Q-Former's, on request.
+        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): the vision encoder's, on request.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -52,6 +53,8 @@ class BliprenImageFeatures(ModelOutput):
     router_probs: torch.Tensor | None = None
     router_aux_loss: torch.Tensor | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -231,20 +234,22 @@ class BliprenModel(BliprenPreTrainedModel):
             pixel_attention_mask: `(num_images, max_patches)`, NaFlex only; it is the mask of the patch features too.
             spatial_shapes: `(num_images, 2)`, NaFlex only.
         """
+        return self._encode(pixel_values, pixel_attention_mask, spatial_shapes)[1]
+
+    def _encode(self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, **wanted):
+        """The vision encoder's own output, and the patch features made of it."""
         frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
         if frozen and self.vision_tower.training:
             self.vision_tower.eval()
         extra = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        extra = {key: value for key, value in extra.items() if value is not None} | wanted
+        layers = self.config.vision_feature_layer
         prefix = self.config.num_prefix_tokens if self.config.vision_feature_select == "patches" else 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            return patch_features_of(
-                self.vision_tower,
-                pixel_values.to(self.vision_tower.dtype),
-                self.config.vision_feature_layer,
-                prefix,
-                **{key: value for key, value in extra.items() if value is not None},
-            )
+            outputs = vision_outputs_of(self.vision_tower, pixel_values.to(self.vision_tower.dtype), layers, **extra)
+            return outputs, patches_of(outputs, layers, prefix)
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -254,7 +259,8 @@ class BliprenModel(BliprenPreTrainedModel):
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> BliprenImageFeatures:
         """Images or cached patch features -> image features: the one path on which both meet.
@@ -265,12 +271,22 @@ class BliprenModel(BliprenPreTrainedModel):
             patch_attention_mask: `(num_images, num_patches)`, 1 for patches and 0 for padding.
             qformer_input_ids, qformer_attention_mask: `(num_images, text_length)`, the prompt of each image for a
                 Q-Former that reads it (`config.qformer_reads_prompt`).
-            output_attentions: return the Q-Former's cross-attention weights.
+            output_attentions: return the Q-Former's cross-attention weights, and the vision encoder's weights where it
+                runs with eager attention.
+            output_hidden_states: return the vision encoder's hidden states.
         """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if (pixel_values is None) == (patch_features is None):
             raise ValueError("give pixel_values or patch_features, one of them")
+        vision_outputs = {}
         if patch_features is None:
-            patch_features = self.encode_images(pixel_values, pixel_attention_mask, spatial_shapes)
+            wanted = {"output_hidden_states": True} if output_hidden_states else {}
+            if output_attentions and self.vision_tower.config._attn_implementation == "eager":
+                wanted["output_attentions"] = True
+            vision_outputs, patch_features = self._encode(pixel_values, pixel_attention_mask, spatial_shapes, **wanted)
             patch_attention_mask = pixel_attention_mask
         if patch_features.dim() != 3 or patch_features.shape[-1] != self.config.vision_hidden_size:
             raise ValueError(
@@ -302,8 +318,17 @@ class BliprenModel(BliprenPreTrainedModel):
             per_image = [features[mask.bool()] for features, mask in zip(image_features, patch_attention_mask)]
         else:
             per_image = list(image_features)
-        return BliprenImageFeatures(patch_features, per_image, router_probs, aux_loss, cross_attentions)
+        return BliprenImageFeatures(
+            patch_features,
+            per_image,
+            router_probs,
+            aux_loss,
+            cross_attentions,
+            vision_outputs.get("hidden_states") if output_hidden_states else None,
+            vision_outputs.get("attentions") if output_attentions else None,
+        )
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -340,13 +365,14 @@ class BliprenModel(BliprenPreTrainedModel):
                 patch_attention_mask,
                 qformer_input_ids,
                 qformer_attention_mask,
+                return_dict=True,
             )
         image_features = None
         if image is not None:
             image_features = torch.cat(list(image.pooler_output), dim=0)  # [tokens of all images, D]
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             if image_mask is None:
-                raise ValueError("images need input_ids, which say where they go; fill inputs_embeds yourself instead")
+                image_mask = self._placeholders_among(inputs_embeds)
             self._check_count(image_mask, image_features.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), image_features)
         elif image_mask is not None and input_ids.shape[1] > 1:
@@ -369,6 +395,17 @@ class BliprenModel(BliprenPreTrainedModel):
             router_probs=image.get("router_probs") if image is not None else None,
             router_aux_loss=image.get("router_aux_loss") if image is not None else None,
         )
+
+    def _placeholders_among(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Where embeddings are those of the placeholder, as upstream models find it; `(batch, length)`."""
+        embeddings = self.get_input_embeddings()
+        if self.config.image_token_id >= embeddings.weight.shape[0]:
+            raise ValueError(
+                "images need input_ids, which say where they go: the placeholder lies beyond the vocabulary, so "
+                "inputs_embeds cannot hold it"
+            )
+        token = torch.tensor(self.config.image_token_id, device=embeddings.weight.device)
+        return (inputs_embeds == embeddings(token).to(inputs_embeds)).all(dim=-1)
 
     @staticmethod
     def _check_count(image_mask: torch.Tensor, num_features: int) -> None:
@@ -412,6 +449,7 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
     """The whole model: images and text in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     # the heads of stage 1, which a checkpoint of BliprenForImageTextRetrieval brings along
     _keys_to_ignore_on_load_unexpected = [r"^(vision_proj|text_proj|itm_head|text_head)\.", r"^logit_(scale|bias)$"]
 
@@ -460,7 +498,8 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> BliprenImageFeatures:
         """See [`BliprenModel.get_image_features`]."""
@@ -473,6 +512,8 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
             qformer_input_ids,
             qformer_attention_mask,
             output_attentions,
+            output_hidden_states,
+            **kwargs,
         )
 
     @can_return_tuple
@@ -598,7 +639,7 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
             if key in kwargs
         }
         if any(image_kwargs.get(key) is not None for key in ("pixel_values", "patch_features")):
-            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**image_kwargs)}
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**image_kwargs, return_dict=True)}
         return super().generate(inputs, *args, **kwargs)
 
     @classmethod

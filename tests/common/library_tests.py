@@ -1,0 +1,93 @@
+"""transformers' test mixins for the installed version, imported from its source distribution.
+
+They are looked for in BLIPREN_TRANSFORMERS_SOURCE (an unpacked source distribution, or a git checkout, which has the
+generation mixin too), else in a cache folder that `pip download` fills once. Their files are used as they are. Two
+modules that they import are not in the source distribution; in their place stand:
+
+* `generation.test_utils`: an empty `GenerationTesterMixin`. `test_generation_tester_mixin_inheritance`, which only
+  demands that it be inherited, is then expected to fail; generation has tests of our own.
+* `exporters.test_export`: an empty `ExportTesterMixin`: its tests export every model with every exporter.
+* `fetch_hub_objects_for_ci` (in `utils/`): gives addresses of pictures; here they stay addresses, and the chat template
+  tests that would download them are given a local picture instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+import types
+from functools import cache
+from pathlib import Path
+
+PACKAGE = "transformers_own_tests"
+
+
+class Unavailable(Exception):
+    """Why transformers' own tests cannot be run here."""
+
+
+@cache
+def source_folder() -> Path:
+    """The unpacked source of the installed transformers version. Raises `Unavailable` with the reason."""
+    given = os.environ.get("BLIPREN_TRANSFORMERS_SOURCE")
+    if given:
+        if not (Path(given) / "tests" / "test_modeling_common.py").is_file():
+            raise Unavailable(f"BLIPREN_TRANSFORMERS_SOURCE={given} has no tests/test_modeling_common.py")
+        return Path(given)
+    version = importlib.metadata.version("transformers")
+    cached = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blipren"
+    folder = cached / f"transformers-{version}"
+    if (folder / "tests" / "test_modeling_common.py").is_file():
+        return folder
+    cached.mkdir(parents=True, exist_ok=True)
+    wanted = ["download", f"transformers=={version}", "--no-deps", "--no-binary", ":all:", "-d", str(cached), "-q"]
+    done = subprocess.run([sys.executable, "-m", "pip", *wanted], capture_output=True, text=True, timeout=300)
+    archive = cached / f"transformers-{version}.tar.gz"
+    if done.returncode != 0 or not archive.is_file():
+        raise Unavailable(
+            f"the source distribution of transformers {version} cannot be had: {done.stderr.strip()[-300:]}"
+        )
+    with tarfile.open(archive) as files:
+        files.extractall(cached, filter="data")
+    return folder
+
+
+@cache
+def library_module(name: str) -> types.ModuleType:
+    """A module of transformers' tests folder, such as `test_modeling_common`. Raises `Unavailable`."""
+    if importlib.util.find_spec("parameterized") is None:
+        raise Unavailable("transformers' tests need the package parameterized (pip install parameterized)")
+    folder = source_folder() / "tests"
+    if PACKAGE not in sys.modules:
+        package = types.ModuleType(PACKAGE)
+        package.__path__ = [str(folder)]
+        sys.modules[PACKAGE] = package
+        _stand_in(folder, "generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
+        _stand_in(folder, "exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
+        _stand_in(folder, "utils.test_configuration_utils", config_common_kwargs={})
+        if not (folder.parent / "utils" / "fetch_hub_objects_for_ci.py").is_file():
+            fetch = types.ModuleType("fetch_hub_objects_for_ci")
+            fetch.url_to_local_path = lambda url, return_url_if_not_found=True: url
+            sys.modules["fetch_hub_objects_for_ci"] = fetch
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def has_generation_mixin() -> bool:
+    return (source_folder() / "tests" / "generation" / "test_utils.py").is_file()
+
+
+def _stand_in(folder: Path, name: str, **content) -> None:
+    if (folder / f"{name.replace('.', '/')}.py").is_file():
+        return
+    parent = f"{PACKAGE}.{name.rpartition('.')[0]}"
+    if parent not in sys.modules:
+        sys.modules[parent] = types.ModuleType(parent)
+        sys.modules[parent].__path__ = []
+    module = types.ModuleType(f"{PACKAGE}.{name}")
+    vars(module).update(content)
+    sys.modules[module.__name__] = module

@@ -1,0 +1,44 @@
+"""transformers' own `ProcessorTesterMixin` on our processor, with a plain language model's tokenizer and a chat one's."""
+
+import unittest
+
+import pytest
+from library_tests import Unavailable, library_module
+from PIL import Image
+from tiny import tiny_tokenizer
+from transformers import SiglipImageProcessorPil
+
+from blipren import BliprenProcessor
+from blipren.processing_blipren import _PLAIN_TEMPLATE, _TEMPLATE_HEAD
+
+try:
+    common = library_module("test_processing_common")
+except Unavailable as reason:
+    pytest.skip(f"transformers' own tests: {reason}", allow_module_level=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def local_picture(tmp_path_factory):
+    """The mixin's chats point to pictures on the Hub: here to one on disk."""
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.new("RGB", (40, 30), (200, 30, 90)).save(path)
+    common.MODALITY_INPUT_DATA["images"] = [str(path), str(path)]
+
+
+class ProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):
+    processor_class = BliprenProcessor
+
+    @classmethod
+    def _setup_image_processor(cls):
+        return SiglipImageProcessorPil(size={"height": 32, "width": 32})
+
+    @classmethod
+    def _setup_tokenizer(cls):
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_tokens(["<image>"], special_tokens=True)
+        return tokenizer
+
+    @staticmethod
+    def prepare_processor_dict():
+        template = _TEMPLATE_HEAD.replace("IMAGE_TOKEN", "<image>") + _PLAIN_TEMPLATE
+        return {"image_token": "<image>", "num_visual_tokens": 4, "chat_template": template}
