@@ -432,6 +432,15 @@ def build_lm_head(text_config) -> nn.Linear:
     return nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
 
 
+def copy_weights(module: nn.Module, source: nn.Module) -> None:
+    """Weights and dtypes of `source`, tensor by tensor: rotary frequencies stay in float32 where weights are halves."""
+    dtypes = {name: tensor.dtype for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name in dtypes:
+            tensor.data = tensor.data.to(dtypes[name])
+    module.load_state_dict(source.state_dict())
+
+
 def scale_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
     """Logit scaling and soft-capping of the families that have them (Cohere, Granite, Falcon-H1, Gemma)."""
     if (scale := getattr(text_config, "logit_scale", None)) is not None:
@@ -748,9 +757,9 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
         model = cls(config)
-        model.model.vision_tower.to(causal_lm.dtype).load_state_dict(vision_model.state_dict())
-        model.model.language_model.to(causal_lm.dtype).load_state_dict(causal_lm.base_model.state_dict())
-        model.lm_head.to(causal_lm.dtype).load_state_dict(causal_lm.get_output_embeddings().state_dict())
+        copy_weights(model.model.vision_tower, vision_model)
+        copy_weights(model.model.language_model, causal_lm.base_model)
+        copy_weights(model.lm_head, causal_lm.get_output_embeddings())
         model.tie_weights()
         if bert is not None and model.model.qformer is not None:
             copied = copy_bert_weights(model.model.qformer, bert)
