@@ -22,14 +22,14 @@ SIZES = [(640, 480), (333, 500), (224, 224), (100, 90), (1, 1), (300, 3), (1000,
     ids=["siglip", "clip", "naflex"],
 )
 def test_pixels_within_one_of_the_processors_own(make):
-    """White noise is no photo: both round twice, so that single pixels differ by 2."""
+    """Both round twice, so that of drawn pictures and noise single pixels differ by 2; of photos none does (below)."""
     own = make()
     fast = pickle.loads(pickle.dumps(with_fast_resize(copy.deepcopy(own))))
     assert type(fast).__name__ == type(own).__name__ and fast.to_dict() == own.to_dict()
     rng = np.random.default_rng(0)
     for seed, size in enumerate(SIZES):
         noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-        for image, limit in ((picture(seed, size), 1.001), (noise, 2.001)):
+        for image in (picture(seed, size), noise):
             expected = own(images=[image], return_tensors="np")
             found = fast(images=[image], return_tensors="np")
             assert found.keys() == expected.keys()
@@ -39,8 +39,8 @@ def test_pixels_within_one_of_the_processors_own(make):
                 steps = steps * deviation[:, None, None]
             else:  # patches: channels run fastest
                 steps = steps * np.resize(deviation, steps.shape[-1])
-            assert steps.max() <= limit, f"{size}: {steps.max()}"
-            assert (steps > 1.001).mean() < 1e-3
+            assert steps.max() <= 2.001, f"{size}: {steps.max()}"
+            assert (steps > 1.001).mean() < 1e-4
 
 
 def test_photos_within_one(shared_data):
