@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .configuration_blipren import AUTO_MAP, copy_code_files, split_revision
 from .image_blipren import with_fast_resize
@@ -267,7 +268,9 @@ class BliprenProcessor(ProcessorMixin):
             return text[len(bos) :]
         return text
 
-    def __call__(self, images=None, text=None, **kwargs):
+    def __call__(
+        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Unpack[ProcessingKwargs]
+    ):
         """As in transformers; text without the placeholder gets the prompt layout of training, see
         [`prepare_inputs_layout`]. With `qformer_reads_prompt` there are `qformer_input_ids` too, a row an image."""
         outputs = super().__call__(images=images, text=text, **kwargs)

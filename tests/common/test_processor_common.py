@@ -23,6 +23,7 @@ def local_picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("picture") / "picture.png"
     Image.new("RGB", (40, 30), (200, 30, 90)).save(path)
     common.MODALITY_INPUT_DATA["images"] = [str(path), str(path)]
+    common.url_to_local_path = lambda url, **_options: str(path)
 
 
 class ProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):
