@@ -5,6 +5,7 @@ import pytest
 
 from blipren.training.evaluation.bootstrap import (
     Statistic,
+    grouped_statistic,
     interval,
     mean_statistic,
     paired_difference,
@@ -44,7 +45,7 @@ def test_same_seed_same_interval_and_slices_do_not_change_its_size():
     statistic = mean_statistic(np.arange(50))
     assert interval(statistic, 500, seed=4) == interval(statistic, 500, seed=4)
     assert interval(statistic, 500, seed=4) != interval(statistic, 500, seed=5)
-    big = mean_statistic(np.arange(30_000) % 2)
+    big = mean_statistic(np.arange(24_000) % 2)
     assert len(resampled_values(big, 1000)) == 1000
 
 
@@ -52,6 +53,16 @@ def test_missing_scores_are_left_out():
     statistic = mean_statistic([1.0, None, float("nan"), 0.0])
     assert statistic.value == 0.5
     assert len(resampled_values(statistic, 2000)) < 2000  # draws of missing rows alone have no value
+
+
+def test_questions_of_an_image_are_drawn_together():
+    scores, images = [1.0, 1.0, 0.0, 0.0, 0.0, 1.0], ["a", "a", "b", "b", "b", "c"]
+    grouped = grouped_statistic(scores, images)
+    assert grouped.value == mean_statistic(scores).value and grouped.rows.tolist() == [[2, 2], [0, 3], [1, 1]]
+    many = np.repeat(np.random.default_rng(5).integers(0, 2, size=60), 10)
+    wide = interval(grouped_statistic(many, np.repeat(np.arange(60), 10)))
+    narrow = interval(mean_statistic(many))
+    assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
 
 
 def test_paired_sees_what_unpaired_cannot():

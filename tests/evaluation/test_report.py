@@ -97,6 +97,7 @@ def test_interactions_in_chromium(report, width):
     """
     found = browse(report, script, width)
     assert found["errors"] == [] and found["console"] == []
+    assert found["width"] == width
     assert found["ready"] == "yes" and found["wide"] <= 0
     assert found["sections"] == ["Numbers", "Does it look?", "Photos", "What it sees", "Questions", "Experts", "Training", "Provenance"]  # fmt: skip
     assert (found["few"], found["all"], found["yellow"]) == (12, 24, 4) and "yellow" in found["longest"]

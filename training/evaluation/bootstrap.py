@@ -43,6 +43,15 @@ def mean_statistic(scores, weights=None) -> Statistic:
     return Statistic(np.stack([np.nan_to_num(scores) * weights, weights], axis=1), _ratio)
 
 
+def grouped_statistic(scores, groups) -> Statistic:
+    """The mean over all scores, resampled by group: questions about one image stand or fall together."""
+    sums: dict = {}
+    for score, group in zip(scores, groups, strict=True):
+        total, count = sums.get(group, (0.0, 0))
+        sums[group] = (total + float(score), count + 1)
+    return Statistic(np.array(list(sums.values()), dtype=np.float64), _ratio)
+
+
 def resample_counts(images: int, resamples: int, seed: int) -> np.ndarray:
     """How often each image is drawn in each resample: [resamples, images], the same for the same arguments."""
     if images < 1:

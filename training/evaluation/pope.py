@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from blipren.training.evaluation.bootstrap import interval, mean_statistic
+from blipren.training.evaluation.bootstrap import grouped_statistic, interval
 
 STRATEGIES = ("random", "popular", "adversarial")
 QUESTION = "Is there {article} {object}?"
@@ -77,12 +77,13 @@ def pope_scores(
     """strategy -> accuracy (with interval), precision, recall, F1 of "yes", share of "yes", number of questions."""
     table = {}
     for strategy in STRATEGIES:
-        pairs = [(q.answer, yes) for q, yes in zip(questions, said_yes, strict=True) if q.strategy == strategy]
+        own = [(q, yes) for q, yes in zip(questions, said_yes, strict=True) if q.strategy == strategy]
+        pairs = [(q.answer, yes) for q, yes in own]
         if not pairs:
             continue
         true_yes = sum(answer and yes for answer, yes in pairs)
         all_yes, all_true = sum(yes for _, yes in pairs), sum(answer for answer, _ in pairs)
-        accuracy = mean_statistic([answer == yes for answer, yes in pairs])
+        accuracy = grouped_statistic([answer == yes for answer, yes in pairs], [q.image for q, _ in own])
         precision, recall = true_yes / max(1, all_yes), true_yes / max(1, all_true)
         table[strategy] = {
             "accuracy": accuracy.value,

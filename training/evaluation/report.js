@@ -204,7 +204,7 @@ function retrieval() {
   if (!r) return;
   const names = { image_to_text: "image → text", text_to_image: "text → image" };
   const rows = [];
-  for (const [key, values] of [["", r], ["re-ranked ", r.reranked], ["chance ", r.chance], ["the encoder alone ", r.encoder]]) {
+  for (const [key, values] of [["", r], ["re-ranked, ", r.reranked], ["chance, ", r.chance], ["the frozen encoder alone, ", r.encoder_zero_shot]]) {
     if (!values) continue;
     for (const way of Object.keys(names)) {
       if (values[way]) rows.push([key + names[way], ...["R@1", "R@5", "R@10", "median_rank"].map((n) => (n === "median_rank" ? number(values[way][n], 1) : fixed(values[way][n])))]);

@@ -200,25 +200,25 @@ def explained_item(shown: Explained) -> dict:
 
 
 def explain_photos(result: Evaluation, model, processor, settings) -> tuple[list[dict], dict | None]:
-    """Items of the explorer, and statistics of the queries over its photos (of one grid)."""
-    scores = result.caption_scores
-    positions = choose_photos(result, max(2 * settings.attention_images, 1))
-    if scores is not None:
-        positions = sorted(positions, key=lambda i: -scores.per_image["CIDEr"][result.examples[i].id])
-    step = max(1, len(positions) // max(1, settings.attention_images))
-    shown = []
-    for position in positions[::step][: settings.attention_images]:
+    """Items of the explorer, and statistics of the queries over its photos (of one grid).
+
+    The photos are spread evenly over the split, whatever the scores, so that two reports show the same ones.
+    """
+    examples, shown = result.examples, []
+    count = min(settings.attention_images, len(examples))
+    for position in (k * len(examples) // count for k in range(count)):
         example = result.examples[position]
         prompt, text = settings.prompt, result.captions.get(example.id, {}).get("text")
         if text is None and example.questions:
             prompt = next(iter(example.questions))
-            text = result.answers[example.id, prompt]["text"]
-        shown.append(explain(model, processor, example.load(), prompt, text or ""))
-    maps = [s.queries for s in shown if s.queries is not None]
+            text = result.answers.get((example.id, prompt), {}).get("text")
+        limit = {"max_new_tokens": settings.max_new_tokens}  # where nothing was generated yet
+        shown.append((example.id, explain(model, processor, example.load(), prompt, text, **limit)))
+    maps = [s.queries for _, s in shown if s.queries is not None]
     statistics = None
     if maps and len({m.shape for m in maps}) == 1:
         statistics = vars(query_statistics(torch.stack(maps)))
-    return [explained_item(s) for s in shown], statistics
+    return [{"id": key, **explained_item(s)} for key, s in shown], statistics
 
 
 # --------------------------------------------------------------------------------------------- training, retrieval
@@ -248,7 +248,8 @@ def retrieval_item(result: Evaluation, similarities: torch.Tensor | None, count:
     values = result.metrics.get("retrieval")
     if values is None:
         return None
-    item = {k: values[k] for k in ("image_to_text", "text_to_image", "reranked", "chance", "encoder") if k in values}
+    kinds = ("image_to_text", "text_to_image", "reranked", "chance", "encoder_zero_shot")
+    item = {kind: values[kind] for kind in kinds if values.get(kind) is not None}
     if similarities is not None:
         by_id = {example.id: example for example in result.examples}
         examples = [by_id[key] for key in values["ids"]]
@@ -328,6 +329,12 @@ def _base(config, part: str) -> str | None:
         return None
     revision = f" @ {base['revision'][:12]}" if base.get("revision") else ""
     return f"{base['id']}{revision}"
+
+
+def embedded_data(page: Path) -> dict:
+    """The data of a report that was written earlier."""
+    found = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
+    return json.loads(found.group(1)) if found else {}
 
 
 def write_report(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blipren.training.evaluation.bootstrap import interval
+from blipren.training.evaluation.bootstrap import grouped_statistic, interval
 from blipren.training.evaluation.examples import Example, Split
 from blipren.training.evaluation.grounding import image_use
 from blipren.training.evaluation.hallucination import Hallucination, chair, scene_truth
@@ -110,7 +110,12 @@ def add_answers(result: Evaluation, settings) -> None:
             name = (key, answer["question"])
             given[name], questions[name] = answer["text"], answer["question"]
             people[name] = by_id[key].questions[answer["question"]]
-    values, per_question, statistics = vqa_scores(given, people)
+    values, per_question = vqa_scores(given, people)
+    images = [key for key, _ in given]
+    statistics = {
+        name: grouped_statistic([s[part] for s in per_question.values()], images)
+        for name, part in (("accuracy", "exact"), ("soft_score", "soft"))
+    }
     result.answers = {name: {"text": given[name], "people": people[name], **per_question[name]} for name in given}
     result.metrics["vqa"] = {
         **values,

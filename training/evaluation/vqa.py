@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from blipren.training.errors import UserError
-from blipren.training.evaluation.bootstrap import Statistic, mean_statistic
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {w: str(n) for n, w in enumerate("zero one two three four five six seven eight nine ten".split())}
@@ -63,8 +62,8 @@ def soft_score(prediction: str, answers: Sequence[str]) -> float:
 
 def vqa_scores(
     predictions: Mapping[object, str], answers: Mapping[object, Sequence[str]]
-) -> tuple[dict[str, float], dict[object, dict[str, float]], dict[str, Statistic]]:
-    """Values, values of each question, and statistics for intervals.
+) -> tuple[dict[str, float], dict[object, dict[str, float]]]:
+    """Values over the set, and `exact` and `soft` of each question.
 
     Args:
         predictions: question id -> answer given. answers: question id -> answers of people, at least one.
@@ -80,11 +79,11 @@ def vqa_scores(
         k: {"exact": exact_match(predictions[k], answers[k]), "soft": soft_score(predictions[k], answers[k])}
         for k in predictions
     }
-    statistics = {
-        "accuracy": mean_statistic([s["exact"] for s in per_question.values()]),
-        "soft_score": mean_statistic([s["soft"] for s in per_question.values()]),
+    values = {
+        "accuracy": float(np.mean([s["exact"] for s in per_question.values()])),
+        "soft_score": float(np.mean([s["soft"] for s in per_question.values()])),
     }
-    return {name: s.value for name, s in statistics.items()}, per_question, statistics
+    return values, per_question
 
 
 def vqa_metrics(predictions: Mapping[object, str], answers: Mapping[object, Sequence[str]]) -> dict[str, float]:
