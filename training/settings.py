@@ -437,10 +437,20 @@ class TrainSettings(Settings):
 
     online: bool = False
     """Read images instead of cached features: CACHE is then a dataset, decoded and encoded as it is needed."""
-    image_column: str = "image"
-    """Column with the images, with --online."""
-    caption_columns: list[str] = field(default_factory=lambda: ["caption"])
-    """Columns with captions, with --online."""
+    image_column: str | None = None
+    """Column with the images, with --online; found by name when not given."""
+    caption_columns: list[str] = field(default_factory=list)
+    """Columns with captions, with --online; found by name when not given."""
+    question_column: str | None = None
+    """Column with questions, with --online; found by name when not given."""
+    answer_column: str | None = None
+    """Column with their answers, with --online; found by name when not given."""
+    validation_share: float = 0.05
+    """Share of images for validation where the data set says nothing, with --online."""
+    test_share: float = 0.05
+    """Share of images that are left out for a test, likewise."""
+    augment: bool = False
+    """Train on random crops, mirrored unless the texts name sides, with --online."""
     train_vision: bool = False
     """Train the vision encoder too, with --online."""
     precision: str = choice("auto", "fp32", "bf16", "fp16", default="auto")
@@ -485,6 +495,8 @@ class TrainSettings(Settings):
             raise UsageError("merge_lora needs llm_tuning lora and full: a bridge cannot hold the merged weights")
         if self.train_vision and not self.online:
             raise UsageError("train_vision needs online: cached features are those of the frozen encoder")
+        if self.augment and not self.online:
+            raise UsageError("augment needs online; cached views are made by `blipren embed --views`")
 
 
 EVALUATION_TASKS = ("captioning", "vqa", "retrieval", "pope")
@@ -541,6 +553,8 @@ class EvaluateSettings(Settings):
     """Tokenizer of the metrics; auto is Stanford's through Java, or without Java its equal in Python."""
     meteor: bool = True
     """Compute METEOR, where there is Java."""
+    similarity: bool = True
+    """Compute CLIPScore or SigLIPScore, where the vision encoder has a text tower."""
     resamples: int = 1000
     """Draws of the bootstrap that confidence intervals come from."""
     report: bool = True

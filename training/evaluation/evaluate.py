@@ -22,6 +22,7 @@ from blipren.training.evaluation.results import (
     add_captions,
     add_image_use,
     add_routing,
+    add_similarity,
     prediction_rows,
     split_counts,
     write_predictions,
@@ -30,6 +31,7 @@ from blipren.training.evaluation.results import (
 from blipren.training.evaluation.sweep import SweepPlan, batches_of_photos, fixed_answers, sweep, sweep_pope
 from blipren.training.settings import EvaluateSettings
 
+NO_TEXT_TOWER = "No image-text similarity: the vision encoder has no text tower, or is not here."
 VERSIONS = ("torch", "transformers", "datasets", "pycocoevalcap", "numpy", "pillow")
 
 
@@ -136,6 +138,22 @@ def _retrieval(settings: EvaluateSettings, split: Split) -> tuple[dict, torch.Te
     return metrics, scores
 
 
+def _similarity(settings: EvaluateSettings, result: Evaluation, model) -> None:
+    """CLIPScore or SigLIPScore, where the encoder has a text tower."""
+    from blipren.training.evaluation.similarity import caption_scores, towers_beside
+
+    towers = towers_beside(model, choose_device(settings.device))
+    if towers is None:
+        result.caption_scores.notes.append(NO_TEXT_TOWER)
+        return
+    scored = [e for e in result.examples if e.id in set(result.caption_scores.ids)]
+    batches = (
+        (photos, [result.captions[e.id]["text"] for e in good], [e.references for e in good])
+        for good, photos in batches_of_photos(scored, settings.batch_size)
+    )
+    add_similarity(result, settings, caption_scores(towers, batches))
+
+
 def _pope(settings: EvaluateSettings, split: Split, model, processor) -> dict:
     objects = {}
     for example in split.examples:
@@ -228,6 +246,8 @@ def evaluate(settings: EvaluateSettings) -> None:
         }
         if plan.captions:
             add_captions(result, settings, captions, settings.meteor)
+            if settings.similarity:
+                _similarity(settings, result, model)
         if plan.questions:
             add_answers(result, settings)
         if plan.probe:

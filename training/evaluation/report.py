@@ -72,7 +72,9 @@ def headline_tiles(metrics: dict) -> list[dict]:
     if captioning:
         earlier = before.get("captioning")
         tiles += [_tile(n, captioning, n, earlier) for n in ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR")]
+        similar = [n for n in ("CLIPScore", "RefCLIPScore", "SigLIPScore", "RefSigLIPScore") if n in captioning]
         tiles[3]["note"] = "" if captioning["METEOR"] is not None else "no Java here, or not asked for"
+        tiles += [_tile(n, captioning, n) for n in similar]
     found = metrics.get("hallucination")
     if found:
         earlier = before.get("hallucination")

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blipren.training.evaluation.bootstrap import grouped_statistic, interval
+from blipren.training.evaluation.bootstrap import grouped_statistic, interval, mean_statistic
 from blipren.training.evaluation.examples import Example, Split
 from blipren.training.evaluation.grounding import image_use
 from blipren.training.evaluation.hallucination import Hallucination, chair, scene_truth
 from blipren.training.evaluation.metrics import CaptionScores, score_captions
 from blipren.training.evaluation.vqa import answer_table, vqa_scores
 
-PER_IMAGE = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR")
+PER_IMAGE = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", "CLIPScore", "SigLIPScore")
 
 
 @dataclass
@@ -99,6 +99,17 @@ def add_captions(result: Evaluation, settings, captions: dict[str, dict], meteor
             ids = [e.id for e in examples if e.facts.get("group") == group]
             part = scene_truth({key: predictions[key] for key in ids}, {key: scenes[key] for key in ids})
             result.metrics["hallucination"][group] = part.values
+
+
+def add_similarity(result: Evaluation, settings, scores: Mapping[str, Sequence[float]]) -> None:
+    """Image-text similarity beside the other caption metrics."""
+    found, values = result.caption_scores, result.metrics["captioning"]
+    for name, per_image in scores.items():
+        statistic = mean_statistic(per_image)
+        found.corpus[name] = values[name] = statistic.value
+        found.statistics[name] = statistic
+        found.per_image[name] = dict(zip(found.ids, per_image, strict=True))
+        values["intervals"][name] = interval(statistic, settings.resamples, settings.seed)
 
 
 def add_answers(result: Evaluation, settings) -> None:
