@@ -79,6 +79,8 @@ class CaptionTrainer(SafeTrainer):
         if outputs.router_aux_loss is not None:
             loss = loss + outputs.router_aux_loss * len(batch["ids"]) / images_in_step
         # ---------------------------------------------------------------------------------------------------------
+        if not self.window.nll:
+            self.window.first_step = self.state.global_step
         self.window.add(batch, nll.detach(), loss.detach(), outputs.router_probs)
         return loss * self.accelerator.num_processes  # DDP averages gradients over processes; the loss is a sum
 
@@ -128,7 +130,6 @@ class CaptionTrainer(SafeTrainer):
         seconds, step = self.clock.elapsed(), self.state.global_step
         steps = step - self.window.first_step
         self.clock.reset()
-        self.window.first_step = step
         values = {
             "epoch": round(step / self.train_dataset.plan.steps_per_epoch, 4),
             "loss": counts["nll"] / counts["targets"],
@@ -335,15 +336,24 @@ def choose_precision(name: str, device: str) -> str:
     return name
 
 
-def load(settings: TrainSettings, precision: str):
-    """Model and processor. The frozen parts come in half precision where the arithmetic is; what is trained in fp32."""
-    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    trains_base = settings.llm_tuning == "full" or settings.train_vision
-    model, processor = load_checkpoint(settings.model, dtype=torch.float32 if trains_base else half)
+def load(settings: TrainSettings):
+    """Model and processor as the checkpoint has them, which is what a cache was made with."""
+    model, processor = load_checkpoint(settings.model)
     for name in ("router_balance_weight", "router_z_weight", "router_noise"):
         if getattr(settings, name) is not None:
             setattr(model.config, name, getattr(settings, name))
     return model, processor
+
+
+def set_precision(model, precision: str) -> None:
+    """Frozen parts in the arithmetic's precision, what is trained in float32."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    for part in ("qformer", "projector"):
+        if part in model.parts():
+            model.parts()[part].float()
 
 
 def layout_for(model, processor, settings: TrainSettings, sources: Sequence) -> Layout:
@@ -423,9 +433,10 @@ def train(settings: TrainSettings) -> int:
         say(f"{run.path} is finished: {done['steps']} steps; the model is in {run.path}")
         return 0
     torch.manual_seed(settings.seed)
-    model, processor = load(settings, precision)
-    choose_trained(model, settings)
+    model, processor = load(settings)
     sources, validation = open_sources(settings, model, processor)
+    choose_trained(model, settings)
+    set_precision(model, precision)
     plan, prompts = make_plan(settings, sources, world), PromptEncoder(processor)
     layout = layout_for(model, processor, settings, sources)
     steps = whole_steps(settings, plan)
@@ -499,13 +510,20 @@ def finish(trainer: CaptionTrainer, settings: TrainSettings, run: RunFolder) -> 
     best = trainer.load_best()
     if not run.writes:
         return
-    model, state = trainer.model, trainer.state
+    state, trained = trainer.state, trainer.trained_weights()
+    trainer.log_samples("after")
+    # into a fresh copy, whose frozen parts are bit for bit what they were, in the precision that they had
+    model, _ = load(settings)
+    choose_trained(model, settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.copy_(trained[name])
     full = settings.full or settings.llm_tuning == "full" or settings.train_vision
     if settings.merge_lora:
         merge_lora(model)
     model.save_pretrained(run.path) if full else model.save_bridge(run.path)
     trainer.processor.save_pretrained(run.path)
-    trainer.log_samples("after")
     run.draw_curves()
     summary = {"steps": state.global_step, "kept": "last" if best is None else f"step {best}"}
     if state.best_metric is not None:

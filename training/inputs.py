@@ -1,11 +1,21 @@
 """What `train` reads: feature caches, or images as they come, as sources of batches."""
 
+import re
+from collections import Counter
+
+import numpy as np
 import torch
 
 from blipren.training.data.batches import VIEW, generator
 from blipren.training.data.cache import FeatureCache
+from blipren.training.data.prepare import PrepareConfig, Prepared, cut_view, prepare_row
+from blipren.training.data.sources import open_rows
+from blipren.training.data.splits import SPLITS, NearIndex
+from blipren.training.data.tokens import build_table
 from blipren.training.errors import UsageError, UserError
 from blipren.training.settings import TrainSettings
+
+SIDES = re.compile(r"\b(left|right)\b|\d", re.IGNORECASE)
 
 
 def parse_weighted(text: str) -> list[tuple[str, float]]:
@@ -57,8 +67,98 @@ class CacheSource:
         return found
 
 
-def open_sources(settings: TrainSettings, model, processor) -> tuple[list[CacheSource], CacheSource | None]:
+class ImageSource:
+    """One split of a data set, its images read, decoded and resized as batches need them."""
+
+    weight = 1.0
+
+    def __init__(self, rows: list[Prepared], model, processor, augment: bool):
+        if model.config.num_visual_tokens is None:
+            raise UserError("online needs a fixed number of visual tokens: use connector qformer, or a feature cache")
+        self.rows, self.augment = rows, augment
+        self.image_processor = processor.image_processor
+        self.per_image = model.config.num_visual_tokens
+        self.ids = [row.row.id for row in rows]
+        self.texts = build_table([r.prompts for r in rows], [r.answers for r in rows], processor)
+
+    def visual_tokens(self, image: int) -> int:
+        return self.per_image
+
+    def inputs(self, images: list[int], seed: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+        pictures = []
+        for image in images:
+            prepared = self.rows[image]
+            picture = prepared.row.load()
+            if self.augment and seed is not None:
+                view = 1 + int(generator(*seed, VIEW, image).integers(1 << 30))
+                picture = cut_view(picture, view, prepared.image_hash, may_mirror(prepared), 0.6, keep_size=False)
+            pictures.append(picture)
+        return dict(self.image_processor(images=pictures, return_tensors="pt"))
+
+    def references(self) -> dict[int, list[str]]:
+        found = {}
+        for image, row in enumerate(self.rows):
+            captions = [answer for prompt, answer in zip(row.prompts, row.answers) if prompt is None]
+            if captions:
+                found[image] = captions
+        return found
+
+
+def may_mirror(prepared: Prepared) -> bool:
+    """Whether no text of an image would be wrong in a mirror."""
+    return not any(SIDES.search(text) for text in [*prepared.answers, *filter(None, prepared.prompts)])
+
+
+def read_images(settings: TrainSettings, processor) -> dict[str, list[Prepared]]:
+    """The rows of a data set by split, filtered as `embed` filters them; training images that are nearly a held-out
+    one are left out. Every image is decoded once for that."""
+    source = open_rows(
+        settings.cache,
+        settings.image_column,
+        settings.caption_columns,
+        settings.question_column,
+        settings.answer_column,
+        validation_share=settings.validation_share,
+        test_share=settings.test_share,
+    )
+    config = PrepareConfig(
+        image_processor=processor.image_processor,
+        validation_share=settings.validation_share,
+        test_share=settings.test_share,
+    )
+    splits: dict[str, list[Prepared]] = {split: [] for split in SPLITS}
+    rejected: Counter[str] = Counter()
+    for row in source:
+        prepared, _, refused = prepare_row(row, config)
+        rejected.update(line["reason"] for line in refused if line["kind"] == "row")
+        if prepared is not None:
+            splits[prepared.split].append(prepared)
+    held_out, train = splits["validation"] + splits["test"], splits["train"]
+    near: dict[int, int] = {}
+    if held_out and train:
+        index = NearIndex(np.array([p.phash for p in held_out], np.uint64), np.stack([p.thumb for p in held_out]))
+        near = index.find(np.array([p.phash for p in train], np.uint64), np.stack([p.thumb for p in train]))
+    splits["train"] = [p for i, p in enumerate(train) if i not in near]
+    reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.most_common()) or "none"
+    print(
+        f"online {source.describe()}: train {len(splits['train']):,}, validation {len(splits['validation']):,}; "
+        f"rejected: {reasons}; near duplicates of held-out images left out: {len(near):,}"
+    )
+    return splits
+
+
+def open_sources(settings: TrainSettings, model, processor) -> tuple[list, CacheSource | ImageSource | None]:
     """Training sources with their weights, and the validation source (of the first cache that has one)."""
+    if settings.online:
+        splits = read_images(settings, processor)
+        if not splits["train"]:
+            raise UserError(f"{settings.cache} has no image in its train split")
+        validation = ImageSource(splits["validation"], model, processor, False) if splits["validation"] else None
+        return [ImageSource(splits["train"], model, processor, settings.augment)], validation
+    return open_caches(settings, model, processor)
+
+
+def open_caches(settings: TrainSettings, model, processor) -> tuple[list[CacheSource], CacheSource | None]:
     train, validation = [], None
     for path, weight in parse_weighted(settings.cache):
         cache = FeatureCache.open(path)

@@ -17,7 +17,7 @@ def finish(process):
 
 @pytest.fixture
 def one_and_two(settings, tmp_path, deterministic_model):
-    one = settings(model=str(deterministic_model), micro_batches=2, max_steps=6, keep_best="loss", save_every=3)
+    one = settings(model=str(deterministic_model), micro_batches=2, max_steps=6, save_every=3, log_every=1)
     two = type(one)(**one.__dict__ | {"out": str(tmp_path / "two")})
     return one, two
 

@@ -35,6 +35,7 @@ def draw_dataset(folder: Path, images: int = 44) -> Path:
             {
                 "file_name": f"{i}.png",
                 "caption": [f"A {colour} {shape} .", f"The {shape} is {colour} ."][: 1 + i % 2],
+                "short_caption": f"{colour} {shape}" if i % 3 else "",
                 "question": "What colour ?",
                 "answer": colour,
                 "split": "train" if i < 32 else "validation" if i < 40 else "test",

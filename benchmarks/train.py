@@ -1,0 +1,394 @@
+"""Speed and memory of `blipren train` against the notebook way and against transformers' BLIP-2, side by side.
+
+    python benchmarks/train.py --out train.json                  # SigLIP-B/16, 12-layer Q-Former, 135M Llama shape
+    python benchmarks/train.py --shape tiny --rounds 2           # seconds: shows that it runs
+    python benchmarks/train.py --shape so400m-1b --device cuda   # on a GPU
+
+Every arm trains the same bridge with the same random weights on the same drawn photos and the same captions, without
+dropout, optimizer step included; the losses of all arms are compared before anything is timed. Arms take turns, and a
+figure is the median over the rounds. Ratios are the result: absolute figures depend on the machine and its load.
+"""
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    LlamaConfig,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from blipren.configuration_blipren import BliprenConfig, BliprenQFormerConfig
+from blipren.modeling_blipren import BliprenForConditionalGeneration, copy_weights
+from blipren.qformer_blipren import copy_blip2_weights
+from blipren.training import flops
+from blipren.training.caption import answer_losses, plain
+from blipren.training.data.batches import PromptEncoder, build_blocks, collate_padded, collate_shared, useful_share
+
+LLAMA_135M = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                  num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)  # fmt: skip
+LLAMA_1B = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True)  # fmt: skip
+VIT_B = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
+             patch_size=16)  # fmt: skip
+VIT_SO400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+                  image_size=384, patch_size=14)  # fmt: skip
+QFORMER = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+               cross_attention_frequency=2)  # fmt: skip
+SMALL = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+SHAPES = {
+    "b16-135m": (VIT_B, QFORMER, LLAMA_135M, 32),
+    "so400m-1b": (VIT_SO400M, QFORMER, LLAMA_1B, 32),
+    "tiny": (
+        SMALL | dict(image_size=32, patch_size=8),
+        SMALL | dict(cross_attention_frequency=2),
+        SMALL | dict(num_key_value_heads=2, vocab_size=500, tie_word_embeddings=True),
+        4,
+    ),
+}
+EOS, PAD, CAPTION_LENGTH = 2, 0, 64
+
+
+class Words:
+    """Stands for a processor: a plain prompt of four tokens behind the image."""
+
+    prompts, system_prompts = ["Short caption:"], []
+
+    def __init__(self, image_token_id: int):
+        self.image_token_id = image_token_id
+
+    def encode_prompt(self, prompt=None, system=None, num_visual_tokens=()):
+        return [1] + [self.image_token_id] * num_visual_tokens[0] + [11, 12, 13]
+
+
+class CachedFeatures(nn.Module):
+    """Stands for BLIP-2's vision encoder: gives what was computed before."""
+
+    main_input_name = "pixel_values"
+    features: torch.Tensor
+
+    def forward(self, pixel_values=None, **keywords):
+        return BaseModelOutputWithPooling(last_hidden_state=self.features)
+
+
+class Bench:
+    """The two models with equal weights, the data, and an arm for each way to train on it."""
+
+    def __init__(self, options, folder: Path):
+        vision, qformer, llm, self.queries = SHAPES[options.shape]
+        self.options, self.device = options, torch.device(options.device)
+        torch.manual_seed(0)
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        text_config = LlamaConfig(
+            **llm, max_position_embeddings=2048, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS
+        )
+        image_token = llm["vocab_size"] - 1  # BLIP-2 embeds its placeholder, so it must be of the vocabulary
+        self.blip2 = Blip2ForConditionalGeneration(
+            Blip2Config(
+                vision_config=Blip2VisionConfig(**vision),
+                qformer_config=Blip2QFormerConfig(**qformer, **no_dropout, encoder_hidden_size=vision["hidden_size"], vocab_size=8),
+                text_config=text_config,
+                num_query_tokens=self.queries,
+                image_token_index=image_token,
+            )
+        )  # fmt: skip
+        self.ours = BliprenForConditionalGeneration(
+            BliprenConfig(
+                vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
+                text_config=text_config,
+                qformer_config=BliprenQFormerConfig(
+                    **qformer, **no_dropout, encoder_hidden_size=vision["hidden_size"], num_query_tokens=self.queries
+                ),
+                projector="linear",
+                image_token_id=image_token,
+            )
+        )
+        copy_weights(self.ours.model.language_model, self.blip2.language_model.model)
+        self.ours.tie_weights()
+        weights = {k: v for k, v in self.blip2.state_dict().items() if k.startswith(("qformer.", "query_tokens"))}
+        copy_blip2_weights(self.ours.model.qformer, weights)
+        self.ours.model.projector.load_state_dict(self.blip2.language_projection.state_dict())
+        self.vision_model, self.cached = self.blip2.vision_model, CachedFeatures()
+        for model in (self.ours, self.blip2):
+            model.to(self.device).train()
+        self.ours.freeze()
+        self.blip2.requires_grad_(False)
+        self.blip2.vision_model.eval()
+        self.blip2.language_model.eval()
+        trained = [
+            self.blip2.query_tokens,
+            *self.blip2.qformer.parameters(),
+            *self.blip2.language_projection.parameters(),
+        ]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self.optimizers = {
+            "ours": torch.optim.AdamW([p for p in self.ours.parameters() if p.requires_grad], lr=0.0),
+            "blip2": torch.optim.AdamW(trained, lr=0.0),  # a rate of zero keeps all arms' losses comparable
+        }
+        self.image_processor = SiglipImageProcessorPil(
+            size={"height": vision["image_size"], "width": vision["image_size"]}
+        )
+        self.photos = self.draw(folder, options.images)
+        random = np.random.default_rng(1)
+        # lengths as of Flickr8k's captions under a small BPE: 6 to 24 tokens, 13 in the mean
+        self.captions = [
+            [
+                [*random.integers(20, llm["vocab_size"] - 2, int(np.clip(random.gamma(9, 1.45), 6, 24))).tolist(), EOS]
+                for _ in range(options.captions)
+            ]
+            for _ in range(options.images)
+        ]
+        prompts = PromptEncoder(Words(image_token))
+        self.blocks = [
+            block
+            for i, answers in enumerate(self.captions)
+            for block in build_blocks((0, i), [(None, a) for a in answers], self.queries, prompts)
+        ]
+        self.pairs = options.images * options.captions
+        self.num_targets = sum(len(a) for answers in self.captions for a in answers)
+        with torch.no_grad():
+            self.features = self.ours.encode_images(self.pixels(range(options.images)))
+
+    def draw(self, folder: Path, count: int) -> list[Path]:
+        random, paths = np.random.default_rng(0), []
+        for number in range(count):
+            coarse = Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((640, 480), 3)
+            paths.append(folder / f"{number}.jpg")
+            coarse.save(paths[-1], quality=90)
+        return paths
+
+    def pixels(self, images) -> torch.Tensor:
+        pictures = [Image.open(self.photos[i]).convert("RGB") for i in images]
+        return self.image_processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.device)
+
+    # ---- rows for the arms that know nothing of packing -----------------------------------------------------------
+
+    def rows(self, text_length: int | None) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """A right-padded row a pair; captions padded to `text_length`, or to the longest row."""
+        rows = [(b.image[1], b.prefix + prompt, answer) for b in self.blocks for prompt, answer in b.segments]
+        head = len(rows[0][1])
+        length = head + text_length if text_length else max(len(p) + len(a) for _, p, a in rows)
+        ids = torch.full((len(rows), length), PAD)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for r, (_, prompt, answer) in enumerate(rows):
+            end = len(prompt) + len(answer)
+            ids[r, :end] = torch.tensor(prompt + answer)
+            mask[r, :end] = 1
+            labels[r, len(prompt) : end] = torch.tensor(answer)
+        tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return [image for image, _, _ in rows], {k: v.to(self.device) for k, v in tensors.items()}
+
+    # ---- arms: each gives its loss and the share of positions that are tokens -------------------------------------
+
+    def notebook(self):
+        """(a) Decode, encode, Q-Former for every pair; captions padded to 64; all logits."""
+        images, batch = self.rows(CAPTION_LENGTH)
+        share = batch["attention_mask"].float().mean().item()
+        return self.ours(**batch, pixel_values=self.pixels(images), use_cache=False).loss, share
+
+    def blip2_pixels(self):
+        """(b) BLIP-2 as it is, padded to the longest row. Its encoder is its own: the loss differs."""
+        images, batch = self.rows(None)
+        self.blip2.vision_model = self.vision_model
+        share = batch["attention_mask"].float().mean().item()
+        return self.blip2(**batch, pixel_values=self.pixels(images), use_cache=False).loss, share
+
+    def blip2_features(self):
+        """(b) BLIP-2 on cached features."""
+        images, batch = self.rows(None)
+        self.cached.features = self.features[images]
+        self.blip2.vision_model = self.cached
+        share = batch["attention_mask"].float().mean().item()
+        pixels = torch.empty(len(images), 3, 1, 1, device=self.device)
+        return self.blip2(**batch, pixel_values=pixels, use_cache=False).loss, share
+
+    def ours_on(self, batch: dict):
+        images = [image for _, image in batch.pop("images")]
+        share = useful_share(batch)
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        batch["inputs"] = {"patch_features": self.features[images]}
+        dtype = self.ours.get_input_embeddings().weight.dtype
+        inputs, mask = plain(batch, dtype)
+        outputs = self.ours(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask,
+            logits_at=batch["predict_from"], use_cache=False, **inputs,
+        )  # fmt: skip
+        return answer_losses(outputs.logits, batch["targets"], 0.0)[1] / self.num_targets, share
+
+    def padded(self):
+        """(c) Cached features, rows padded dynamically, logits at labels only."""
+        return self.ours_on(collate_padded(self.blocks, PAD))
+
+    def shared(self):
+        """(d) Cached features, one prefix an image, packed rows, logits at labels only."""
+        return self.ours_on(collate_shared(self.blocks, PAD))
+
+    # ---- measuring ------------------------------------------------------------------------------------------------
+
+    def step(self, arm: str) -> tuple[float, float]:
+        optimizer = self.optimizers["blip2" if arm.startswith("blip2") else "ours"]
+        loss, share = getattr(self, arm)()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        return loss.item(), share
+
+
+def resident(key: str) -> int:
+    """`VmRSS` or `VmHWM` of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def peak_memory(bench: Bench, arm: str) -> int | None:
+    """Most memory that a step takes beyond weights, gradients and optimizer state."""
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        bench.step(arm)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if platform.system() != "Linux":
+        return None
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    bench.step(arm)
+    return resident("VmHWM") - before
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one large matrix product: what this machine can do at most, right now."""
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    best = 0.0
+    for _ in range(4):
+        began = time.perf_counter()
+        (a @ a).sum().item()
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - began))
+    return best
+
+
+ARMS = ["notebook", "blip2_pixels", "blip2_features", "padded", "shared"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="b16-135m")
+    parser.add_argument("--images", type=int, default=8, help="images of a step")
+    parser.add_argument("--captions", type=int, default=5, help="captions of an image")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--half", action="store_true", help="add arms in bf16, with SDPA and eager attention")
+    parser.add_argument("--compile", action="store_true", help="add a compiled arm")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        report = run(options, Path(folder))
+    text = json.dumps(report, indent=1)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n")
+    print(text)
+
+
+def run(options, folder: Path) -> dict:
+    bench = Bench(options, folder)
+    results, losses = {}, {}
+    arms = {arm: (arm, nullcontext) for arm in options.arms}
+    for arm in arms:  # warms up, and proves that all compute the same
+        losses[arm], share = bench.step(arm)
+        results[arm] = {"loss": losses[arm], "useful_tokens": share, "peak_memory_bytes": peak_memory(bench, arm)}
+        results[arm]["flops"] = flops.count(lambda arm=arm: getattr(bench, arm)()[0].backward())
+    for model in (bench.ours, bench.blip2):
+        model.zero_grad(set_to_none=False)
+    equal = [losses[arm] for arm in arms if arm != "blip2_pixels"]
+    if max(equal) - min(equal) > 1e-4 * max(equal):
+        raise SystemExit(f"the arms do not compute the same: {losses}")
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    rate = {"fp32": matmul_rate(bench.device, torch.float32)}
+    timed(bench, arms, times, options.rounds)
+    if options.compile:
+        bench.ours.forward = torch.compile(bench.ours.forward, dynamic=True)
+        results["shared_compiled"] = extra(bench, "shared", times, "shared_compiled", options.rounds)
+    if options.half:
+        rate["bf16"] = matmul_rate(bench.device, torch.bfloat16)
+        for part in ("vision", "llm", "head"):
+            for parameter in bench.ours.parts()[part].parameters():
+                parameter.data = parameter.data.bfloat16()
+        with torch.autocast(bench.device.type, torch.bfloat16):
+            for attention in ("sdpa", "eager"):
+                bench.ours.model.language_model.set_attn_implementation(attention)
+                name = f"shared_bf16_{attention}"
+                results[name] = extra(bench, "shared", times, name, options.rounds)
+    for arm, result in results.items():
+        seconds = statistics.median(times[arm])
+        precision = "bf16" if "bf16" in arm else "fp32"
+        result |= {
+            "seconds": seconds,
+            "pairs_per_second": bench.pairs / seconds,
+            "answer_tokens_per_second": bench.num_targets / seconds,
+            "share_of_matmul_rate": result["flops"] / seconds / rate[precision] if "flops" in result else None,
+        }
+    report = {
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": options.threads,
+                    "device": options.device, "matmul_flops_per_second": rate, "torch": torch.__version__},
+        "shape": options.shape, "images": options.images, "captions_per_image": options.captions,
+        "pairs": bench.pairs, "answer_tokens": bench.num_targets, "arms": results, "ratios": {},
+    }  # fmt: skip
+    for other in ("notebook", "blip2_pixels", "blip2_features", "padded"):
+        if other in results and "shared" in results:
+            mine, theirs = results["shared"], results[other]
+            report["ratios"][f"shared over {other}"] = {
+                "pairs_per_second": theirs["seconds"] / mine["seconds"],
+                "allowed_by_arithmetic": theirs["flops"] / mine["flops"],
+                "peak_memory": mine["peak_memory_bytes"] / theirs["peak_memory_bytes"]
+                if theirs["peak_memory_bytes"]
+                else None,
+            }
+    return report
+
+
+def timed(bench: Bench, arms, times: dict[str, list[float]], rounds: int) -> None:
+    """Arms take turns, so that a load on the machine falls on all of them."""
+    for _ in range(rounds):
+        for arm in arms:
+            began = time.perf_counter()
+            bench.step(arm)  # ends with .item(), which waits for the device
+            times[arm].append(time.perf_counter() - began)
+
+
+def extra(bench: Bench, arm: str, times: dict[str, list[float]], name: str, rounds: int) -> dict:
+    """An arm under another precision or compiled; its loss is reported, not compared to six digits."""
+    loss, share = bench.step(arm)
+    bench.step(arm)
+    times[name] = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        bench.step(arm)
+        times[name].append(time.perf_counter() - began)
+    return {"loss": loss, "useful_tokens": share}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Training straight from images: the same loss as from a float32 cache, augmentation, an encoder that is trained."""
+
+import pytest
+import torch
+
+from blipren import BliprenForConditionalGeneration
+from blipren.training import caption
+from blipren.training.inputs import ImageSource, read_images
+from blipren.training.loading import load_checkpoint
+from tests.training.tools import events, weights
+
+
+def test_online_trains_as_the_cache_does(settings, tmp_path, dataset_dir):
+    cached = settings(max_steps=3, log_every=1, keep_best="CIDEr")
+    online = type(cached)(**cached.__dict__ | {"out": str(tmp_path / "online"), "cache": str(dataset_dir), "online": True})
+    caption.train(cached)
+    caption.train(online)
+    for kind in ("train", "validation"):
+        losses = [[e["loss"] for e in events(tmp_path / run, kind)] for run in ("run", "online")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    a, b = weights(tmp_path / "run"), weights(tmp_path / "online")
+    assert all(torch.allclose(a[k], b[k], rtol=2e-3, atol=2e-4) for k in a)
+    ids = [{e["image"] for e in events(tmp_path / run, "sample")} for run in ("run", "online")]
+    assert ids[0] == ids[1]
+
+
+def test_augmentation_draws_views_by_seed_in_training_only(settings, dataset_dir, model_dir):
+    model, processor = load_checkpoint(str(model_dir))
+    rows = read_images(settings(cache=str(dataset_dir), online=True), processor)["train"]
+    source = ImageSource(rows, model, processor, augment=True)
+    plain = source.inputs([3], None)["pixel_values"]
+    first, again, other = (source.inputs([3], (0, epoch, 0))["pixel_values"] for epoch in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, plain)
+    assert torch.equal(plain, ImageSource(rows, model, processor, augment=False).inputs([3], (0, 1, 0))["pixel_values"])
+
+
+def test_the_encoder_can_be_trained_too(settings, tmp_path, dataset_dir, model_dir):
+    run = settings(cache=str(dataset_dir), online=True, train_vision=True, learning_rates={"vision": 1e-3}, max_steps=2)
+    caption.train(run)
+    before, after = (
+        BliprenForConditionalGeneration.from_pretrained(p).state_dict() for p in (model_dir, tmp_path / "run")
+    )
+    moved = [n for n in before if "vision_tower" in n and not torch.equal(before[n], after[n])]
+    assert [n for n in moved if "layers.0" in n] and [n for n in moved if "patch_embedding" in n]
+    assert all(torch.equal(before[n], after[n]) for n in before if "language_model" in n)
