@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 AUTO_MAP = {
     "AutoConfig": "configuration_blipren.BliprenConfig",
@@ -28,6 +28,17 @@ def split_revision(model_id: str) -> tuple[str, str | None]:
         return model_id, None
     name, _, revision = model_id.rpartition("@")
     return name, revision
+
+
+def refuse_remote_code(model_id: str, revision: str | None = None, **hub_kwargs) -> None:
+    """Raises `ValueError` for a base model whose architecture is not transformers' own: its repository's code would run
+    wherever a checkpoint made of it is loaded, in a version that nobody has pinned."""
+    raw, _ = PreTrainedConfig.get_config_dict(model_id, revision=revision, **hub_kwargs)
+    if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{model_id} needs the Python code of its own repository (trust_remote_code), for {raw.get('model_type')!r}; "
+            "BLIPren takes base models whose architecture transformers has, and never runs a base model's code"
+        )
 
 
 def copy_code_files(save_directory: str | os.PathLike) -> None:

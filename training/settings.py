@@ -99,8 +99,6 @@ class NewSettings(Settings):
     """Precision of the frozen parts; the connector stays in float32."""
     full: bool = False
     """Write a full checkpoint that holds the frozen parts too, instead of a bridge checkpoint."""
-    trust_remote_code: bool = False
-    """Run the code that a base model's repository ships. Pin a revision (ID@REVISION) when you do."""
     seed: int = 0
     """Seed of the new weights."""
 
@@ -465,8 +463,6 @@ class TrainSettings(Settings):
     """Processes that load batches."""
     seed: int = 0
     """Seed of order, prompts, dropout and everything else that is drawn."""
-    trust_remote_code: bool = False
-    """Run the code that a base model's repository ships."""
 
     def __post_init__(self):
         super().__post_init__()
