@@ -38,7 +38,7 @@ _TEMPLATE_HEAD = """{%- if enable_thinking is not defined -%}{%- set enable_thin
 # for language models without a template: prompt, one space, answer, end
 _PLAIN_TEMPLATE = """{%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
-{% generation %}{{ ' ' + message['content'] }}{% if not (loop.last and continue_final_message) %}{{ eos_token }}{% endif %}{% endgeneration %}
+{% generation %}{{ 'ANSWER_START' + message['content'] }}{% if not (loop.last and continue_final_message) %}{{ eos_token }}{% endif %}{% endgeneration %}
 {%- else -%}{{ message['content'] }}{%- endif -%}
 {%- endfor -%}"""
 
@@ -92,7 +92,8 @@ class BliprenProcessor(ProcessorMixin):
         image_token (`str`): the placeholder.
         num_visual_tokens (`int`, *optional*): placeholders an image; `None` where patches are counted per image.
         answer_end (`str`): the token that ends an answer.
-        answer_start (`str`): what stands between prompt and answer: a space for plain prompts, nothing for chats.
+        answer_start (`str`): what stands between prompt and answer: a space for plain prompts, nothing for chats and
+            for the empty prompt `""` (a language model of captions alone begins right behind the image).
         prompts (`list[str]`): caption prompts; the first one is used in inference.
         system_prompts (`list[str]`): system prompts, likewise; empty for none.
         qformer_reads_prompt (`bool`): give the prompt to the Q-Former too (InstructBLIP), in its own tokens.
@@ -175,16 +176,18 @@ class BliprenProcessor(ProcessorMixin):
         chat = tokenizer.chat_template
         image_token, _ = pick_image_token(tokenizer)
         tokenizer.chat_template = None  # the processor's own knows images
+        answer_start = "" if chat or prompts == [""] else " "
         if system_prompts and not chat:
             raise ValueError(f"{llm} has no chat template: system prompts have no place in its plain prompts")
         return cls(
             image_processor,
             tokenizer,
-            chat_template=_TEMPLATE_HEAD.replace("IMAGE_TOKEN", image_token) + (chat or _PLAIN_TEMPLATE),
+            chat_template=_TEMPLATE_HEAD.replace("IMAGE_TOKEN", image_token)
+            + (chat or _PLAIN_TEMPLATE.replace("ANSWER_START", answer_start)),
             image_token=image_token,
             num_visual_tokens=num_visual_tokens,
             answer_end=tokenizer.convert_ids_to_tokens(end),
-            answer_start="" if chat else " ",
+            answer_start=answer_start,
             prompts=prompts or [DEFAULT_CHAT_PROMPT if chat else DEFAULT_PROMPT],
             system_prompts=system_prompts,
         )
@@ -242,7 +245,7 @@ class BliprenProcessor(ProcessorMixin):
         answer = answer.strip()
         if not answer:
             raise ValueError("an answer is empty: there is nothing to learn from it")
-        anchor = ":" if self.answer_start else "\n"
+        anchor = ":" if self.answer_start else "\n" if any(self.prompts) else ""
         keywords = {"add_special_tokens": False, "split_special_tokens": True}
         before = self.tokenizer(anchor, **keywords).input_ids
         whole = self.tokenizer(anchor + self.answer_start + answer, **keywords).input_ids

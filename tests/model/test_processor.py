@@ -131,3 +131,13 @@ def test_missing_pad_and_bos(tmp_path, bases):
     assert processor.tokenizer.pad_token == "</s>"
     batch = processor(images=[random_image(), random_image()], text=["Hi", "What colour is it ?"])
     assert batch["attention_mask"][0][0] == 0
+
+
+def test_the_empty_prompt_begins_right_behind_the_image(bases):
+    processor = BliprenProcessor.from_vision_text_pretrained(
+        bases("vision", "vit"), bases("llm", "llama"), num_queries=4, prompts=[""]
+    )
+    prompt = processor(images=random_image(), return_tensors="pt")["input_ids"][0].tolist()
+    assert prompt == processor.encode_prompt() and prompt[-4:] == [processor.image_token_id] * 4
+    answer = "A dog runs ."
+    assert processor.encode_answer(answer)[:-1] == processor.tokenizer(answer, add_special_tokens=False).input_ids
