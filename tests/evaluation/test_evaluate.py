@@ -174,6 +174,8 @@ def test_wrong_use_is_named(colours, seeing, tmp_path, capsys):
 def test_verdicts():
     assert verdict(3.0, 0.5, 0.4) == USES
     assert verdict(3.0, 0.06, 0.05) == HARDLY
+    assert verdict(3.0, 0.06, 0.05, score_kept=0.9) == HARDLY and verdict(3.0, 0.06, 0.05, score_kept=0.2) == USES
+    assert verdict(3.0, 0.001, -0.1, score_kept=0.2) == IGNORES
     assert verdict(3.0, 0.5, -0.1) == IGNORES
     assert verdict(3.0, 0.01, 0.009) == IGNORES
     assert sorted(other_images(5, 0)) == [0, 1, 2, 3, 4] and all(a != b for a, b in enumerate(other_images(5, 3)))

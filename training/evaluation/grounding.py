@@ -15,6 +15,8 @@ CONDITIONS = ("right", "shuffled", "black", "none")
 IGNORES, HARDLY, USES = "ignores its image", "hardly uses its image", "looks at its image"
 IGNORES_BELOW, HARDLY_BELOW = 0.005, 0.03
 """Loss gap between another image and the right one, as shares of the loss, below which the verdict falls."""
+KEPT_ABOVE = 0.5
+"""Share of the score left with another image, above which a small loss gap means that the image is hardly used."""
 
 
 @torch.no_grad()
@@ -69,11 +71,19 @@ def loss_statistic(losses: Sequence[tuple[float, int]]) -> Statistic:
     return Statistic(np.array(losses, dtype=np.float64), lambda sums: sums[..., 0] / sums[..., 1])
 
 
-def verdict(right: float, gap: float, gap_low: float) -> str:
-    """One of `IGNORES`, `HARDLY`, `USES`, from the loss with the right image and what another one adds to it."""
+def verdict(right: float, gap: float, gap_low: float, score_kept: float | None = None) -> str:
+    """One of `IGNORES`, `HARDLY`, `USES`.
+
+    Args:
+        right: loss with the right image. gap, gap_low: what another image adds to it, and the interval's lower end.
+        score_kept: share of the caption or answer score that is left with another image. A reference's loss moves little
+            even where captions are good, since most of its words are grammar: a score that falls by half speaks louder.
+    """
     if gap_low <= 0 or gap < IGNORES_BELOW * right:
         return IGNORES
-    return HARDLY if gap < HARDLY_BELOW * right else USES
+    if gap < HARDLY_BELOW * right and (score_kept is None or score_kept > KEPT_ABOVE):
+        return HARDLY
+    return USES
 
 
 def image_use(
@@ -106,7 +116,12 @@ def image_use(
     for metric, by_condition in scores.items():
         result[metric] = {name: mean_statistic(values).value for name, values in by_condition.items()}
     result["images"] = len(losses["right"])
-    result["verdict"] = verdict(right, pair.difference, pair.low)
+    kept = [
+        result[m]["shuffled"] / result[m]["right"]
+        for m in scores
+        if "shuffled" in scores[m] and result[m]["right"] > 0
+    ]
+    result["verdict"] = verdict(right, pair.difference, pair.low, min(kept, default=None))
     result["because"] = (
         f"Another image in place of the right one changes the loss of the reference from {right:.3f} to "
         f"{statistics['shuffled'].value:.3f} nats a token ({100 * pair.difference / right:+.1f}%, 95% interval "
