@@ -1,6 +1,7 @@
 """What every BLIPren model shares: what is frozen, and the two kinds of checkpoint."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -59,6 +60,16 @@ def base_model_reference(model_id: str, revision: str | None, **hub_kwargs) -> d
         "sha256": hash_weights(files),
         "sampled_sha256": hash_weights(files, sampled=True),
     }
+
+
+def _sparing_the_connector(quantization_config):
+    """The same config with the connector and the head left as they are: the one is small and trained, the other tied."""
+    config = copy.deepcopy(quantization_config)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes; torchao and others
+        if hasattr(config, name):
+            spared = list(getattr(config, name) or [])
+            setattr(config, name, spared + ["model.qformer", "model.projector", "lm_head"])
+    return config
 
 
 class BliprenPreTrainedModel(PreTrainedModel):
@@ -258,6 +269,8 @@ class BliprenPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(
                 None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
             )
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _sparing_the_connector(kwargs["quantization_config"])
         # the library's own error names no weight: all three kinds are told apart below
         kwargs.setdefault("ignore_mismatched_sizes", True)
         hub_kwargs = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}

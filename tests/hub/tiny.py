@@ -55,12 +55,11 @@ def write_llm(folder: Path, config: PreTrainedConfig | None = None, chat: bool =
     return folder
 
 
-def write_vision(folder: Path, seed: int = 0) -> Path:
+def write_vision(folder: Path, seed: int = 0, **options) -> Path:
     """A SigLIP of two layers that sees a 4x4 grid of patches."""
     torch.manual_seed(seed)
-    config = SiglipVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = SiglipVisionConfig(**sizes | {"image_size": 32, "patch_size": 8} | options)
     SiglipVisionModel(config).save_pretrained(folder)
     SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
