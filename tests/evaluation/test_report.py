@@ -114,6 +114,33 @@ def test_dark_is_followed(report):
     assert browse(report, paper)["paper"] != browse(report, paper, dark=True)["paper"]
 
 
+@needs_chromium
+def test_retrieval_and_pope_are_shown(report, tmp_path):
+    data = embedded(report)
+    ways = {"R@1": 0.5, "R@5": 0.75, "R@10": 1.0, "median_rank": 2.0}
+    both = {"image_to_text": ways, "text_to_image": ways}
+    photos = [photo["photo"] for photo in data["photos"][:3]]
+    grid = {
+        "photos": photos,
+        "captions": ["a", "b", "c"],
+        "scores": [[0.9, 0.1, 0.2], [0.3, 0.8, 0.1], [0.2, 0.2, 0.7]],
+    }
+    data["retrieval"] = both | {"chance": both, "grid": grid}
+    row = {"accuracy": 0.6, "precision": 0.5, "recall": 0.7, "F1": 0.58, "yes_share": 0.6, "questions": 30}
+    data["pope"] = {"random": row, "images": 5}
+    page = tmp_path / "page.html"
+    page.write_text(render_page(data, "report.js", "title", "subtitle"))
+    script = """
+      found.rows = document.querySelectorAll("#retrieval tbody tr").length;
+      found.own = [...document.querySelectorAll("#retrieval .cell.own")].map((n) => n.textContent);
+      found.pope = document.querySelector("#pope tbody").textContent;
+      found.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+    """
+    found = browse(page, script, 390)
+    assert found["errors"] == [] and found["rows"] == 4 and found["own"] == ["0.90", "0.80", "0.70"]
+    assert found["pope"].startswith("random0.600") and found["wide"] <= 0
+
+
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!-- <b>bold</b> \u2028 @@data@@"
 
 
