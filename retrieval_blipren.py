@@ -82,7 +82,9 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
     """
 
     main_input_name = "pixel_values"
-    _keep_in_fp32_modules_strict = ["qformer", "projector", "vision_proj", "text_proj", "itm_head", "text_head"]
+    _keep_in_fp32_modules_strict = (
+        "qformer projector vision_proj text_proj itm_head text_head logit_scale logit_bias".split()
+    )
     _base_parts = ("vision",)
 
     def __init__(self, config: BliprenConfig):
@@ -101,6 +103,11 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)))  # log of 1 / temperature
         self.logit_bias = nn.Parameter(torch.tensor(0.0))  # only the sigmoid contrast uses it
         self.post_init()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen parts, as in the generating model: what is trained is in float32."""
+        return self.model.vision_tower.dtype
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -279,7 +286,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         config.qformer_config = BliprenQFormerConfig(
             **{**config.qformer_config.to_dict(), "use_text": True, **({} if had_text else text or {})}
         )
-        model = cls._from_config(config)
+        model = cls(config)  # in float32, whatever the frozen parts are in
         missing, unexpected = model.model.qformer.load_state_dict(generator.model.qformer.state_dict(), strict=False)
         text_side = ("word_embeddings", "position_embeddings", "text_feed_forward")
         lost = unexpected + [name for name in missing if had_text or not any(part in name for part in text_side)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 
 import numpy as np
@@ -424,17 +425,17 @@ def validator(settings: AlignSettings, cache, pairs: CaptionPairs, tokenizer):
     return validate
 
 
-def prepare(settings: AlignSettings, folder: RunFolder) -> AlignTrainer:
-    """Everything up to the first step."""
+def prepare(settings: AlignSettings, folder: RunFolder, cache: FeatureCache | None = None) -> AlignTrainer:
+    """Everything up to the first step. The cache is opened where it is not given."""
     torch.manual_seed(settings.seed)
-    cache = FeatureCache.open(settings.cache)
+    cache = cache or FeatureCache.open(settings.cache)
     model, processor, tokenizer = starting_point(settings)
     cache.check_model(model, processor)
     pairs = {s: CaptionPairs(cache.split(s), tokenizer, settings.max_text_tokens) for s in ("train", "validation")}
     for split, found in pairs.items():
         if not len(found):
             raise UserError(f"{settings.cache} has no caption in its {split} split: stage 1 learns from captions")
-    processes = objectives.world()[1]
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; nothing is distributed yet
     size = min(settings.batch_size, len(pairs["train"]))
     if size < processes:
         raise UserError(f"batch_size {size} cannot be shared by {processes} processes")
@@ -488,7 +489,7 @@ def prepare(settings: AlignSettings, folder: RunFolder) -> AlignTrainer:
 
 def run_align(settings: AlignSettings) -> dict:
     """`align`, with its summary: validation recall `before` and `after`, steps, seconds."""
-    folder = RunFolder(settings.out, writes=objectives.world()[0] == 0)
+    folder = RunFolder(settings.out, writes=int(os.environ.get("RANK", 0)) == 0)
     folder.claim(settings)
     if (summary := folder.finished()) is not None:
         say(f"{folder.path} is finished already")

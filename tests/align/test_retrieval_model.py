@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer, Blip2Config, Blip2ForImageTex
 
 from blipren.modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
 from blipren.training import objectives
-from tests.tiny_models import random_image
+from tests.tiny_models import QFORMER, random_image
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +234,18 @@ def test_image_sizes_of_the_processor_fit(model, bases):
 
     pixels = AutoImageProcessor.from_pretrained(bases["vision"])(random_image(), return_tensors="pt")["pixel_values"]
     assert model.get_image_embeddings(pixels).shape == (1, 4, 16)
+
+
+def test_what_is_trained_stays_in_float32(bases, tokenizer, inputs, tmp_path):
+    """Frozen parts in half precision; the rest begins, is saved and comes back in float32."""
+    generator = BliprenForConditionalGeneration.from_vision_text_pretrained(
+        bases["vision"], bases["llm"], num_queries=4, qformer=QFORMER, dtype=torch.float16
+    )
+    model = BliprenForImageTextRetrieval.from_generator(generator, {"vocab_size": len(tokenizer)}, 16)
+    model.save_bridge(tmp_path)
+    for each in (model, BliprenForImageTextRetrieval.from_pretrained(tmp_path)):
+        assert {p.dtype for p in each.parameters() if p.requires_grad} == {torch.float32}
+        assert each.model.vision_tower.dtype == torch.float16
+        assert each.logit_scale.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.float()(**inputs, objective="itm").logits.dtype == torch.bfloat16

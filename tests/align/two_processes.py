@@ -1,0 +1,31 @@
+"""Run by torchrun in test_align_distributed.py: two steps of the stage without dropout, gradients of the second."""
+
+import os
+import sys
+
+import torch
+
+from blipren.training import align as stage
+from blipren.training.run_folder import RunFolder
+from blipren.training.settings import AlignSettings
+
+
+def main(out: str, save_to: str, values: dict) -> None:
+    settings = AlignSettings(**values, out=out)
+    folder = RunFolder(out, writes=os.environ.get("RANK", "0") == "0")
+    folder.claim(settings)
+    trainer = stage.prepare(settings, folder)
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    trainer.train()
+    if folder.writes:
+        torch.save({n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}, save_to)
+
+
+if __name__ == "__main__":
+    import json
+
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
