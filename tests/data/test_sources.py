@@ -209,3 +209,30 @@ def test_a_missing_image_column_lists_what_there_is(tmp_path):
     write_folder(tmp_path, [{"caption": "x", "photo": "a.png"}], {})
     with pytest.raises(UserError, match="no image column found; name it by --image-column.*caption, photo"):
         open_rows(str(tmp_path))
+
+
+def test_readers_start_at_any_row_without_the_files_before(tmp_path, monkeypatch):
+    """Parquet and tars: earlier files are counted by footer or header and never opened as data."""
+    for shard, count in enumerate((3, 1, 4)):
+        columns = {
+            "image": [encoded(picture(10 * shard + i)) for i in range(count)],
+            "caption": [f"s {shard} {i}" for i in range(count)],
+        }
+        write_parquet(tmp_path / f"part-{shard}.parquet", columns)
+        samples = {
+            f"{shard}{i:03d}": {"jpg": data, "txt": text.encode()}
+            for i, (data, text) in enumerate(zip(*columns.values()))
+        }
+        write_tar(tmp_path / f"part-{shard}.tar", samples)
+    for pattern in ("*.parquet", "*.tar"):
+        source = open_rows(str(tmp_path / pattern))
+        rows = list(source)
+        assert source.count_rows() == len(rows) == 8
+        for start in range(9):
+            part = list(open_rows(str(tmp_path / pattern)).rows(start))
+            assert [(row.id, row.index, row.answers) for row in part] == [
+                (r.id, r.index, r.answers) for r in rows[start:]
+            ]
+            assert all(row.load().size == (48, 40) for row in part)
+    url = open_rows(f"file://{tmp_path}/*.parquet")
+    assert [row.answers for row in url.rows(5)] == [["s 2 1"], ["s 2 2"], ["s 2 3"]] and url.num_rows == 8

@@ -170,7 +170,10 @@ def decode_image(
     except Exception as error:  # as above: libjpeg, libtiff, zlib and struct each have their own
         raise _broken(error) from error
     try:
-        image = ImageOps.exif_transpose(image)
+        if image is source:  # a caller's own image is not turned under its hands
+            image = ImageOps.exif_transpose(image)
+        else:
+            ImageOps.exif_transpose(image, in_place=True)
     except (struct.error, ValueError, TypeError, SyntaxError, KeyError, OSError):
         pass  # a broken EXIF block says nothing about rotation; the pixels are sound
     return to_rgb(image)

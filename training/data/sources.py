@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from blipren.training.data.columns import Columns, find_columns, get, read_messages, read_texts, texts
+from blipren.training.data.files import Files, files_of, find_data_files
 from blipren.training.data.images import Folder, ImageError, decode_image, image_bytes
 from blipren.training.data.splits import content_hash, normalize_split, split_by_hash
 from blipren.training.errors import UserError
@@ -82,6 +83,12 @@ class Source:
 
     def __iter__(self) -> Iterator[Row]:
         return self.rows()
+
+    def count_rows(self) -> int:
+        """Number of rows, counted where it is not known."""
+        if self.num_rows is None:
+            self.num_rows = sum(1 for _ in self.rows())
+        return self.num_rows
 
     def describe(self) -> str:
         count = "streamed rows" if self.num_rows is None else f"{self.num_rows:,} rows"
@@ -163,7 +170,7 @@ class MetadataFolder(Source):
                 place[number, key] = len(self._entries)
             self._entries.append((number, [line]))
         self.num_rows = len(self._entries)
-        sizes = (f"{path.relative_to(folder)}:{path.stat().st_size}" for path in sorted(_files(folder)))
+        sizes = (f"{path.relative_to(folder)}:{path.stat().st_size}" for path in sorted(files_of(folder)))
         self.fingerprint = _sha([hashlib.sha256(line).hexdigest() for _, line in raw] + sorted(sizes))
         if not self.num_rows:
             raise UserError(f"{self.name}: its metadata has no rows")
@@ -187,14 +194,6 @@ class MetadataFolder(Source):
                 row.problems += problems
             row.split = row.split or self._splits[number]
             yield row
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent, name)
-            if path.exists():
-                yield path
 
 
 def _metadata_lines(file: Path) -> Iterator[bytes]:
@@ -236,8 +235,18 @@ def _nested_keys(records: Iterable[dict[str, Any] | None]) -> dict[str, set[str]
 class HuggingFaceSource(Source):
     """Splits of `datasets` (map-style or streamed), images undecoded."""
 
-    def __init__(self, name: str, splits: dict[str, Any], folder: Folder, fingerprint: str, options: dict[str, Any]):
+    def __init__(
+        self,
+        name: str,
+        splits: dict[str, Any],
+        folder: Folder,
+        fingerprint: str,
+        options: dict[str, Any],
+        files: Files | None = None,
+    ):
         import datasets
+
+        self.files = files
 
         self.name = name
         self.folder = folder
@@ -274,9 +283,16 @@ class HuggingFaceSource(Source):
             self._splits.append((None if single_train else normalize_split(split), data))
         if not isinstance(first, datasets.IterableDataset):
             self.num_rows = sum(len(data) for _, data in self._splits)
+        elif files is not None and files.reader == "parquet":
+            self.num_rows = files.count()
+
+    def count_rows(self) -> int:
+        if self.num_rows is None and self.files is not None:
+            self.num_rows = self.files.count()
+        return super().count_rows()
 
     def _records(self, start: int) -> Iterator[tuple[str | None, dict[str, Any]]]:
-        for split, data in self._splits:
+        for number, (split, data) in enumerate(self._splits):
             if hasattr(data, "num_rows"):
                 if start >= data.num_rows:
                     start -= data.num_rows
@@ -286,8 +302,10 @@ class HuggingFaceSource(Source):
                 for batch in data.iter(batch_size=32):
                     for values in zip(*batch.values()):
                         yield split, dict(zip(batch, values))
-            else:  # a stream: earlier rows are passed over undecoded
-                for record in data:
+            else:  # a stream: earlier files are left out, earlier rows of the first one passed over undecoded
+                if start and self.files is not None:
+                    data, start = self.files.behind(data, number, start)
+                for record in data if data is not None else ():
                     if start:
                         start -= 1
                         continue
@@ -320,17 +338,18 @@ def _hub_or_local(path: str, options: dict[str, Any], config: str | None, stream
             splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
             fingerprint = _sha(data._fingerprint for data in splits.values())
             return HuggingFaceSource(path, splits, Folder(root=path), fingerprint, options)
-        data_files = _data_files(path)
+        data_files = find_data_files(path)
         if data_files is not None:
-            kind, files, root = data_files
+            kind, files, root, sizes = data_files
+            streamed = streaming is not False
             # Local files are streamed: loading would copy every image into the library's cache first.
-            loaded = datasets.load_dataset(kind, data_files=files, streaming=streaming is not False)
-            sizes = [f"{s}:{os.path.relpath(f, root)}:{os.path.getsize(f)}" for s in files for f in files[s]]
-            return HuggingFaceSource(path, dict(loaded), Folder(root=root), _sha(sizes), options)
+            loaded = datasets.load_dataset(kind, data_files=files, streaming=streamed)
+            ordered = Files(kind, [files[split] for split in loaded]) if streamed else None
+            return HuggingFaceSource(path, dict(loaded), Folder(root=root), _sha(sizes), options, ordered)
         builder = datasets.load_dataset_builder(path, config)
         loaded = datasets.load_dataset(path, config, streaming=bool(streaming))
         if local.exists():
-            listing = [f"{p.relative_to(local)}:{p.stat().st_size}" for p in sorted(_files(local))]
+            listing = [f"{p.relative_to(local)}:{p.stat().st_size}" for p in sorted(files_of(local))]
             root = os.path.abspath(path)
             folder = Folder(root=root, absolute_roots=(root,))
         else:
@@ -344,30 +363,6 @@ def _hub_or_local(path: str, options: dict[str, Any], config: str | None, stream
         raise UserError(f"{path}: no data set could be opened there: {type(error).__name__}: {reason}") from error
 
 
-def _data_files(path: str) -> tuple[str, dict[str, list[str]], str] | None:
-    """Reader, files of each split and root, where `path` is, or holds, Parquet, Arrow or tar files."""
-    from datasets.data_files import DataFilesDict, get_data_patterns
-
-    readers = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}
-    local = Path(path)
-    if local.is_dir():
-        for suffix, reader in readers.items():  # tars first: img2dataset puts a Parquet of its log beside each
-            if any(file.suffix == suffix for file in _files(local)):
-                base = local.resolve().as_posix()
-                found = DataFilesDict.from_patterns(
-                    get_data_patterns(base), base_path=base, allowed_extensions=[suffix]
-                )
-                return reader, {str(split): list(map(str, files)) for split, files in found.items()}, base
-        return None
-    files = [path] if local.is_file() else sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else []
-    if not files:
-        return None
-    reader = readers.get(Path(files[0]).suffix)
-    if reader is None:
-        raise UserError(f"{path}: give a folder, or .parquet, .tar, .arrow, .jsonl or .csv files")
-    return reader, {"train": [os.path.abspath(file) for file in files]}, os.path.dirname(os.path.abspath(files[0]))
-
-
 def _open_one(path: str, options: dict[str, Any], config: str | None, streaming: bool | None) -> Source:
     local = Path(path)
     if local.is_file() and local.suffix in (".jsonl", ".csv"):
@@ -377,9 +372,10 @@ def _open_one(path: str, options: dict[str, Any], config: str | None, streaming:
         files = [place / name for place in places for name in METADATA_FILES if (place / name).exists()]
         if files:
             return MetadataFolder(local, files, options)
-        if not any(_files(local)):
+        if not any(files_of(local)):
             raise UserError(f"{path} is an empty folder")
-    if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1) and not glob.glob(path):
+    here = path.startswith((".", "/", "~")) or (path.count("/") > 1 and "://" not in path)
+    if here and not local.exists() and not glob.glob(path):
         raise UserError(f"{path} does not exist; give a folder, files, or the id of a data set on the Hub")
     return _hub_or_local(path, options, config, streaming)
 
