@@ -53,7 +53,7 @@ def test_the_same_run_does_not_differ_from_itself(runs, tmp_path):
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 1200])
 def test_page_in_chromium(compared, width):
-    script = """
+    script = r"""
       found.ready = document.documentElement.dataset.ready;
       found.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
       found.sections = [...document.querySelectorAll("section h2")].map((n) => n.textContent);
@@ -66,13 +66,14 @@ def test_page_in_chromium(compared, width):
       document.querySelectorAll("#attention .words button")[1].click();
       found.changed = canvas.toDataURL() !== before;
       found.views = document.querySelectorAll("#attention canvas").length;
+      found.odd = /\[object |undefined|NaN/.test(document.querySelector("main").textContent);
     """
     found = browse(compared / "compare.html", script, width)
     assert found["errors"] == [] and found["console"] == []
     assert found["ready"] == "yes" and found["wide"] <= 0 and found["views"] == 4
     assert found["sections"] == ["Differences", "Photos whose captions changed most", "What they see"]
     assert found["rows"] >= 9 and found["photos"] == 24 and found["first"].startswith("A ")
-    assert found["changed"]
+    assert found["changed"] and not found["odd"]
 
 
 def test_what_cannot_be_compared_is_said(runs, tmp_path, capsys):

@@ -60,7 +60,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(report):
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 1200])
 def test_interactions_in_chromium(report, width):
-    script = """
+    script = r"""
       const text = (id) => document.getElementById(id).textContent;
       const map = () => document.getElementById("map").toDataURL();
       found.ready = document.documentElement.dataset.ready;
@@ -94,6 +94,8 @@ def test_interactions_in_chromium(report, width):
       found.curves = document.querySelectorAll("svg.curve polyline").length;
       found.chosen = document.querySelector("svg.curve").textContent.includes("chosen: step 40");
       found.verdict = text("verdict");
+      found.odd = /\[object |undefined|NaN/.test(document.querySelector("main").textContent);
+      found.provenance = text("provenance");
     """
     found = browse(report, script, width)
     assert found["errors"] == [] and found["console"] == []
@@ -106,6 +108,7 @@ def test_interactions_in_chromium(report, width):
     assert found["norm"].startswith("length of each patch") and found["pressed"] == "true"
     assert found["theme_changed"] and found["curves"] == 3 and found["chosen"]
     assert found["verdict"].startswith("This model ")
+    assert not found["odd"] and "max_new_tokens24" in found["provenance"]
 
 
 @needs_chromium
