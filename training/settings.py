@@ -196,7 +196,10 @@ class EmbedSettings(Settings):
     precision: str = choice("auto", "float32", "bfloat16", "float16", default="auto")
     """Precision that the encoder computes in: the checkpoint's own by default, float32 on a CPU."""
     engine: str = choice("local", "ray", default="local")
-    """local: this machine; ray: Ray Data on a cluster (pip install blipren[ray])."""
+    """local: this machine; ray: Ray Data on a cluster (pip install blipren[ray]), where DATASET and CACHE may be on any
+    file system that fsspec knows."""
+    actors: int | None = None
+    """Ray: encoders at work at the same time; one a GPU, or one for four cores, when not given."""
     limit: int | None = None
     """Take only the first rows."""
     seed: int = 0
@@ -218,7 +221,7 @@ class EmbedSettings(Settings):
             raise UsageError(
                 f"validation_share {self.validation_share} and test_share {self.test_share} leave nothing for training"
             )
-        for name in ("workers", "limit", "keep_best"):
+        for name in ("workers", "limit", "keep_best", "actors"):
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must not be negative")
 
@@ -455,8 +458,12 @@ class TrainSettings(Settings):
     """Arithmetic: auto is bf16 where the GPU has it, else fp32. The trained connector's weights stay in fp32."""
     compile: bool = False
     """Compile the model (torch.compile)."""
+    compile_backend: str = "inductor"
+    """Backend of torch.compile."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    fsdp: bool = False
+    """Under torchrun, shard model and optimizer over the processes (FSDP2) instead of copying them to each (DDP)."""
     device: str = choice("auto", "cpu", "cuda", "mps", default="auto")
     """Where to train."""
     workers: int = 0
@@ -527,6 +534,16 @@ class EvaluateSettings(Settings):
     """Column with questions."""
     answer_column: str | None = None
     """Column with their answers."""
+    id_column: str | None = None
+    """Column with the rows' ids."""
+    split_column: str | None = None
+    """Column that says train, validation or test; split when there is one."""
+    dataset_config: str | None = None
+    """Configuration of a data set on the Hub."""
+    validation_share: float = 0.05
+    """Share of images for validation, where neither a column nor the data set has splits: as `embed` was told."""
+    test_share: float = 0.05
+    """Share of images for the test split, likewise."""
 
     prompt: str | None = None
     """Caption prompt; by default the model's own."""
@@ -701,6 +718,8 @@ class QuickstartSettings(Settings):
 
     out: str = "quickstart-out"
     """Folder for the scenes, the model, the summary and the pictures."""
+    seed: int = 0
+    """Seed of the scenes, of the new weights and of the training."""
 
 
 @dataclass(frozen=True)

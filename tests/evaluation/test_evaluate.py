@@ -6,6 +6,7 @@ import json
 import pytest
 
 from blipren.training.cli import main
+from blipren.training.data.splits import split_by_hash
 from blipren.training.errors import UsageError, UserError
 from blipren.training.evaluation import sweep
 from blipren.training.evaluation.captioning import load_model
@@ -13,6 +14,7 @@ from blipren.training.evaluation.evaluate import evaluate
 from blipren.training.evaluation.examples import open_split
 from blipren.training.evaluation.grounding import HARDLY, IGNORES, USES, image_use, other_images, verdict
 from blipren.training.settings import EvaluateSettings
+from tests.evaluation.conftest import colour_picture
 
 
 def run(model, dataset, out, **options) -> dict:
@@ -169,6 +171,31 @@ def test_wrong_use_is_named(colours, seeing, tmp_path, capsys):
     assert "neither `objects`" in capsys.readouterr().err
     assert main(["evaluate", str(seeing), str(colours), str(tmp_path / "o"), "--tasks", "retrieval"]) == 1
     assert "does not load" in capsys.readouterr().err
+
+
+def test_splits_are_those_of_embed(colours, tmp_path):
+    """Without a split column the image's content decides, with the shares that embed was told; nothing is judged twice."""
+    folder = tmp_path / "unsplit"
+    folder.mkdir()
+    rows = []
+    for i in range(30):
+        colour_picture(i, (40, 32 + i)).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "captions": ["a"]})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shares = {"validation_share": 0.3, "test_share": 0.3}
+    parts = {name: open_split(str(folder), name, **shares) for name in ("train", "validation", "test")}
+    ids = {name: {e.id for e in part.examples} for name, part in parts.items()}
+    assert sum(map(len, ids.values())) == 30 and len(set.union(*ids.values())) == 30 and all(ids.values())
+    assert open_split(str(folder), **shares).name == "test"
+    for example in parts["test"].examples:
+        assert split_by_hash(example.row.image_hash(), 0.3, 0.3) == "test"
+    with pytest.raises(UserError, match="split 'validation' has no images"):
+        open_split(str(colours), "validation")
+    only_train = tmp_path / "train"
+    only_train.mkdir()
+    colour_picture(0).save(only_train / "0.png")
+    (only_train / "metadata.jsonl").write_text(json.dumps(rows[0] | {"split": "train"}))
+    assert open_split(str(only_train)).name == "train"
 
 
 def test_verdicts():

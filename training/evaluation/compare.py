@@ -9,6 +9,7 @@ from pathlib import Path
 from blipren.training.data.images import ImageError
 from blipren.training.errors import UserError
 from blipren.training.evaluation.bootstrap import Statistic, grouped_statistic, paired_difference
+from blipren.training.evaluation.evaluate import SPLIT_OPTIONS
 from blipren.training.evaluation.examples import open_split
 from blipren.training.evaluation.metrics import CaptionScores, score_captions
 from blipren.training.evaluation.pictures import photo_address
@@ -117,9 +118,9 @@ def _photos(run: Run, ids: list[str]) -> dict[str, str]:
     """Photos of some images as data addresses; without those that cannot be opened any more."""
     found: dict[str, str] = {}
     settings = run.metrics.get("settings", {})
-    columns = {n: settings.get(n) for n in ("image_column", "caption_columns", "question_column", "answer_column")}
+    options = {name: settings[name] for name in SPLIT_OPTIONS if name in settings}
     try:
-        split = open_split(run.metrics["dataset"], run.metrics["split"], settings.get("limit"), **columns)
+        split = open_split(run.metrics["dataset"], run.metrics["split"], settings.get("limit"), **options)
     except UserError as error:
         print(f"the photos cannot be shown: {error}")
         return found
