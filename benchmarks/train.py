@@ -16,7 +16,6 @@ import platform
 import statistics
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -257,22 +256,30 @@ def resident(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
-def peak_memory(bench: Bench, arm: str) -> int | None:
-    """Most memory that a step takes beyond weights, gradients and optimizer state."""
-    if bench.device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        bench.step(arm)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    if platform.system() != "Linux":
-        return None
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    bench.step(arm)
-    return resident("VmHWM") - before
+class PeakMemory:
+    """Most memory that a block takes beyond what was taken before it: `.bytes`, None where it cannot be measured."""
+
+    bytes: int | None = None
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def __enter__(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+            self.before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        elif platform.system() == "Linux":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = resident("VmRSS")
+        return self
+
+    def __exit__(self, *error):
+        if self.cuda:
+            self.bytes = torch.cuda.max_memory_allocated() - self.before
+        elif platform.system() == "Linux":
+            self.bytes = resident("VmHWM") - self.before
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -298,6 +305,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock",
+        choices=["cpu", "wall"],
+        default="wall",
+        help="cpu: this process's time, for a machine that is shared",
+    )
     parser.add_argument("--half", action="store_true", help="add arms in bf16, with SDPA and eager attention")
     parser.add_argument("--compile", action="store_true", help="add a compiled arm")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
@@ -312,25 +325,37 @@ def main() -> None:
     print(text)
 
 
+def timed(bench: Bench, arms: dict[str, str], results: dict[str, dict], rounds: int) -> None:
+    """Arms (name -> method) take turns, so that a load on the machine falls on all of them."""
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            with PeakMemory(bench.device) as memory:
+                wall, cpu = time.perf_counter(), time.process_time()
+                bench.step(arm)  # ends with .item(), which waits for the device
+                results[name].setdefault("wall_seconds", []).append(time.perf_counter() - wall)
+                results[name].setdefault("cpu_seconds", []).append(time.process_time() - cpu)
+            results[name]["peak_memory_bytes"] = memory.bytes
+
+
 def run(options, folder: Path) -> dict:
     bench = Bench(options, folder)
-    results, losses = {}, {}
-    arms = {arm: (arm, nullcontext) for arm in options.arms}
-    for arm in arms:  # warms up, and proves that all compute the same
-        losses[arm], share = bench.step(arm)
-        results[arm] = {"loss": losses[arm], "useful_tokens": share, "peak_memory_bytes": peak_memory(bench, arm)}
-        results[arm]["flops"] = flops.count(lambda arm=arm: getattr(bench, arm)()[0].backward())
-    for model in (bench.ours, bench.blip2):
-        model.zero_grad(set_to_none=False)
-    equal = [losses[arm] for arm in arms if arm != "blip2_pixels"]
+    results: dict[str, dict] = {}
+    for arm in options.arms:  # warms up, counts, and proves that all compute the same
+        found: list = []
+        count = flops.count(lambda arm=arm, found=found: found.append(bench.step(arm)))
+        results[arm] = {"loss": found[0][0], "useful_tokens": found[0][1], "flops": count}
+        print(arm, results[arm], flush=True)
+    equal = [results[arm]["loss"] for arm in options.arms if arm != "blip2_pixels"]
     if max(equal) - min(equal) > 1e-4 * max(equal):
-        raise SystemExit(f"the arms do not compute the same: {losses}")
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
+        raise SystemExit(f"the arms do not compute the same: {equal}")
     rate = {"fp32": matmul_rate(bench.device, torch.float32)}
-    timed(bench, arms, times, options.rounds)
+    timed(bench, {arm: arm for arm in options.arms}, results, options.rounds)
     if options.compile:
-        bench.ours.forward = torch.compile(bench.ours.forward, dynamic=True)
-        results["shared_compiled"] = extra(bench, "shared", times, "shared_compiled", options.rounds)
+        forward = bench.ours.forward
+        bench.ours.forward = torch.compile(forward, dynamic=True)
+        results["shared_compiled"] = {"loss": bench.step("shared")[0]}
+        timed(bench, {"shared_compiled": "shared"}, results, options.rounds)
+        bench.ours.forward = forward
     if options.half:
         rate["bf16"] = matmul_rate(bench.device, torch.bfloat16)
         for part in ("vision", "llm", "head"):
@@ -340,54 +365,33 @@ def run(options, folder: Path) -> dict:
             for attention in ("sdpa", "eager"):
                 bench.ours.model.language_model.set_attn_implementation(attention)
                 name = f"shared_bf16_{attention}"
-                results[name] = extra(bench, "shared", times, name, options.rounds)
+                results[name] = {"loss": bench.step("shared")[0]}
+                timed(bench, {name: "shared"}, results, options.rounds)
+    clock = "wall_seconds" if options.device != "cpu" or options.clock == "wall" else "cpu_seconds"
     for arm, result in results.items():
-        seconds = statistics.median(times[arm])
-        precision = "bf16" if "bf16" in arm else "fp32"
-        result |= {
-            "seconds": seconds,
-            "pairs_per_second": bench.pairs / seconds,
-            "answer_tokens_per_second": bench.num_targets / seconds,
-            "share_of_matmul_rate": result["flops"] / seconds / rate[precision] if "flops" in result else None,
-        }
-    report = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": options.threads,
-                    "device": options.device, "matmul_flops_per_second": rate, "torch": torch.__version__},
-        "shape": options.shape, "images": options.images, "captions_per_image": options.captions,
-        "pairs": bench.pairs, "answer_tokens": bench.num_targets, "arms": results, "ratios": {},
-    }  # fmt: skip
-    for other in ("notebook", "blip2_pixels", "blip2_features", "padded"):
-        if other in results and "shared" in results:
+        seconds = result["seconds"] = statistics.median(result[clock])
+        result["pairs_per_second"] = bench.pairs / seconds
+        result["answer_tokens_per_second"] = bench.num_targets / seconds
+        if "flops" in result:
+            result["share_of_matmul_rate"] = result["flops"] / seconds / rate["fp32"]
+    ratios = {}
+    for other in options.arms:
+        if other != "shared" and "shared" in results:
             mine, theirs = results["shared"], results[other]
-            report["ratios"][f"shared over {other}"] = {
+            ratios[f"shared over {other}"] = {
                 "pairs_per_second": theirs["seconds"] / mine["seconds"],
                 "allowed_by_arithmetic": theirs["flops"] / mine["flops"],
-                "peak_memory": mine["peak_memory_bytes"] / theirs["peak_memory_bytes"]
-                if theirs["peak_memory_bytes"]
-                else None,
             }
-    return report
-
-
-def timed(bench: Bench, arms, times: dict[str, list[float]], rounds: int) -> None:
-    """Arms take turns, so that a load on the machine falls on all of them."""
-    for _ in range(rounds):
-        for arm in arms:
-            began = time.perf_counter()
-            bench.step(arm)  # ends with .item(), which waits for the device
-            times[arm].append(time.perf_counter() - began)
-
-
-def extra(bench: Bench, arm: str, times: dict[str, list[float]], name: str, rounds: int) -> dict:
-    """An arm under another precision or compiled; its loss is reported, not compared to six digits."""
-    loss, share = bench.step(arm)
-    bench.step(arm)
-    times[name] = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        bench.step(arm)
-        times[name].append(time.perf_counter() - began)
-    return {"loss": loss, "useful_tokens": share}
+            if theirs["peak_memory_bytes"]:
+                ratios[f"shared over {other}"]["peak_memory"] = mine["peak_memory_bytes"] / theirs["peak_memory_bytes"]
+    return {
+        "machine": {
+            "processor": platform.processor() or platform.machine(), "threads": options.threads,
+            "device": options.device, "clock": clock, "matmul_flops_per_second": rate, "torch": torch.__version__,
+        },
+        "shape": options.shape, "images": options.images, "captions_per_image": options.captions,
+        "pairs": bench.pairs, "answer_tokens": bench.num_targets, "arms": results, "ratios": ratios,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from blipren.training.inputs import open_sources
 from blipren.training.loading import load_checkpoint
 from blipren.training.run_folder import RunFolder
 from blipren.training.settings import TrainSettings
+from blipren.training.sharding import is_sharded, shard
 from blipren.training.trainer import SafeTrainer, clock_text, say, stopped_early, training_arguments
 from blipren.training.tuning import (
     Average,
@@ -182,8 +183,10 @@ class CaptionTrainer(SafeTrainer):
         was_training = model.training
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        for item in range(rank, len(self.validation), world):
-            batch = self._prepare_inputs(self.validation[item])
+        for item in range(rank, -(-len(self.validation) // world) * world, world):
+            # a sharded model runs on all processes together: who has no batch left repeats one that does not count
+            counts = item < len(self.validation)
+            batch = self._prepare_inputs(self.validation[item if counts else 0])
             inputs, attention_mask = plain(batch, self.mask_dtype)
             outputs = model(
                 input_ids=batch["input_ids"],
@@ -194,7 +197,8 @@ class CaptionTrainer(SafeTrainer):
                 **inputs,
             )
             nll = F.cross_entropy(outputs.logits.float(), batch["targets"], reduction="sum")
-            sums += torch.tensor([nll.item(), len(batch["targets"])], dtype=torch.float64)
+            if counts:
+                sums += torch.tensor([nll.item(), len(batch["targets"])], dtype=torch.float64)
         model.train(was_training)
         if world > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum")
@@ -230,6 +234,8 @@ class CaptionTrainer(SafeTrainer):
 
         source, rank, world = self.validation.source, self.accelerator.process_index, self.accelerator.num_processes
         references = source.references()
+        if is_sharded(self.model):  # all processes generate together
+            rank, world = 0, 1
         mine = sorted(references)[rank::world]
         made = {str(i): found["text"] for i, found in zip(mine, self.captions(mine))}
         if world > 1:
@@ -241,10 +247,13 @@ class CaptionTrainer(SafeTrainer):
 
     def log_samples(self, when: str = "during") -> None:
         """Captions of the same few validation images, into the log and on the screen."""
-        if not self.samples or not self.args.should_save:
+        if not self.samples or not (self.args.should_save or is_sharded(self.model)):
+            return
+        captions = self.captions(self.samples)
+        if not self.args.should_save:
             return
         say(f"captions {when} training:")
-        for image, found in zip(self.samples, self.captions(self.samples)):
+        for image, found in zip(self.samples, captions):
             name = self.validation.source.ids[image]
             self.run_folder.log("sample", self.state.global_step, image=name, text=found["text"], when=when)
             say(f"  {name}: {found['text']}")
@@ -469,8 +478,11 @@ def train(settings: TrainSettings) -> int:
         metric_for_best_model=judge,
         greater_is_better=judge == "CIDEr",
         torch_compile=settings.compile,
+        torch_compile_backend=settings.compile_backend if settings.compile else None,
         ddp_find_unused_parameters=text_side,  # the Q-Former's text side is for stage 1
     )
+    if settings.fsdp and world > 1:
+        shard(model)
     trainer = CaptionTrainer(
         settings=settings,
         processor=processor,
@@ -508,10 +520,10 @@ def train(settings: TrainSettings) -> int:
 def finish(trainer: CaptionTrainer, settings: TrainSettings, run: RunFolder) -> None:
     """The chosen weights into OUT, with processor, curves and summary."""
     best = trainer.load_best()
-    if not run.writes:
-        return
     state, trained = trainer.state, trainer.trained_weights()
     trainer.log_samples("after")
+    if not run.writes:
+        return
     # into a fresh copy, whose frozen parts are bit for bit what they were, in the precision that they had
     model, _ = load(settings)
     choose_trained(model, settings)

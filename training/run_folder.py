@@ -24,7 +24,7 @@ from blipren.training.errors import UserError
 from blipren.training.settings import Settings
 
 # Settings that may differ between a run and its continuation, since the weights do not depend on them.
-FREE = {"out", "device", "workers", "log_every", "save_every", "keep_checkpoints", "report_to", "full"}
+FREE = {"out", "device", "workers", "log_every", "save_every", "keep_checkpoints", "report_to", "full", "fsdp"}
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
 
 
@@ -69,6 +69,8 @@ class RunFolder:
 
     def claim(self, settings: Settings) -> None:
         """Makes the folder this run's. Raises `UserError` if it holds a run with other settings, or something else."""
+        if not self.writes:
+            return
         told = dataclasses.asdict(settings)
         settings_path = self.path / "settings.yaml"
         if settings_path.is_file():
@@ -82,8 +84,6 @@ class RunFolder:
                 )
         elif self.path.is_dir() and any(p for p in self.path.iterdir() if not p.name.startswith(".")):
             raise UserError(f"{self.path} is not empty and holds no run: give another folder")
-        if not self.writes:
-            return
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         clear_unfinished(self.checkpoints)
         write_atomically(settings_path, yaml.safe_dump(told, sort_keys=False))

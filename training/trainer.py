@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from blipren.training import checkpoints
 from blipren.training.errors import UserError
 from blipren.training.run_folder import RunFolder
+from blipren.training.sharding import is_sharded, like, load_optimizer_state, optimizer_state, whole
 from blipren.training.tuning import Average
 
 WEIGHTS = "trained.safetensors"
@@ -49,6 +50,8 @@ class SafeTrainer(Trainer):
     """
 
     def __init__(self, *, run: RunFolder, average: Average | None = None, groups: list[dict], betas, **keywords):
+        # the Trainer does not know how to checkpoint a model that shards itself, and would refuse; this class does
+        keywords["args"].save_only_model = is_sharded(keywords["model"])
         super().__init__(**keywords)
         self.run_folder, self.average, self.groups, self.betas = run, average, groups, betas
         self.args._n_gpu = min(self.args.n_gpu, 1)  # several GPUs are for torchrun, never for DataParallel
@@ -59,6 +62,8 @@ class SafeTrainer(Trainer):
         self.pop_callback(PrinterCallback)
         self.pop_callback(ProgressCallback)
         self.add_callback(Interrupts(self))
+        if average is not None:
+            self.add_callback(Averaging(average))
 
     # ---- batches --------------------------------------------------------------------------------------------------
 
@@ -95,7 +100,7 @@ class SafeTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         self._refuse_broken_step(norm)
         return norm
 
@@ -123,7 +128,8 @@ class SafeTrainer(Trainer):
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
-        return {n: p.detach().contiguous().cpu() for n, p in self.model.named_parameters() if p.requires_grad}
+        """By name, whole and on the CPU; every process must call it."""
+        return {n: whole(p.detach()).contiguous().cpu() for n, p in self.model.named_parameters() if p.requires_grad}
 
     def load_trained_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Raises `UserError` naming a weight that is there and not here, or the other way round."""
@@ -132,7 +138,7 @@ class SafeTrainer(Trainer):
             raise UserError(f"the checkpoint trains other weights than this run, such as {differing[0]}")
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(weights[name])
+                parameter.copy_(like(weights[name], parameter))
 
     def _save_checkpoint(self, model, trial) -> None:
         with self.clock:
@@ -146,10 +152,12 @@ class SafeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._save_optimizer_and_scheduler(str(staging))
         self._save_scaler(str(staging))
+        weights = self.trained_weights()
+        average = self.average.whole() if self.average is not None else None
         if self.args.should_save:
-            save_file(self.trained_weights(), staging / WEIGHTS)
-            if self.average is not None:
-                save_file(self.average.weights, staging / AVERAGE)
+            save_file(weights, staging / WEIGHTS)
+            if average is not None:
+                save_file(average, staging / AVERAGE)
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
@@ -168,13 +176,18 @@ class SafeTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
+        weights = self.chosen_weights() if is_best else None
         if is_best and self.args.should_save:
             with checkpoints.complete_or_absent(
                 self.run_folder.checkpoints / f"best-{self.state.global_step}"
             ) as staging:
-                save_file(self.average.weights if self.average else self.trained_weights(), staging / WEIGHTS)
+                save_file(weights, staging / WEIGHTS)
         self.accelerator.wait_for_everyone()
         return is_best
+
+    def chosen_weights(self) -> dict[str, torch.Tensor]:
+        """What is validated and kept: the average of the weights where there is one."""
+        return self.average.whole() if self.average is not None else self.trained_weights()
 
     def load_best(self) -> int | None:
         """Puts the best model's weights in place. Returns its step, or None when the last weights are kept."""
@@ -185,7 +198,7 @@ class SafeTrainer(Trainer):
                 raise UserError(f"the best model, {folder}, is damaged: {reason}")
             self.load_trained_weights(load_file(folder / WEIGHTS))
         elif self.average is not None:
-            self.load_trained_weights(self.average.weights)
+            self.load_trained_weights(self.average.whole())
         return step or None
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
@@ -193,13 +206,25 @@ class SafeTrainer(Trainer):
         self.load_trained_weights(load_file(folder / WEIGHTS))
         if self.average is not None:
             for name, tensor in load_file(folder / AVERAGE).items():
-                self.average.weights[name].copy_(tensor)
+                self.average.weights[name].copy_(like(tensor, self.average.weights[name]))
             self.average.updates = json.loads((folder / STATE).read_text())["global_step"]
 
     def restore(self, checkpoint: Path) -> None:
         """Weights and state of a checkpoint, where there is nothing left to train."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+
+    def _save_optimizer_and_scheduler(self, output_dir) -> None:
+        state = optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is not None:
+            read = {"map_location": "cpu", "weights_only": True}
+            load_optimizer_state(self.optimizer, torch.load(Path(checkpoint) / "optimizer.pt", **read))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", **read))
 
     def _load_rng_state(self, checkpoint) -> None:
         return  # see the head of this file
@@ -211,6 +236,16 @@ def stopped_early(checkpoint: Path) -> bool:
     return bool(state) and (
         state["attributes"]["early_stopping_patience_counter"] >= state["args"]["early_stopping_patience"]
     )
+
+
+class Averaging(TrainerCallback):
+    """Updates the average of the weights behind every step."""
+
+    def __init__(self, average: Average):
+        self.average = average
+
+    def on_step_end(self, args, state, control, **keywords):
+        self.average.update()
 
 
 class Interrupts(TrainerCallback):

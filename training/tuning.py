@@ -9,6 +9,7 @@ from torch import nn
 
 from blipren.training.errors import UserError
 from blipren.training.settings import TrainSettings
+from blipren.training.sharding import whole
 
 
 def linear_names(module: nn.Module) -> list[str]:
@@ -130,6 +131,10 @@ class Average:
         for name, parameter in self.trained.items():
             self.weights[name].lerp_(parameter.float(), 1 - decay)
         self.updates += 1
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """By name, whole and on the CPU; every process must call it."""
+        return {name: whole(tensor).cpu() for name, tensor in self.weights.items()}
 
     @contextmanager
     @torch.no_grad()

@@ -270,6 +270,17 @@ def test_regularisers_change_training(plain_two_steps, name):
     assert any(not torch.equal(a[k], b[k]) for k in a)
 
 
+def test_average_of_the_weights_is_kept(plain_two_steps, deterministic_model):
+    """Two steps from w0 through w1 to w2: decays 1/10 and 2/11, the warm-up's, below the 0.5 that was asked for."""
+    averaged = weights(plain_two_steps("ema", ema=0.5))
+    start = {f"{n}": t for n, t in weights(deterministic_model).items()}
+    first = load_file(plain_two_steps("first", save_every=1) / "checkpoints" / "checkpoint-1" / "trained.safetensors")
+    last = weights(plain_two_steps("plain"))
+    for name, tensor in averaged.items():
+        one = start[name].lerp(first[name], 0.9)
+        torch.testing.assert_close(tensor, one.lerp(last[name], 9 / 11), rtol=1e-5, atol=1e-6)
+
+
 def test_regularisers_leave_validation_alone(plain_two_steps):
     still = {"learning_rate": 1e-30, "weight_decay": 0.0}
     folders = plain_two_steps("still", **still), plain_two_steps("all-still", **still, **REGULARISERS)
@@ -291,3 +302,35 @@ def test_answer_losses_equal_torch():
     cross_entropy = torch.nn.functional.cross_entropy
     torch.testing.assert_close(nll, cross_entropy(logits, targets, reduction="sum"))
     torch.testing.assert_close(objective, cross_entropy(logits, targets, reduction="sum", label_smoothing=0.2))
+
+
+# ---- arithmetic and trackers --------------------------------------------------------------------------------------
+
+
+def test_bf16_trains_and_leaves_frozen_parts_as_they_were(plain_two_steps, deterministic_model):
+    folder = plain_two_steps("bf16", precision="bf16")
+    plain = plain_two_steps("plain")
+    losses = [[e["loss"] for e in events(f, "train")] for f in (folder, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[0] != losses[1]
+    before, after = (
+        BliprenForConditionalGeneration.from_pretrained(p).state_dict() for p in (deterministic_model, folder)
+    )
+    assert all(after[n].dtype == before[n].dtype for n in before)
+    assert all(torch.equal(before[n], after[n]) for n in before if "language_model" in n)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_model_trains_to_the_same_loss(plain_two_steps, backend):
+    compiled = plain_two_steps(f"compiled-{backend}", compile=True, compile_backend=backend)
+    losses = [[e["loss"] for e in events(f, "validation")] for f in (plain_two_steps("plain"), compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_trackers_of_the_trainer_get_the_log(plain_two_steps, monkeypatch, tmp_path):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    plain_two_steps("tracked", report_to=["tensorboard"])
+    (written,) = tmp_path.rglob("events.out.tfevents*")
+    content = written.read_bytes()
+    for name in (b"train/loss", b"train/tokens_per_second", b"eval/loss"):
+        assert name in content

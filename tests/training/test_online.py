@@ -12,7 +12,9 @@ from tests.training.tools import events, weights
 
 def test_online_trains_as_the_cache_does(settings, tmp_path, dataset_dir):
     cached = settings(max_steps=3, log_every=1, keep_best="CIDEr")
-    online = type(cached)(**cached.__dict__ | {"out": str(tmp_path / "online"), "cache": str(dataset_dir), "online": True})
+    online = type(cached)(
+        **cached.__dict__ | {"out": str(tmp_path / "online"), "cache": str(dataset_dir), "online": True}
+    )
     caption.train(cached)
     caption.train(online)
     for kind in ("train", "validation"):
@@ -31,11 +33,15 @@ def test_augmentation_draws_views_by_seed_in_training_only(settings, dataset_dir
     plain = source.inputs([3], None)["pixel_values"]
     first, again, other = (source.inputs([3], (0, epoch, 0))["pixel_values"] for epoch in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, plain)
-    assert torch.equal(plain, ImageSource(rows, model, processor, augment=False).inputs([3], (0, 1, 0))["pixel_values"])
+    assert torch.equal(
+        plain, ImageSource(rows, model, processor, augment=False).inputs([3], (0, 1, 0))["pixel_values"]
+    )
 
 
 def test_the_encoder_can_be_trained_too(settings, tmp_path, dataset_dir, model_dir):
-    run = settings(cache=str(dataset_dir), online=True, train_vision=True, learning_rates={"vision": 1e-3}, max_steps=2)
+    run = settings(
+        cache=str(dataset_dir), online=True, train_vision=True, learning_rates={"vision": 1e-3}, max_steps=2
+    )
     caption.train(run)
     before, after = (
         BliprenForConditionalGeneration.from_pretrained(p).state_dict() for p in (model_dir, tmp_path / "run")

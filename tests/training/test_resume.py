@@ -11,7 +11,7 @@ import torch
 from blipren.training import caption, checkpoints
 from tests.training.tools import events, run_command, weights
 
-SAVE = 2
+SAVE = 3
 
 
 def last_step(folder):
@@ -52,7 +52,7 @@ def same_bits(a, b):
 def two_runs(settings, tmp_path):
     """Settings with everything that draws: dropout, noise, word dropout, an average, accumulation, two workers."""
     never = settings(
-        max_steps=60, eval_every=15, save_every=SAVE, log_every=1, micro_batches=2, workers=2, generate_samples=0,
+        max_steps=30, eval_every=10, save_every=SAVE, log_every=1, micro_batches=2, workers=2, generate_samples=0,
         word_dropout=0.2, feature_dropout=0.1, feature_noise=0.1, ema=0.9, patience=50,
     )  # fmt: skip
     return never, type(never)(**never.__dict__ | {"out": str(tmp_path / "killed")})
@@ -62,7 +62,7 @@ def test_three_kills_end_with_the_same_bits(two_runs, tmp_path):
     never, killed = two_runs
     caption.train(never)
     # before the first checkpoint, in the middle of a step or a save, and right behind a validation
-    run_with_kills(killed, tmp_path / "killed", [(1, 0.0), (9, 0.013), (30, 0.004)])
+    run_with_kills(killed, tmp_path / "killed", [(1, 0.0), (7, 0.013), (20, 0.004)])
     same_bits(weights(tmp_path / "run"), weights(tmp_path / "killed"))
     for kind in ("train", "validation"):
         assert [(e["step"], e["loss"]) for e in events(tmp_path / "run", kind)] == [
@@ -72,7 +72,7 @@ def test_three_kills_end_with_the_same_bits(two_runs, tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_end_with_the_same_bits(two_runs, tmp_path):
-    never, killed = two_runs
+    never, killed = (type(run)(**run.__dict__ | {"max_steps": 60}) for run in two_runs)
     caption.train(never)
     run_with_kills(killed, tmp_path / "killed", [(1 + i * 2, 0.007 * i % 0.05) for i in range(20)])
     same_bits(weights(tmp_path / "run"), weights(tmp_path / "killed"))

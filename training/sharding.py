@@ -1,0 +1,57 @@
+"""FSDP2: parameters, gradients and optimizer state in pieces, one a process; checkpoints whole, as without it."""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from blipren.training.errors import UserError
+
+
+def shard(model: nn.Module) -> None:
+    """Shards every transformer layer, then vision tower and connector, then the rest with the root."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            fully_shard(module)
+    for part in ("vision", "qformer", "projector"):
+        if part in model.parts():
+            fully_shard(model.parts()[part])
+    fully_shard(model)
+    # tell the Trainer that placement and reduction of gradients are the model's own business
+    if not hasattr(model, "is_distributed_loading_by_transformers"):
+        raise UserError("fsdp needs transformers 5.23 or newer, whose Trainer takes a model that shards itself")
+    model._is_distributed_loading_by_transformers = True
+    model._is_fsdp_managed_module = True
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def whole(tensor):
+    """All of a tensor on this process, where every process calls it; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, cut as `parameter` is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def optimizer_state(optimizer) -> dict:
+    """The optimizer's state with whole tensors; every process must call it."""
+    return tree_map(whole, optimizer.state_dict())
+
+
+def load_optimizer_state(optimizer, state: dict) -> None:
+    """Takes up a state with whole tensors, cut as the parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameters[index].shape:
+                values[name] = like(value, parameters[index])
+    optimizer.load_state_dict(state)
