@@ -28,6 +28,7 @@ from blipren.training.errors import UserError
 from blipren.training.inputs import open_sources
 from blipren.training.loading import load_checkpoint
 from blipren.training.run_folder import RunFolder
+from blipren.training.self_critical import SelfCritical
 from blipren.training.settings import TrainSettings
 from blipren.training.sharding import is_sharded, shard
 from blipren.training.trainer import SafeTrainer, clock_text, say, stopped_early, training_arguments
@@ -54,9 +55,17 @@ class CaptionTrainer(SafeTrainer):
     their global number, whatever the batching, accumulation or world size."""
 
     def __init__(
-        self, *, settings: TrainSettings, processor, validation: EvalBatches | None, samples: list, **keywords
+        self,
+        *,
+        settings: TrainSettings,
+        processor,
+        validation: EvalBatches | None,
+        samples: list,
+        critic: SelfCritical | None = None,
+        **keywords,
     ):
         super().__init__(eval_dataset=validation, **keywords)
+        self.critic = critic
         self.settings, self.processor, self.validation, self.samples = settings, processor, validation, samples
         self.window = Window()
         self.drawn = time.perf_counter()
@@ -76,7 +85,9 @@ class CaptionTrainer(SafeTrainer):
             **inputs,
         )
         nll, objective = answer_losses(outputs.logits, batch["targets"], self.settings.label_smoothing)
-        loss = objective / tokens_in_step
+        loss = self.settings.likelihood_weight * objective / tokens_in_step
+        if self.critic is not None and model.training:
+            loss = loss + self.settings.reward_weight * self.reward_loss(model, batch) / images_in_step
         if outputs.router_aux_loss is not None:
             loss = loss + outputs.router_aux_loss * len(batch["ids"]) / images_in_step
         # ---------------------------------------------------------------------------------------------------------
@@ -84,6 +95,24 @@ class CaptionTrainer(SafeTrainer):
             self.window.first_step = self.state.global_step
         self.window.add(batch, nll.detach(), loss.detach(), outputs.router_probs)
         return loss * self.accelerator.num_processes  # DDP averages gradients over processes; the loss is a sum
+
+    def reward_loss(self, model, batch: dict) -> torch.Tensor | float:
+        """Self-critical loss of a micro-batch, as a sum over its images: sampled captions, weighed by their advantage."""
+        sampled = self.critic.batch(self.model, batch)
+        if sampled is None:
+            return 0.0
+        inputs, attention_mask = self.regularised(sampled)
+        outputs = model(
+            input_ids=sampled["input_ids"],
+            position_ids=sampled["position_ids"],
+            attention_mask=attention_mask,
+            logits_at=sampled["predict_from"],
+            use_cache=False,
+            **inputs,
+        )
+        nll = F.cross_entropy(outputs.logits.float(), sampled["targets"], reduction="none")
+        self.window.rewards.append(sampled["reward"])
+        return (sampled["weights"] * nll).mean() * len(sampled["ids"])
 
     @property
     def mask_dtype(self) -> torch.dtype:
@@ -127,6 +156,7 @@ class CaptionTrainer(SafeTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "learning_rate" not in logs:  # the Trainer's own summary at the end; validation logs for itself
             return
+        rewards = self.window.rewards
         counts = self.window.drain(self.accelerator)
         seconds, step = self.clock.elapsed(), self.state.global_step
         steps = step - self.window.first_step
@@ -140,6 +170,7 @@ class CaptionTrainer(SafeTrainer):
             "tokens_per_second": counts["tokens"] / seconds,
             "images_per_second": counts["images"] / seconds,
             "useful_tokens": counts["tokens"] / counts["positions"],
+            **({"reward": sum(rewards) / len(rewards)} if rewards else {}),
             **{f"expert_{i}": share for i, share in enumerate(counts["experts"])},
         }
         if self.flops_per_token:
@@ -152,7 +183,10 @@ class CaptionTrainer(SafeTrainer):
         super().log(dict(values), start_time)
         self.run_folder.log("train", step, **values)
         if self.args.should_save:
-            say(train_line(step, self.state.max_steps, values, left))
+            self.progress.say(train_line(step, self.state.max_steps, values, left))
+            self.progress.show(
+                f"{values['images_per_second']:.1f} images/s, {values['tokens_per_second']:,.0f} tokens/s"
+            )
 
     # ---- validation -----------------------------------------------------------------------------------------------
 
@@ -170,7 +204,9 @@ class CaptionTrainer(SafeTrainer):
                 self.drawn = time.perf_counter()
         if self.args.should_save:
             text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            say(f"validation at step {step}: {text}  ({images} images, {time.perf_counter() - began:.1f} s)")
+            self.progress.say(
+                f"validation at step {step}: {text}  ({images} images, {time.perf_counter() - began:.1f} s)"
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         super().log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -224,6 +260,8 @@ class CaptionTrainer(SafeTrainer):
                 features,
                 max_new_tokens=self.settings.max_new_tokens,
                 num_beams=self.settings.num_beams,
+                **({"length_penalty": self.settings.length_penalty} if self.settings.num_beams > 1 else {}),
+                **({"length_penalty": self.settings.length_penalty} if self.settings.num_beams > 1 else {}),
             )
         self.model.train(was_training)
         return found
@@ -252,11 +290,11 @@ class CaptionTrainer(SafeTrainer):
         captions = self.captions(self.samples)
         if not self.args.should_save:
             return
-        say(f"captions {when} training:")
+        self.progress.say(f"captions {when} training:")
         for image, found in zip(self.samples, captions):
             name = self.validation.source.ids[image]
             self.run_folder.log("sample", self.state.global_step, image=name, text=found["text"], when=when)
-            say(f"  {name}: {found['text']}")
+            self.progress.say(f"  {name}: {found['text']}")
 
 
 def hide_words(mask: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
@@ -281,8 +319,9 @@ def train_line(step: int, steps: int, values: dict, seconds_left: float) -> str:
         speed += f"  {values['tflops']:.3f} TFLOP/s"
     experts = [values[name] for name in sorted(values) if name.startswith("expert_")]
     load = "  experts " + "/".join(f"{share:.2f}" for share in experts) if experts else ""
+    reward = f"reward {values['reward']:.3f}  " if "reward" in values else ""
     return (
-        f"step {step}/{steps}  loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+        f"step {step}/{steps}  loss {values['loss']:.4f}  {reward}lr {values['learning_rate']:.2e}  "
         f"norm {values['grad_norm']:.2f}  {speed}{load}  left {clock_text(seconds_left)}"
     )
 
@@ -298,6 +337,7 @@ class Window:
         self.nll: list[torch.Tensor] = []
         self.loss: list[torch.Tensor] = []
         self.experts: list[torch.Tensor] = []
+        self.rewards: list[float] = []
         self.counts = dict.fromkeys(("targets", "images", "tokens", "positions"), 0)
 
     def add(self, batch: dict, nll: torch.Tensor, loss: torch.Tensor, router_probs: torch.Tensor | None) -> None:
@@ -419,12 +459,26 @@ def make_plan(settings: TrainSettings, sources: Sequence, world: int) -> BatchPl
         raise UserError(str(error)) from error
 
 
+def make_critic(settings: TrainSettings, processor, sources, layout: Layout) -> SelfCritical:
+    """Samples and rewards captions; validation references stay out of the rewards."""
+    return SelfCritical(
+        processor,
+        sources,
+        settings.reward_samples,
+        settings.reward_temperature,
+        settings.reward_max_tokens,
+        layout.shared_prefix,
+    )
+
+
 def count_flops(trainer: CaptionTrainer, model) -> None:
     """FLOPs per useful token, from the first micro-batch of the run, forward and backward."""
     batch = trainer._prepare_inputs(trainer.train_dataset[0])
     model.train()
     counts = torch.tensor([float(len(batch["targets"])), float(len(batch["ids"]))], device=trainer.args.device)
+    critic, trainer.critic = trainer.critic, None  # samples are not what a useful token costs
     total = flops.count(lambda: trainer.compute_loss(model, batch, num_items_in_batch=counts).backward())
+    trainer.critic = critic
     model.zero_grad()
     tokens = trainer.window.counts["tokens"]
     trainer.window = Window()
@@ -488,6 +542,7 @@ def train(settings: TrainSettings) -> int:
         processor=processor,
         validation=EvalBatches(validation, prompts, layout, settings.batch_size) if validation is not None else None,
         samples=list(range(min(settings.generate_samples, len(validation.texts)))) if validation is not None else [],
+        critic=make_critic(settings, processor, sources, layout) if settings.reward_weight else None,
         run=run,
         average=Average(model, settings.ema) if settings.ema else None,
         groups=parameter_groups(model, settings),

@@ -406,6 +406,17 @@ class TrainSettings(Settings):
     """Share of the patches that are hidden from the bridge in training."""
     feature_noise: float = 0.0
     """Standard deviation of noise on patch features, in units of their own, in training."""
+    likelihood_weight: float = 1.0
+    """Weight of the captions' likelihood."""
+    reward_weight: float = 0.0
+    """Weight of self-critical training (arXiv 1612.00563): sampled captions that score a higher CIDEr-D than their
+    fellows become likelier. For a bridge that captions already; 0 leaves it out."""
+    reward_samples: int = 5
+    """Captions sampled of each image for it."""
+    reward_temperature: float = 0.6
+    """Temperature of the sampling."""
+    reward_max_tokens: int = 24
+    """Longest sample; one that has not ended by then gets no reward."""
     ema: float = 0.0
     """Decay of an average of the trained weights that is validated and kept instead of them; 0 keeps the weights."""
     router_balance_weight: float | None = None
@@ -431,6 +442,10 @@ class TrainSettings(Settings):
     """Longest generated caption."""
     num_beams: int = 1
     """Beams of the captions generated in training."""
+    length_penalty: float = 1.0
+    """Length penalty of these beams; below 1 gives shorter captions."""
+    length_penalty: float = 1.0
+    """With beams: their score is divided by length to this power; 0 prefers shorter captions."""
     log_every: int = 10
     """Steps between log lines."""
     report_to: list[str] = field(default_factory=list)
@@ -482,6 +497,12 @@ class TrainSettings(Settings):
         for name in ("label_smoothing", "word_dropout", "feature_dropout", "ema", "min_learning_rate", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.reward_weight < 0 or self.likelihood_weight < 0 or not self.reward_weight + self.likelihood_weight:
+            raise UsageError("likelihood_weight and reward_weight must not be negative, and one of them above 0")
+        if self.reward_weight and (self.reward_samples < 2 or self.reward_temperature <= 0 or self.online):
+            raise UsageError(
+                "reward_weight needs a feature cache, reward_samples of 2 or more, reward_temperature above 0"
+            )
         if self.epochs <= 0:
             raise UsageError(f"epochs is {self.epochs}; it must be above 0")
         unknown = set(self.learning_rates) - {"qformer", "projector", "llm", "vision"}
@@ -759,7 +780,9 @@ COMMANDS: dict[str, Command] = {
     "caption": Command(CaptionSettings, "blipren.training.evaluation.captioning.caption", "caption images"),
     "convert": Command(ConvertSettings, "blipren.training.convert.convert", "bridge checkpoint <-> full checkpoint"),
     "import": Command(
-        ImportSettings, "blipren.training.convert.import_model", "a BLIP-2 or InstructBLIP model as a checkpoint of ours"
+        ImportSettings,
+        "blipren.training.convert.import_model",
+        "a BLIP-2 or InstructBLIP model as a checkpoint of ours",
     ),
     "push": Command(PushSettings, "blipren.training.publish.push", "publish a checkpoint on the Hub"),
 }

@@ -1,11 +1,15 @@
 """The reward is CIDEr-D; samples that beat their fellows become likelier."""
 
+from pathlib import Path
+
 import pytest
-import torch
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 
+from blipren.training.caption import train
+from blipren.training.errors import UsageError
 from blipren.training.evaluation.tokenizer import tokenize
 from blipren.training.self_critical import CiderReward
+from tests.training.tools import events
 
 REFERENCES = {
     "a": ["A black dog runs on the grass.", "A dog is running through a green field.", "The dog runs."],
@@ -24,51 +28,41 @@ def test_the_reward_is_pycocoevalcaps_cider_d():
     assert found == pytest.approx(expected.tolist(), abs=1e-9) and found[0] > 1 > found[2]
 
 
-def test_a_rewarded_word_becomes_likelier(tmp_path):
-    from tiny_models import QFORMER, make_llm, make_vision, random_image
+def test_what_is_rewarded_becomes_likelier(settings, monkeypatch):
+    """With the share of vowels as the reward, sampled captions come to hold more of them."""
 
-    from blipren import BliprenForConditionalGeneration, BliprenProcessor
-    from blipren.training.caption import plain
-    from blipren.training.self_critical import SelfCritical
+    def vowels(self, images, captions):
+        return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in captions]
 
-    bases = make_vision(tmp_path / "vision"), make_llm(tmp_path / "llm")
-    torch.manual_seed(0)
-    model = BliprenForConditionalGeneration.from_vision_text_pretrained(
-        *bases, num_queries=4, qformer=QFORMER, dtype="float32"
+    monkeypatch.setattr(CiderReward, "__call__", vowels)
+    run = settings(
+        max_steps=60,
+        eval_every=60,
+        log_every=10,
+        learning_rate=1e-2,
+        likelihood_weight=0.0,
+        reward_weight=1.0,
+        reward_temperature=1.0,
+        reward_max_tokens=6,
+        keep_best="last",
     )
-    processor = BliprenProcessor.from_vision_text_pretrained(*bases, num_queries=4)
+    monkeypatch.setattr("blipren.training.self_critical.ENDED_ONLY", False)  # a random model hardly ever ends
+    assert train(run) == 0
+    rewards = [event["reward"] for event in events(Path(run.out), "train")]
+    assert rewards[-1] > 1.3 * rewards[0]
 
-    class Photos:
-        ids = ["a", "b", "c"]
 
-        def references(self):
-            return dict(enumerate(REFERENCES.values()))
-
-    features = model.encode_images(
-        processor(images=[random_image(i) for i in range(3)], return_tensors="pt")["pixel_values"]
-    )
-    batch = {"ids": ["a", "b", "c", "a"], "inputs": {"patch_features": features[[0, 1, 2, 0]]}}
+def test_reward_and_likelihood_together_and_padded_rows(settings, tmp_path):
     for shared in (True, False):
-        critic = SelfCritical(
-            processor, [Photos()], samples=4, temperature=1.0, max_new_tokens=6, shared_prefix=shared
+        run = settings(
+            out=str(tmp_path / f"run-{shared}"), reward_weight=0.5, shared_prefix=shared, reward_max_tokens=4
         )
-        # a reward that can be seen to work: the share of one letter among the decoded text
-        critic.reward.__class__ = type(
-            "Letters",
-            (CiderReward,),
-            {"__call__": lambda self, images, captions: [sum(c.isalpha() for c in text) / 10 for text in captions]},
-        )
-        critic.processor = processor
-        sampled = critic.batch(model, batch)
-        assert sampled["weights"].shape == sampled["targets"].shape and sampled["ids"] != []
-        assert abs(float(sampled["weights"].mean())) < 2
-        inputs, mask = plain(sampled, torch.float32)
-        logits = model(
-            input_ids=sampled["input_ids"],
-            position_ids=sampled["position_ids"],
-            attention_mask=mask,
-            logits_at=sampled["predict_from"],
-            **inputs,
-        ).logits
-        assert logits.shape[0] == sampled["targets"].shape[0]
-        assert torch.isfinite(logits).all()
+        assert train(run) == 0
+        lines = events(Path(run.out), "train")
+        assert all(0 <= line["reward"] <= 10 and line["loss"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("wrong", [{"reward_samples": 1}, {"reward_temperature": 0.0}, {"online": True}])
+def test_settings_that_cannot_work_are_refused(settings, wrong):
+    with pytest.raises(UsageError, match="reward_weight needs"):
+        settings(reward_weight=1.0, **wrong)
