@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +113,23 @@ class Progress:
 
 
 def make_tasks(
-    source: Source, builder: CacheBuilder, rows_per_batch: int, limit: int | None, tasks: list[tuple[int, bool]]
+    source: Source,
+    builder: CacheBuilder,
+    rows_per_batch: int,
+    limit: int | None,
+    tasks: list[tuple[int, bool]],
+    only: int | None = None,
 ) -> Iterator[list[Row]]:
     """Rows of the units that are not done, in batches that never cross units; `tasks` notes `(unit, is its last)`.
 
     Sources that can, start behind the units that are done.
+
+    Args:
+        only: this unit alone.
     """
     size = builder.rows_per_unit
-    done = set(builder.done_units())
-    unit = 0
+    done = set(builder.done_units()) if only is None else set()
+    unit = only or 0
     while unit in done:
         unit += 1
     rows = source.rows(unit * size)
@@ -140,7 +149,7 @@ def make_tasks(
             tasks.append((unit, not following))
             yield batch
             batch = following
-        if left:
+        if left or only is not None:
             return
         unit += 1
 
@@ -192,10 +201,11 @@ def run_units(
     builder: CacheBuilder,
     config: PrepareConfig,
     scorer: SimilarityScorer | None = None,
+    only: int | None = None,
 ) -> Progress:
-    """Embeds what is not done yet."""
+    """Embeds what is not done yet, or one unit."""
     total = source.num_rows if s.limit is None else min(s.limit, source.num_rows or s.limit)
-    finished = builder.done_units()
+    finished = builder.done_units() if only is None else []
     done = sum(json.loads(builder.unit_path(number).read_text())["rows"] for number in finished)
     progress = Progress(total, done)
     if finished:
@@ -206,7 +216,7 @@ def run_units(
     unit: UnitWriter | None = None
     try:
         with Workers(config, workers, pixel_bytes(config, rows_per_batch * s.views)) as pool:
-            tasks = make_tasks(source, builder, rows_per_batch, s.limit, notes)
+            tasks = make_tasks(source, builder, rows_per_batch, s.limit, notes, only)
             for number, batch in enumerate(pool.map(tasks)):
                 which, last = notes[number]
                 if unit is None:
@@ -231,7 +241,8 @@ def run_units(
         if unit is not None:
             unit.abandon()
         builder.close()
-    progress.show("\n")
+    if only is None:
+        progress.show("\n")
     return progress
 
 
@@ -295,6 +306,73 @@ def verify(s: EmbedSettings) -> int:
     return 1 if faults else 0
 
 
+@dataclass
+class Job:
+    """All that embedding a unit needs; made from the settings alone, so that every worker makes the same."""
+
+    source: Source
+    encoder: Encoder
+    config: PrepareConfig
+    scorer: SimilarityScorer | None
+    num_patches: int | None
+    values: int | None
+    fingerprint: dict[str, Any]
+
+    @classmethod
+    def make(cls, s: EmbedSettings) -> Job:
+        """Opens data and model. Raises `UserError`."""
+        source = open_source(s)
+        rules = caption_filter(s)
+        counts = None
+        if rules.max_images_per_caption:
+            counts = count_captions((row.prompts, row.answers) for row in source)
+        model, processor = load_checkpoint(s.model)
+        encoder = Encoder(model, processor.image_processor, s.device, s.precision)
+        config = PrepareConfig(
+            image_processor=processor.image_processor,
+            rules=rules,
+            caption_counts=counts,
+            validation_share=s.validation_share,
+            test_share=s.test_share,
+            views=s.views,
+            view_scale=s.view_scale,
+            view_flip=s.view_flip,
+            variable=encoder.variable,
+        )
+        scorer = None
+        if s.min_similarity is not None or s.keep_best is not None:
+            scorer = SimilarityScorer((model.config.base_models or {}).get("vision") or {}, encoder.device)
+        patches = None if encoder.variable else encoder.measure()
+        values = None if patches is None else patches * encoder.hidden_size * s.views
+        return cls(source, encoder, config, scorer, patches, values, cache_fingerprint(s, source, encoder))
+
+    def builder(self, s: EmbedSettings, folder: Path, kind: type[CacheBuilder] = CacheBuilder) -> CacheBuilder:
+        """The cache's writer."""
+        return kind(
+            folder,
+            self.fingerprint,
+            dtype=s.dtype,
+            values=self.values,
+            tokens=None if self.num_patches is None else self.num_patches * s.views,
+            hidden_size=self.encoder.hidden_size,
+            messages=bool(self.source.columns.messages),
+            rows_per_unit=s.rows_per_shard,
+            near_duplicates=s.near_duplicates,
+            scores=self.scorer is not None,
+        )
+
+    def finish(self, s: EmbedSettings, builder: CacheBuilder) -> dict[str, Any]:
+        """From finished units to a finished cache, and its summary."""
+        if not builder.done_units():
+            shutil.rmtree(builder.folder / "units")
+            raise UserError(f"{s.dataset} has no rows")
+        cache = builder.finalize({"views": s.views, "num_patches": self.num_patches})
+        report(cache, builder.folder)
+        if not cache["counts"]["cached"]:
+            raise UserError(f"no row of {s.dataset} could be cached; the reasons are in {s.cache}/rejected.jsonl")
+        return cache
+
+
 def embed(s: EmbedSettings) -> int | None:
     """Embeds a data set into a feature cache; resumes an unfinished one; refuses one that was made otherwise.
 
@@ -303,60 +381,24 @@ def embed(s: EmbedSettings) -> int | None:
     """
     if s.verify:
         return verify(s)
-    source = open_source(s)
-    rules = caption_filter(s)
-    counts = None
-    if rules.max_images_per_caption:
-        counts = count_captions((row.prompts, row.answers) for row in source)
-    model, processor = load_checkpoint(s.model)
-    encoder = Encoder(model, processor.image_processor, s.device, s.precision)
-    config = PrepareConfig(
-        image_processor=processor.image_processor,
-        rules=rules,
-        caption_counts=counts,
-        validation_share=s.validation_share,
-        test_share=s.test_share,
-        views=s.views,
-        view_scale=s.view_scale,
-        view_flip=s.view_flip,
-        variable=encoder.variable,
-    )
-    scorer = None
-    if s.min_similarity is not None or s.keep_best is not None:
-        scorer = SimilarityScorer((model.config.base_models or {}).get("vision") or {}, encoder.device)
-    num_patches = None if encoder.variable else encoder.measure()
-    values = None if num_patches is None else num_patches * encoder.hidden_size * s.views
-    print(describe_plan(s, source, encoder, values))
+    job = Job.make(s)
+    print(describe_plan(s, job.source, job.encoder, job.values))
     if s.dry_run:
-        return dry_run(s, source, config)
+        return dry_run(s, job.source, job.config)
+    if s.engine == "ray":
+        from blipren.training.data.ray_engine import embed_with_ray
+
+        return embed_with_ray(s, job)
     folder = Path(s.cache)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; CACHE is a folder")
-    fingerprint = cache_fingerprint(s, source, encoder)
     with CacheLock(folder):
         if (folder / "cache.json").exists():
-            return reuse(s, folder, fingerprint, rules)
-        builder = CacheBuilder(
-            folder,
-            fingerprint,
-            dtype=s.dtype,
-            values=values,
-            tokens=None if num_patches is None else num_patches * s.views,
-            hidden_size=encoder.hidden_size,
-            messages=bool(source.columns.messages),
-            rows_per_unit=s.rows_per_shard,
-            near_duplicates=s.near_duplicates,
-            scores=scorer is not None,
-        )
+            return reuse(s, folder, job.fingerprint, job.config.rules)
+        builder = job.builder(s, folder)
         builder.start()
-        progress = run_units(s, source, encoder, builder, config, scorer)
-        if progress.done == 0:
-            shutil.rmtree(folder / "units")
-            raise UserError(f"{s.dataset} has no rows")
-        cache = builder.finalize({"views": s.views, "num_patches": num_patches})
-        report(cache, folder)
-        if not cache["counts"]["cached"]:
-            raise UserError(f"no row of {s.dataset} could be cached; the reasons are in {folder / 'rejected.jsonl'}")
+        run_units(s, job.source, job.encoder, builder, job.config, job.scorer)
+        job.finish(s, builder)
     return None
 
 

@@ -1,0 +1,205 @@
+"""Speed of `blipren embed`, against the bare encoder and against a plain loop, and of reading the cache back.
+
+    python benchmarks/embed.py --encoder mobilenet --out embed.json
+    python benchmarks/embed.py --encoder siglip-b --images 96
+
+Every arm embeds the same drawn 640x480 JPEGs with the same random weights; arms take turns, and each figure is the
+median over the rounds. Ratios are the result: absolute figures depend on the machine and on what else runs on it.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    MobileNetV2Config,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    ViTImageProcessorPil,
+)
+
+from blipren.configuration_blipren import BliprenConfig
+from blipren.image_blipren import with_fast_resize
+from blipren.modeling_blipren import BliprenForConditionalGeneration
+from blipren.training.data.builder import CacheBuilder
+from blipren.training.data.cache import FeatureCache
+from blipren.training.data.embed import cache_fingerprint, open_source, run_units
+from blipren.training.data.encoder import Encoder
+from blipren.training.data.prepare import PrepareConfig, default_workers
+from blipren.training.settings import EmbedSettings
+from blipren.vision_blipren import measure_vision
+
+ENCODERS = {
+    "mobilenet": (lambda: MobileNetV2Config(image_size=224), {"height": 224, "width": 224}),
+    "siglip-b": (lambda: SiglipVisionConfig(image_size=224, patch_size=16, vision_use_head=False), None),
+}
+
+
+def draw_photos(folder: Path, count: int) -> None:
+    """JPEGs of 640x480 with the detail of photos, and their metadata."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((640, 480), 3)
+        noise = rng.normal(0, 8, (480, 640, 3))
+        pixels = (np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:05d}.jpg", quality=90)
+        lines.append(
+            json.dumps({"file_name": f"{number:05d}.jpg", "caption": f"drawn picture {number}", "split": "train"})
+        )
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def make_model(name: str):
+    """A model with an encoder of the real shape and random weights, and its image processor."""
+    if Path(name).exists():
+        vision, processor = AutoConfig.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+    else:
+        make, size = ENCODERS[name]
+        vision = make()
+        processor = ViTImageProcessorPil(size=size) if size else SiglipImageProcessorPil()
+    plain = type(processor)(**processor.to_dict())
+    shape = measure_vision(vision, dict(processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")))
+    config = BliprenConfig(
+        vision_config=vision,
+        text_config=AutoConfig.for_model(
+            "llama", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+        ),
+        connector="patches",
+        projector="linear",
+        vision_hidden_size=shape.hidden_size,
+        num_prefix_tokens=shape.num_prefix_tokens,
+        num_visual_tokens=1,
+    )
+    torch.manual_seed(0)
+    return BliprenForConditionalGeneration(config).eval(), with_fast_resize(processor), plain
+
+
+def bare(encoder: Encoder, images: int, batch: int) -> float:
+    """Images/s of the encoder alone, on pixels that are there."""
+    blank = encoder.image_processor(images=[Image.new("RGB", (64, 64))] * batch, return_tensors="pt")
+    pixels = {"pixel_values": blank["pixel_values"].to(encoder.device)}
+    started = time.perf_counter()
+    for _ in range(images // batch):
+        features, _ = encoder(pixels)
+        features.to(torch.float16).cpu()
+    return images // batch * batch / (time.perf_counter() - started)
+
+
+def plain_loop(encoder: Encoder, processor, photos: list[Path], batch: int) -> float:
+    """Images/s of decode, processor, encoder one after the other: what a script does, with transformers' own resize."""
+    started = time.perf_counter()
+    for begin in range(0, len(photos), batch):
+        images = [Image.open(path).convert("RGB") for path in photos[begin : begin + batch]]
+        features, _ = encoder(dict(processor(images=images, return_tensors="pt")))
+        features.to(torch.float16).cpu().numpy()
+    return len(photos) / (time.perf_counter() - started)
+
+
+def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dict) -> float:
+    """Images/s of all that `blipren embed` does once the model is loaded: rows to a finished cache."""
+    s = EmbedSettings(model="benchmark", dataset=str(photos), cache=str(cache), **settings)
+    source = open_source(s)
+    config = PrepareConfig(image_processor=encoder.image_processor)
+    patches = encoder.measure()
+    cache.mkdir()
+    builder = CacheBuilder(
+        cache,
+        cache_fingerprint(s, source, encoder),
+        dtype=s.dtype,
+        values=patches * encoder.hidden_size,
+        tokens=patches,
+        hidden_size=encoder.hidden_size,
+        messages=False,
+        rows_per_unit=s.rows_per_shard,
+    )
+    builder.start()
+    started = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()):
+        run_units(s, source, encoder, builder, config)
+    seconds = time.perf_counter() - started
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.finalize({"views": 1, "num_patches": patches})
+    return count / seconds
+
+
+def read(cache: FeatureCache, batches: int, batch: int) -> dict[str, float]:
+    """GB/s of stored features in shuffled batches, the first pass with checksums and later ones without, and without
+    any."""
+    rows = cache.num_rows("train")
+    result = {}
+    for name, opened in (("checked", cache), ("unchecked", FeatureCache.open(cache.folder, verify=False))):
+        for turn in ("first", "later"):
+            order = np.random.default_rng(0).integers(0, rows, (batches, batch))
+            started = time.perf_counter()
+            size = 0
+            for indices in order:
+                size += opened.patch_features("train", indices, dtype=None)[0].nbytes
+            result[f"{name}_{turn}_GB_per_s"] = size / (time.perf_counter() - started) / 1e9
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--encoder", default="mobilenet", help=f"{', '.join(ENCODERS)}, or a checkpoint folder's shape"
+    )
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=None, help="threads of the encoder")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", help="JSON file for the figures")
+    a = parser.parse_args()
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    model, processor, plain = make_model(a.encoder)
+    encoder = Encoder(model, processor, a.device)
+    workers = default_workers() if a.workers is None else a.workers
+    settings = {"batch_size": a.batch_size, "workers": workers, "near_duplicates": "keep"}
+    figures: dict[str, list[float]] = {"bare": [], "plain_loop": [], "embed": []}
+    with tempfile.TemporaryDirectory() as folder:
+        photos = Path(folder) / "photos"
+        photos.mkdir()
+        draw_photos(photos, a.images)
+        files = sorted(photos.glob("*.jpg"))
+        bare(encoder, a.batch_size, a.batch_size)
+        for turn in range(a.rounds):
+            figures["bare"].append(bare(encoder, a.images, a.batch_size))
+            figures["embed"].append(embed(encoder, photos, Path(folder) / f"cache{turn}", a.images, settings))
+            figures["plain_loop"].append(plain_loop(encoder, plain, files, a.batch_size))
+            print({name: round(values[-1], 1) for name, values in figures.items()}, flush=True)
+        cache = FeatureCache.open(Path(folder) / "cache0")
+        result = {
+            "encoder": a.encoder,
+            "device": str(encoder.device),
+            "threads": torch.get_num_threads(),
+            "workers": workers,
+            "images_per_s": {name: statistics.median(values) for name, values in figures.items()},
+            "ratios": {
+                "embed_to_bare": statistics.median(e / b for e, b in zip(figures["embed"], figures["bare"])),
+                "embed_to_plain_loop": statistics.median(
+                    e / p for e, p in zip(figures["embed"], figures["plain_loop"])
+                ),
+            },
+            "bytes_per_image": cache.info["bytes"] / cache.counts["cached"],
+            "read": read(cache, 30, 32),
+        }
+    print(json.dumps(result, indent=1))
+    if a.out:
+        Path(a.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

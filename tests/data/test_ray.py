@@ -1,0 +1,133 @@
+"""The Ray engine gives the cache of the local one, byte for byte: after kills, and on another file system."""
+
+import multiprocessing
+import os
+import time
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from blipren.training.data import ray_engine
+from blipren.training.data.cache import FeatureCache
+from blipren.training.data.embed import embed
+from blipren.training.settings import EmbedSettings
+
+from .conftest import encoded, picture, run_embed
+
+OPTIONS = {
+    "rows_per_shard": 6,
+    "batch_size": 4,
+    "device": "cpu",
+    "validation_share": 0.2,
+    "test_share": 0.2,
+    "workers": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """Forty-eight rows in three files, some broken, some twice."""
+    folder = tmp_path_factory.mktemp("parquet")
+    for part in range(3):
+        rows = range(16 * part, 16 * part + 16)
+        images = [encoded(picture(i if i % 9 else 0, (120, 90)), "JPEG", quality=95 - i) for i in rows]
+        images = [data[:150] if i % 13 == 5 else data for i, data in zip(rows, images)]
+        columns = {"jpg": images, "caption": [f"picture {i} of many" for i in rows], "key": [f"{i:04d}" for i in rows]}
+        pyarrow.parquet.write_table(pa.table(columns), folder / f"{part:05d}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, tiny_model, parquet):
+    cache = run_embed(tiny_model, f"{parquet}/*.parquet", tmp_path_factory.mktemp("local") / "c", **OPTIONS)
+    assert cache.counts["rows"] == 48 and 0 < cache.counts["rejected"] < 12
+    return cache
+
+
+def drive(model, data, path):
+    """A driver in a process of its own; Ray's processes are its children and end with it."""
+    os.environ.update(OMP_NUM_THREADS="1", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
+    import ray
+
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, object_store_memory=100 << 20)
+    settings = EmbedSettings(model=str(model), dataset=data, cache=str(path), engine="ray", actors=2, **OPTIONS)
+    status = embed(settings)
+    ray.shutdown()
+    os._exit(status or 0)
+
+
+def marks(path) -> int:
+    return len(list((path / "units").glob("[0-9]*.json")))
+
+
+def wait_for(count: int, path, child, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while marks(path) < count and child.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def test_killed_workers_and_driver_change_nothing(tmp_path, tiny_model, parquet, local):
+    pytest.importorskip("ray", reason="the Ray engine's extra is not installed")
+    psutil = pytest.importorskip("psutil")
+    path = tmp_path / "c"
+    spawn = multiprocessing.get_context("spawn")
+    killed = []
+    for turn in range(2):
+        child = spawn.Process(target=drive, args=(tiny_model, f"{parquet}/*.parquet", path))
+        child.start()
+        try:
+            wait_for(1 + 3 * turn, path, child)
+            family = psutil.Process(child.pid).children(recursive=True)
+            workers = [process for process in family if "EmbedUnits" in " ".join(process.cmdline())]
+            if workers:
+                workers[0].kill()
+                killed.append(workers[0].pid)
+            if turn == 0:
+                wait_for(3, path, child)
+                child.kill()
+            child.join(400)
+        finally:
+            if child.is_alive():
+                child.kill()
+    assert killed and child.exitcode == 0
+    cache = FeatureCache.open(path)
+    assert cache.info["content_hash"] == local.info["content_hash"] and not cache.verify()
+    for split in ("train", "validation", "test"):
+        assert cache.split(split).to_list() == local.split(split).to_list()
+
+
+def test_a_cache_on_another_file_system(tmp_path, tiny_model, parquet, local, monkeypatch):
+    """Units embedded by the actors' own class in this process: a file system in memory has no other."""
+    memory = fsspec.filesystem("memory")
+    memory.put(str(parquet), "/photos", recursive=True)
+    ran = []
+
+    def run_here(s, job, units):
+        actor = ray_engine.EmbedUnits({name: getattr(s, name) for name in s.__dataclass_fields__})
+        for number in units:
+            ran.append(number)
+            if len(ran) == 4:
+                raise KeyboardInterrupt
+            actor({"unit": [number]})
+
+    monkeypatch.setattr(ray_engine, "_run", run_here)
+    settings = EmbedSettings(
+        model=str(tiny_model), dataset="memory://photos/*.parquet", cache="memory://cache", engine="ray", **OPTIONS
+    )
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            embed(settings)
+        assert not memory.exists("/cache/cache.json")
+        assert embed(settings) is None and ran == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+        memory.get("/cache/", str(tmp_path / "c"), recursive=True)
+        cache = FeatureCache.open(tmp_path / "c")
+        assert cache.info["shards"] == local.info["shards"] and cache.counts == local.counts
+        assert not cache.verify()
+        assert cache.split("train").to_list() == local.split("train").to_list()
+        embed(settings)
+        assert len(ran) == 9
+    finally:
+        memory.rm("/cache", recursive=True)
+        memory.rm("/photos", recursive=True)
