@@ -368,7 +368,7 @@ def run(options, folder: Path) -> dict:
                 results[name] = {"loss": bench.step("shared")[0]}
                 timed(bench, {name: "shared"}, results, options.rounds)
     clock = "wall_seconds" if options.device != "cpu" or options.clock == "wall" else "cpu_seconds"
-    for arm, result in results.items():
+    for result in results.values():
         seconds = result["seconds"] = statistics.median(result[clock])
         result["pairs_per_second"] = bench.pairs / seconds
         result["answer_tokens_per_second"] = bench.num_targets / seconds

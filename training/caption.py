@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import EarlyStoppingCallback
 
 from blipren.training import checkpoints, flops, prefix
+from blipren.training.bag_of_words import BagOfWords, add_words_head
 from blipren.training.data.batches import (
     BatchPlan,
     EvalBatches,
@@ -62,10 +63,11 @@ class CaptionTrainer(SafeTrainer):
         validation: EvalBatches | None,
         samples: list,
         critic: SelfCritical | None = None,
+        words: BagOfWords | None = None,
         **keywords,
     ):
         super().__init__(eval_dataset=validation, **keywords)
-        self.critic = critic
+        self.critic, self.words = critic, words
         self.settings, self.processor, self.validation, self.samples = settings, processor, validation, samples
         self.window = Window()
         self.drawn = time.perf_counter()
@@ -73,28 +75,41 @@ class CaptionTrainer(SafeTrainer):
 
     def compute_loss(self, model, batch, return_outputs=False, num_items_in_batch=None):
         """One micro-batch: features and tokens in, this process's part of the step's loss out."""
-        tokens_in_step, images_in_step = num_items_in_batch
+        s, (tokens_in_step, images_in_step) = self.settings, num_items_in_batch
         # ---------------------------------------------------------------------------------------------------------
-        inputs, attention_mask = self.regularised(batch) if model.training else plain(batch, self.mask_dtype)
-        outputs = model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            attention_mask=attention_mask,
-            logits_at=batch["predict_from"],
-            use_cache=False,
-            **inputs,
-        )
-        nll, objective = answer_losses(outputs.logits, batch["targets"], self.settings.label_smoothing)
-        loss = self.settings.likelihood_weight * objective / tokens_in_step
-        if self.critic is not None and model.training:
-            loss = loss + self.settings.reward_weight * self.reward_loss(model, batch) / images_in_step
-        if outputs.router_aux_loss is not None:
-            loss = loss + outputs.router_aux_loss * len(batch["ids"]) / images_in_step
+        loss = nll = torch.zeros((), device=batch["targets"].device)
+        router_probs = None
+        if s.likelihood_weight or not model.training:
+            inputs, attention_mask = self.regularised(batch) if model.training else plain(batch, self.mask_dtype)
+            outputs = model(
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                attention_mask=attention_mask,
+                logits_at=batch["predict_from"],
+                use_cache=False,
+                **inputs,
+            )
+            nll, objective = answer_losses(outputs.logits, batch["targets"], s.label_smoothing)
+            loss, router_probs = s.likelihood_weight * objective / tokens_in_step, outputs.router_probs
+            if outputs.router_aux_loss is not None:
+                loss = loss + outputs.router_aux_loss * len(batch["ids"]) / images_in_step
+        if self.words is not None:
+            loss = loss + s.words_weight * self.words_loss(batch) / images_in_step
+        if self.critic is not None:
+            loss = loss + s.reward_weight * self.reward_loss(model, batch) / images_in_step
         # ---------------------------------------------------------------------------------------------------------
         if not self.window.nll:
             self.window.first_step = self.state.global_step
-        self.window.add(batch, nll.detach(), loss.detach(), outputs.router_probs)
+        self.window.add(batch, nll.detach(), loss.detach(), router_probs)
         return loss * self.accelerator.num_processes  # DDP averages gradients over processes; the loss is a sum
+
+    def words_loss(self, batch: dict) -> torch.Tensor:
+        """Binary cross-entropy of the words of each image's answers, summed over vocabulary and images."""
+        inputs, _ = self.regularised(batch)
+        features = self.model.get_image_features(**inputs).pooler_output
+        pooled = torch.stack([tokens.mean(dim=0) for tokens in features])  # [images, width]
+        wanted = self.words.targets(batch).to(pooled.device)
+        return F.binary_cross_entropy_with_logits(self.model.words_head(pooled), wanted, reduction="sum")
 
     def reward_loss(self, model, batch: dict) -> torch.Tensor | float:
         """Self-critical loss of a micro-batch, as a sum over its images: sampled captions, weighed by their advantage."""
@@ -476,9 +491,9 @@ def count_flops(trainer: CaptionTrainer, model) -> None:
     batch = trainer._prepare_inputs(trainer.train_dataset[0])
     model.train()
     counts = torch.tensor([float(len(batch["targets"])), float(len(batch["ids"]))], device=trainer.args.device)
-    critic, trainer.critic = trainer.critic, None  # samples are not what a useful token costs
+    extra, trainer.critic, trainer.words = (trainer.critic, trainer.words), None, None  # not what a useful token costs
     total = flops.count(lambda: trainer.compute_loss(model, batch, num_items_in_batch=counts).backward())
-    trainer.critic = critic
+    trainer.critic, trainer.words = extra
     model.zero_grad()
     tokens = trainer.window.counts["tokens"]
     trainer.window = Window()
@@ -498,6 +513,9 @@ def train(settings: TrainSettings) -> int:
     torch.manual_seed(settings.seed)
     model, processor = load(settings)
     sources, validation = open_sources(settings, model, processor)
+    words = BagOfWords(sources, processor) if settings.words_weight else None
+    if words is not None:
+        add_words_head(model, words)
     choose_trained(model, settings)
     set_precision(model, precision)
     plan, prompts = make_plan(settings, sources, world), PromptEncoder(processor)
@@ -542,6 +560,7 @@ def train(settings: TrainSettings) -> int:
         processor=processor,
         validation=EvalBatches(validation, prompts, layout, settings.batch_size) if validation is not None else None,
         samples=list(range(min(settings.generate_samples, len(validation.texts)))) if validation is not None else [],
+        words=words,
         critic=make_critic(settings, processor, sources, layout) if settings.reward_weight else None,
         run=run,
         average=Average(model, settings.ema) if settings.ema else None,

@@ -91,6 +91,8 @@ class NewSettings(Settings):
     """Hidden layers of the vision encoder; several are concatenated along the width."""
     vision_feature_select: str = choice("patches", "full", default="patches")
     """Take class and register tokens off (patches) or keep them (full)."""
+    image_processor: dict = field(default_factory=dict)
+    """Image processor settings by name, such as {do_center_crop: false, size: {height: 224, width: 224}}."""
     prompts: list[str] = field(default_factory=list)
     """Caption prompts, drawn per row in training; the first one is used in inference."""
     system_prompts: list[str] = field(default_factory=list)
@@ -407,7 +409,10 @@ class TrainSettings(Settings):
     feature_noise: float = 0.0
     """Standard deviation of noise on patch features, in units of their own, in training."""
     likelihood_weight: float = 1.0
-    """Weight of the captions' likelihood."""
+    """Weight of the captions' likelihood through the language model; 0 leaves the language model out of the step."""
+    words_weight: float = 0.0
+    """Weight of bag-of-words prediction: which tokens an image's captions hold, from its mean image feature through a
+    linear head that is thrown away. A cheap first stage with likelihood_weight 0, and a regulariser behind it."""
     reward_weight: float = 0.0
     """Weight of self-critical training (arXiv 1612.00563): sampled captions that score a higher CIDEr-D than their
     fellows become likelier. For a bridge that captions already; 0 leaves it out."""
@@ -497,8 +502,9 @@ class TrainSettings(Settings):
         for name in ("label_smoothing", "word_dropout", "feature_dropout", "ema", "min_learning_rate", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        if self.reward_weight < 0 or self.likelihood_weight < 0 or not self.reward_weight + self.likelihood_weight:
-            raise UsageError("likelihood_weight and reward_weight must not be negative, and one of them above 0")
+        weights = (self.likelihood_weight, self.words_weight, self.reward_weight)
+        if min(weights) < 0 or not sum(weights):
+            raise UsageError("likelihood_weight, words_weight and reward_weight must not be negative, and one above 0")
         if self.reward_weight and (self.reward_samples < 2 or self.reward_temperature <= 0 or self.online):
             raise UsageError(
                 "reward_weight needs a feature cache, reward_samples of 2 or more, reward_temperature above 0"

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, SequentialSampler
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
@@ -61,6 +62,8 @@ class SafeTrainer(Trainer):
         self._pending: list[tuple[torch.Tensor, list[str]]] = []
         self.pop_callback(PrinterCallback)
         self.pop_callback(ProgressCallback)
+        self.progress = Progress()
+        self.add_callback(self.progress)
         self.add_callback(Interrupts(self))
         if average is not None:
             self.add_callback(Averaging(average))
@@ -236,6 +239,35 @@ def stopped_early(checkpoint: Path) -> bool:
     return bool(state) and (
         state["attributes"]["early_stopping_patience_counter"] >= state["args"]["early_stopping_patience"]
     )
+
+
+class Progress(TrainerCallback):
+    """A bar with speed and time left, where there is a terminal to draw it on; log lines go above it."""
+
+    bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **keywords):
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **keywords):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args, state, control, **keywords):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def show(self, speed: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(speed)
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            say(text)
 
 
 class Averaging(TrainerCallback):

@@ -334,3 +334,10 @@ def test_trackers_of_the_trainer_get_the_log(plain_two_steps, monkeypatch, tmp_p
     content = written.read_bytes()
     for name in (b"train/loss", b"train/tokens_per_second", b"eval/loss"):
         assert name in content
+
+
+def test_a_bar_is_drawn_where_there_is_a_terminal(plain_two_steps, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    plain_two_steps("with-bar", log_every=1)
+    error = capsys.readouterr().err
+    assert "2/2" in error and "images/s" in error and "tokens/s" in error

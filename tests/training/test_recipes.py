@@ -22,7 +22,7 @@ from tests import tiny_models
 from tests.training.tools import draw_dataset, events
 
 RECIPES = sorted(p.stem for p in (Path(blipren.__file__).parent / "training" / "recipes").glob("*.yaml"))
-OWN_TOWERS = {"quickstart", "flickr8k-mini"}  # run as they are by their own tests
+OWN_TOWERS = {"quickstart", "flickr8k-mini", "align-flickr8k-mini"}  # run as they are by their own tests
 VISION = {
     "google/siglip-base-patch16-224": "siglip_vision_model",
     "google/siglip-so400m-patch14-384": "siglip_vision_model",
@@ -53,7 +53,7 @@ def stand_ins(tmp_path_factory):
             return str(place)
         if model_id in VISION:
             tiny_models.make_vision(place, VISION[model_id])
-        elif model_id == "distilbert-base-uncased":
+        elif model_id in ("distilbert-base-uncased", "bert-base-uncased"):
             torch.manual_seed(0)
             words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a red green blue circle square the is .".split()]
             place.mkdir()
@@ -173,3 +173,12 @@ def test_ancestors_have_their_sizes(recipe):
     assert millions == pytest.approx(projector_millions, rel=0.04)
     if body is not None:
         assert sum(p.numel() for p in body.parameters()) / 1e6 == pytest.approx(qformer_millions, rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_accelerate_takes_its_configurations(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    folder = Path(blipren.__file__).parent / "training" / "recipes" / "accelerate"
+    config = load_config_from_file(str(folder / f"{name}.yaml"))
+    assert config.num_processes == 2 and config.distributed_type.value == "MULTI_GPU"
