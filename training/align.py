@@ -428,7 +428,7 @@ def validator(settings: AlignSettings, cache, pairs: CaptionPairs, tokenizer):
 def prepare(settings: AlignSettings, folder: RunFolder, cache: FeatureCache | None = None) -> AlignTrainer:
     """Everything up to the first step. The cache is opened where it is not given."""
     torch.manual_seed(settings.seed)
-    cache = cache or FeatureCache.open(settings.cache)
+    cache = FeatureCache.open(settings.cache) if cache is None else cache
     model, processor, tokenizer = starting_point(settings)
     cache.check_model(model, processor)
     pairs = {s: CaptionPairs(cache.split(s), tokenizer, settings.max_text_tokens) for s in ("train", "validation")}

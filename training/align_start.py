@@ -44,6 +44,9 @@ def starting_point(settings: AlignSettings):
                 model.logit_scale.fill_(math.log(SIGMOID_SCALE))
                 model.logit_bias.fill_(SIGMOID_BIAS)
     model.config.itc_pooling = settings.pooling
+    text_config = model.config.qformer_config
+    if text_config.decoder_start_token_id is None:
+        text_config.decoder_start_token_id = start_token(tokenizer)
     if bert is not None:
         try:
             copied = copy_bert_weights(model.model.qformer, bert)
@@ -86,15 +89,18 @@ def bert_weights(name: str):
         raise UserError(f"no BERT or DistilBERT in {name}: {error}") from error
 
 
+def start_token(tokenizer) -> int:
+    """What generation begins with: a token that contrast and matching never see first, where the vocabulary has one."""
+    vocabulary = tokenizer.get_vocab()
+    return next((vocabulary[token] for token in START_TOKENS if token in vocabulary), tokenizer.cls_token_id)
+
+
 def text_side(settings: AlignSettings, tokenizer, bert) -> dict:
     """Sizes of a text side that begins here."""
-    vocabulary = tokenizer.get_vocab()
     sizes = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
-        "decoder_start_token_id": next(
-            (vocabulary[t] for t in START_TOKENS if t in vocabulary), tokenizer.cls_token_id
-        ),
+        "decoder_start_token_id": start_token(tokenizer),
         "max_position_embeddings": settings.max_text_tokens,
     }
     if bert is not None:

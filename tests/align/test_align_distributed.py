@@ -7,26 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 4], ids=["whole", "pieces"])
-def test_two_processes_end_like_one(settings, tmp_path, micro_batch_size):
-    """SGD-like comparison: three AdamW updates amplify rounding, so the weights agree to 1e-4 of a step's size."""
-    values = dataclasses.asdict(
-        settings(max_steps=3, eval_every=3, micro_batch_size=micro_batch_size, learning_rate=1e-3)
-    )
+def test_two_processes_end_like_one(settings, tmp_path):
+    values = dataclasses.asdict(settings(max_steps=3, eval_every=3, micro_batch_size=4, learning_rate=1e-3))
     del values["out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = []
     for processes in (1, 2):
         save_to = tmp_path / f"{processes}.pt"
-        launch = (
-            ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"] if processes == 2 else []
-        )
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
         command = [
             sys.executable,
             *launch,
@@ -35,10 +28,10 @@ def test_two_processes_end_like_one(settings, tmp_path, micro_batch_size):
             str(save_to),
             json.dumps(values),
         ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(torch.load(save_to))
     one, two = found
     assert one.keys() == two.keys()
     for name, weight in one.items():
-        assert torch.allclose(two[name], weight, atol=2e-5), (name, (two[name] - weight).abs().max())
+        assert torch.allclose(two[name], weight, atol=1e-7), (name, (two[name] - weight).abs().max())

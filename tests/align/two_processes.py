@@ -20,6 +20,7 @@ def main(out: str, save_to: str, values: dict) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
+    trainer.model.double()  # so that only a wrong sum can differ
     trainer.train()
     if folder.writes:
         torch.save({n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}, save_to)
