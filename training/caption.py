@@ -403,10 +403,37 @@ def choose_precision(name: str, device: str) -> str:
 def load(settings: TrainSettings):
     """Model and processor as the checkpoint has them, which is what a cache was made with."""
     model, processor = load_checkpoint(settings.model)
+    set_router(model, settings)
+    return model, processor
+
+
+def set_router(model, settings: TrainSettings) -> None:
+    """The MoE projector's losses and noise, where the settings say something else than the checkpoint."""
     for name in ("router_balance_weight", "router_z_weight", "router_noise"):
         if getattr(settings, name) is not None:
             setattr(model.config, name, getattr(settings, name))
-    return model, processor
+
+
+def load_quantised(settings: TrainSettings, precision: str):
+    """The model with its language model in few bits; connector, head and vision tower as they are."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError("llm_bits needs bitsandbytes: pip install bitsandbytes") from error
+    from transformers import BitsAndBytesConfig
+
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    few_bits = BitsAndBytesConfig(
+        load_in_4bit=settings.llm_bits == 4,
+        load_in_8bit=settings.llm_bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=["model.vision_tower"],
+    )
+    model, _ = load_checkpoint(settings.model, quantization_config=few_bits)
+    set_router(model, settings)
+    model.is_quantized = False  # the Trainer would refuse to train a connector beside a quantised language model
+    return model
 
 
 def set_precision(model, precision: str) -> None:

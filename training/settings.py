@@ -362,6 +362,8 @@ class TrainSettings(Settings):
     """Dropout of LoRA's input."""
     lora_targets: list[str] = field(default_factory=list)
     """Names of the language model's linear layers that get LoRA, such as q_proj v_proj; all of them when empty."""
+    llm_bits: int | None = choice(None, 4, 8, default=None)
+    """Load the language model in 4 or 8 bit (pip install bitsandbytes), frozen or under LoRA."""
     merge_lora: bool = False
     """Add LoRA into the language model's weights at the end; needs --full."""
     full: bool = False
@@ -523,6 +525,8 @@ class TrainSettings(Settings):
             raise UsageError(f"adam_betas has {len(self.adam_betas)} numbers; it must have 2")
         if self.merge_lora and not (self.full and self.llm_tuning == "lora"):
             raise UsageError("merge_lora needs llm_tuning lora and full: a bridge cannot hold the merged weights")
+        if self.llm_bits is not None and self.llm_tuning == "full":
+            raise UsageError(f"llm_bits {self.llm_bits} cannot be trained fully; use llm_tuning frozen or lora")
         if self.train_vision and not self.online:
             raise UsageError("train_vision needs online: cached features are those of the frozen encoder")
         if self.augment and not self.online:
@@ -745,6 +749,8 @@ class QuickstartSettings(Settings):
 
     out: str = "quickstart-out"
     """Folder for the scenes, the model, the summary and the pictures."""
+    align: bool = False
+    """Put stage 1 in front of the captioning stage, and show recall before and after it."""
     seed: int = 0
     """Seed of the scenes, of the new weights and of the training."""
 

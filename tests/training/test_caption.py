@@ -341,3 +341,20 @@ def test_a_bar_is_drawn_where_there_is_a_terminal(plain_two_steps, monkeypatch, 
     plain_two_steps("with-bar", log_every=1)
     error = capsys.readouterr().err
     assert "2/2" in error and "images/s" in error and "tokens/s" in error
+
+
+@pytest.mark.parametrize("tuning_mode, bits", [("frozen", 8), ("lora", 4)])
+def test_bridge_trains_beside_a_language_model_in_few_bits(settings, tmp_path, tuning_mode, bits, bases, model_dir):
+    pytest.importorskip("bitsandbytes")
+    caption.train(settings(llm_bits=bits, llm_tuning=tuning_mode, max_steps=6, learning_rate=1e-2))
+    train = events(tmp_path / "run", "train")
+    assert train[-1]["loss"] < train[0]["loss"]
+    model = BliprenForConditionalGeneration.from_pretrained(tmp_path / "run")
+    before = BliprenForConditionalGeneration.from_pretrained(model_dir).state_dict()
+    after = {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items()}
+    assert all(torch.equal(before[n], after[n]) for n in before if "language_model" in n)
+
+
+def test_few_bits_cannot_be_trained_fully(settings):
+    with pytest.raises(UsageError, match="cannot be trained fully"):
+        settings(llm_bits=4, llm_tuning="full")
