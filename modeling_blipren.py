@@ -651,6 +651,15 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**image_kwargs, return_dict=True)}
         return super().generate(inputs, *args, **kwargs)
 
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
+        """As in transformers; before 5.20 it does not drop the images once their tokens are in the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        if inputs.get("mm_encoder_outputs") is not None and cache is not None and cache.get_seq_length() > 0:
+            if ids is not None and not (ids == self.config.image_token_id).any():
+                inputs["mm_encoder_outputs"] = None
+        return inputs
+
     @classmethod
     def from_vision_text_pretrained(
         cls,
