@@ -1,0 +1,113 @@
+"""Model, precision and layout of a training run, from its settings."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from blipren.training import prefix
+from blipren.training.data.batches import Layout, PromptEncoder
+from blipren.training.errors import UserError
+from blipren.training.loading import load_checkpoint
+from blipren.training.settings import TrainSettings
+from blipren.training.trainer import say
+
+
+def choose_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not available[name]:
+        raise UserError(f"device {name} is not there; give --device auto or cpu")
+    return name
+
+
+def choose_precision(name: str, device: str) -> str:
+    if name == "auto":
+        return "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if name == "fp16" and device != "cuda":
+        raise UserError(f"precision fp16 needs a CUDA GPU, not {device}; give --precision bf16 or fp32")
+    return name
+
+
+def load(settings: TrainSettings):
+    """Model and processor as the checkpoint has them, which is what a cache was made with."""
+    model, processor = load_checkpoint(settings.model)
+    set_router(model, settings)
+    return model, processor
+
+
+def set_router(model, settings: TrainSettings) -> None:
+    """The MoE projector's losses and noise, where the settings say something else than the checkpoint."""
+    for name in ("router_balance_weight", "router_z_weight", "router_noise"):
+        if getattr(settings, name) is not None:
+            setattr(model.config, name, getattr(settings, name))
+
+
+def load_quantised(settings: TrainSettings, precision: str):
+    """The model with its language model in few bits; connector, head and vision tower as they are."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError("llm_bits needs bitsandbytes: pip install bitsandbytes") from error
+    from transformers import BitsAndBytesConfig
+
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    few_bits = BitsAndBytesConfig(
+        load_in_4bit=settings.llm_bits == 4,
+        load_in_8bit=settings.llm_bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=["model.vision_tower"],
+    )
+    model, _ = load_checkpoint(settings.model, quantization_config=few_bits)
+    set_router(model, settings)
+    model.is_quantized = False  # the Trainer would refuse to train a connector beside a quantised language model
+    return model
+
+
+def set_precision(model, precision: str) -> None:
+    """Frozen parts in the arithmetic's precision, what is trained in float32."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    for part in ("qformer", "projector"):
+        if part in model.parts():
+            model.parts()[part].float()
+
+
+def layout_for(model, processor, settings: TrainSettings, sources: Sequence) -> Layout:
+    """Shared prefixes where the language model takes them; padded rows, and a line that says why, where it does not."""
+    shared = settings.shared_prefix
+    if shared:
+        reason = prefix.obstacle(model, longest_row(model, processor, sources))
+        if reason is not None:
+            shared = False
+            say(f"padded rows, one an answer, instead of shared prefixes: the language model cannot, {reason}")
+    pad = processor.tokenizer.pad_token_id
+    return Layout(
+        pad_token_id=pad if pad is not None else 0,
+        shared_prefix=shared,
+        row_tokens=settings.row_tokens,
+        answers_per_image=settings.answers_per_image,
+        max_answer_tokens=settings.max_answer_tokens,
+        multiple=8 if torch.cuda.is_available() else 1,
+    )
+
+
+def longest_row(model, processor, sources: Sequence) -> int:
+    """Tokens of the longest prompt and the longest answer together; only asked where a window could be shorter."""
+    if prefix.attention_window(model.config.text_config) is None:
+        return 0
+    prompts, longest = PromptEncoder(processor), 0
+    for source in sources:
+        visual = max(source.visual_tokens(i) for i in range(len(source.texts)))
+        texts = [p for p in source.texts.prompts if p is not None] + prompts.caption_prompts
+        longest_prompt = max(
+            sum(map(len, prompts.encode(prompt, system, visual)))
+            for prompt in texts
+            for system in prompts.system_prompts
+        )
+        longest = max(longest, longest_prompt + int(np.diff(source.texts.starts).max()))
+    return longest
