@@ -100,7 +100,8 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, decayed = owner[name], name not in bare
+        # a head that serves training alone (bag of words) is no part of the model
+        part, decayed = owner.get(name, "projector"), name not in bare
         group = groups.setdefault(
             (part, decayed),
             {
