@@ -344,9 +344,11 @@ def write_report(
 ) -> Path:
     """Writes report.html into the evaluation folder."""
     data = report_data(result, settings, model, processor, before, similarities)
-    name = Path(settings.model).name if settings.model != "-" else Path(settings.predictions).name
+    title = f"What {Path(settings.model).name} sees and says"
+    if settings.predictions is not None:
+        title = f"Captions of {Path(settings.predictions).name}"
     counts = result.metrics["counts"]
     subtitle = f"{counts['images']:,} images of split {counts['split']!r} of {settings.dataset}"
     path = out / "report.html"
-    write_whole(path, render_page(data, "report.js", f"What {name} sees and says", subtitle))
+    write_whole(path, render_page(data, "report.js", title, subtitle))
     return path
