@@ -138,6 +138,10 @@ class RunFolder:
 PANELS = {
     "loss": ["train loss", "validation loss"],
     "CIDEr": ["validation CIDEr"],
+    "stage 1": ["train itc", "train itm", "train itg"],
+    "recall": ["validation recall", "validation i2t_R@1", "validation t2i_R@1", "validation chance"],
+    "in-batch accuracy": ["train itc_accuracy", "train itm_accuracy"],
+    "temperature": ["train temperature"],
     "learning rate": ["train learning_rate"],
     "gradient norm": ["train grad_norm"],
     "answer tokens/s": ["train tokens_per_second"],

@@ -63,6 +63,8 @@ def test_a_run_learns_and_logs(run):
     assert [e["step"] for e in events if e["kind"] == "validation"] == [0, 30, 60]
     best = max(e["recall"] for e in events if e["kind"] == "validation" and e["step"])
     assert summary["after"]["recall"] == best
+    curves = json.loads(Path(settings.out, "curves.json").read_text())
+    assert {"train itc", "train temperature", "validation recall"} <= set(curves)
     assert os.path.exists(f"{settings.out}/curves.png")
 
 
