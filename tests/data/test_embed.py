@@ -12,7 +12,7 @@ from blipren.training.data.shards import CacheDamage
 from blipren.training.data.sources import open_rows
 from blipren.training.errors import UserError
 from blipren.training.loading import load_checkpoint
-from tests.tiny_models import make_vision
+from tests.tiny_models import make_llm, make_vision
 
 from .conftest import encoded, make_model, picture, run_embed, write_folder
 
@@ -321,3 +321,32 @@ def test_near_duplicates_of_evaluation_images_leave_training(tmp_path, tiny_mode
     assert len(cache.patch_features("train", [0, 1])[0]) == 2 and not cache.verify()
     kept = run_embed(tiny_model, tmp_path / "d", tmp_path / "k", near_duplicates="keep")
     assert kept.num_rows("train") == 5 and kept.counts["duplicates"]["same_image_in_training_and_evaluation"] == 1
+
+
+def test_another_language_model_reuses_the_features(tmp_path, tiny_model, tiny_vision, folder, capsys):
+    cache = run_embed(tiny_model, folder, tmp_path / "c", limit=12)
+    shards = {path: path.stat().st_mtime_ns for path in cache.folder.glob("*/data-*.arrow")}
+    chat = make_model(tmp_path / "chat", tiny_vision, make_llm(tmp_path / "llm", "qwen2", chat=True))
+    again = run_embed(chat, folder, tmp_path / "c", limit=12)
+    assert "nothing to embed" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in cache.folder.glob("*/data-*.arrow")} == shards
+    assert len(again.info["tokens"]) == 2
+    assert len({prints["template"] for prints in again.info["tokens"].values()}) == 2
+    _, processor = load_checkpoint(str(chat))
+    text = again.split("train")[4]["answers"][1]
+    assert again.tokens("train", processor).answers(4)[1] == (None, processor.encode_answer(text))
+
+
+def test_conversations_are_kept(tmp_path, tiny_model):
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+    rows = [
+        {"file_name": "a.png", "conversations": turns, "split": "train"},
+        {"file_name": "b.png", "caption": "just a caption", "split": "train"},
+    ]
+    write_folder(tmp_path / "d", rows, {name: encoded(picture(i), "PNG") for i, name in enumerate(["a.png", "b.png"])})
+    cache = run_embed(tiny_model, tmp_path / "d", tmp_path / "c")
+    kept = cache.split("train")["messages"]
+    assert json.loads(kept[0]) == [
+        {"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "A cat."},
+    ]  # fmt: skip
+    assert kept[1] is None and cache.split("train")["answers"][0] == []

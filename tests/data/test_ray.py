@@ -48,14 +48,11 @@ def local(tmp_path_factory, tiny_model, parquet):
 
 def drive(model, data, path):
     """A driver in a process of its own; Ray's processes are its children and end with it."""
-    os.environ.update(OMP_NUM_THREADS="1", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
     import ray
 
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, object_store_memory=100 << 20)
-    settings = EmbedSettings(model=str(model), dataset=data, cache=str(path), engine="ray", actors=2, **OPTIONS)
-    status = embed(settings)
-    ray.shutdown()
-    os._exit(status or 0)
+    ray.init(num_cpus=1, log_to_driver=False, include_dashboard=False, object_store_memory=100 << 20)
+    settings = EmbedSettings(model=str(model), dataset=data, cache=str(path), engine="ray", actors=1, **OPTIONS)
+    os._exit(embed(settings) or 0)  # Ray's processes end with their driver
 
 
 def marks(path) -> int:
@@ -72,22 +69,22 @@ def test_killed_workers_and_driver_change_nothing(tmp_path, tiny_model, parquet,
     pytest.importorskip("ray", reason="the Ray engine's extra is not installed")
     psutil = pytest.importorskip("psutil")
     path = tmp_path / "c"
-    spawn = multiprocessing.get_context("spawn")
+    fork = multiprocessing.get_context("fork")
     killed = []
     for turn in range(2):
-        child = spawn.Process(target=drive, args=(tiny_model, f"{parquet}/*.parquet", path))
+        child = fork.Process(target=drive, args=(tiny_model, f"{parquet}/*.parquet", path))
         child.start()
         try:
-            wait_for(1 + 3 * turn, path, child)
-            family = psutil.Process(child.pid).children(recursive=True)
-            workers = [process for process in family if "EmbedUnits" in " ".join(process.cmdline())]
-            if workers:
-                workers[0].kill()
-                killed.append(workers[0].pid)
             if turn == 0:
-                wait_for(3, path, child)
+                wait_for(1, path, child)
+                assert child.is_alive(), f"the driver ended with status {child.exitcode} before it could be killed"
+                for process in psutil.Process(child.pid).children(recursive=True):
+                    if "EmbedUnits" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+                wait_for(marks(path) + 1, path, child)
                 child.kill()
-            child.join(400)
+            child.join(300)
         finally:
             if child.is_alive():
                 child.kill()
@@ -120,14 +117,14 @@ def test_a_cache_on_another_file_system(tmp_path, tiny_model, parquet, local, mo
         with pytest.raises(KeyboardInterrupt):
             embed(settings)
         assert not memory.exists("/cache/cache.json")
-        assert embed(settings) is None and ran == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+        assert embed(settings) is None and ran == [*range(4), *range(3, 24)]
         memory.get("/cache/", str(tmp_path / "c"), recursive=True)
         cache = FeatureCache.open(tmp_path / "c")
         assert cache.info["shards"] == local.info["shards"] and cache.counts == local.counts
         assert not cache.verify()
         assert cache.split("train").to_list() == local.split("train").to_list()
         embed(settings)
-        assert len(ran) == 9
+        assert len(ran) == 25
     finally:
         memory.rm("/cache", recursive=True)
         memory.rm("/photos", recursive=True)

@@ -102,10 +102,10 @@ class FeatureCache:
         if captions:
             texts = datasets.load_from_disk(str(self.folder / captions["folder"] / split))
             places = np.array(texts["place"], dtype=np.int64)
-            light = datasets.concatenate_datasets(
-                [light.select(places).remove_columns(["prompts", "answers"]), texts.remove_columns(["id", "place"])],
-                axis=1,
-            )
+            light = light.select(places)
+            if len(places):  # the library drops empty parts, columns and all
+                texts = texts.remove_columns(["id", "place"])
+                light = datasets.concatenate_datasets([light.remove_columns(texts.column_names), texts], axis=1)
         self._light[split], self._places[split] = light, places
 
     def split(self, name: str) -> datasets.Dataset:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blipren.training.data.builder import CacheBuilder, CacheLock, UnitWriter, refuse_difference
+from blipren.training.data.builder import CacheBuilder, CacheLock, UnitWriter, as_json, refuse_difference
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.captions import CaptionFilter, count_captions, summary_table
 from blipren.training.data.encoder import Encoder, to_storage
@@ -29,9 +29,11 @@ from blipren.training.data.prepare import (
     rejection,
 )
 from blipren.training.data.retext import refilter
-from blipren.training.data.shards import disk_full
+from blipren.training.data.shards import disk_full, write_atomic
 from blipren.training.data.similarity import SimilarityScorer, judge
 from blipren.training.data.sources import Row, Source, open_rows
+from blipren.training.data.splits import SPLITS
+from blipren.training.data.tokens import name_of_tokens
 from blipren.training.errors import UserError
 from blipren.training.loading import load_checkpoint
 from blipren.training.settings import EmbedSettings
@@ -311,6 +313,7 @@ class Job:
     """All that embedding a unit needs; made from the settings alone, so that every worker makes the same."""
 
     source: Source
+    processor: Any
     encoder: Encoder
     config: PrepareConfig
     scorer: SimilarityScorer | None
@@ -344,7 +347,7 @@ class Job:
             scorer = SimilarityScorer((model.config.base_models or {}).get("vision") or {}, encoder.device)
         patches = None if encoder.variable else encoder.measure()
         values = None if patches is None else patches * encoder.hidden_size * s.views
-        return cls(source, encoder, config, scorer, patches, values, cache_fingerprint(s, source, encoder))
+        return cls(source, processor, encoder, config, scorer, patches, values, cache_fingerprint(s, source, encoder))
 
     def builder(self, s: EmbedSettings, folder: Path, kind: type[CacheBuilder] = CacheBuilder) -> CacheBuilder:
         """The cache's writer."""
@@ -394,12 +397,26 @@ def embed(s: EmbedSettings) -> int | None:
         raise UserError(f"{folder} is a file; CACHE is a folder")
     with CacheLock(folder):
         if (folder / "cache.json").exists():
-            return reuse(s, folder, job.fingerprint, job.config.rules)
-        builder = job.builder(s, folder)
-        builder.start()
-        run_units(s, job.source, job.encoder, builder, job.config, job.scorer)
-        job.finish(s, builder)
+            reuse(s, folder, job.fingerprint, job.config.rules)
+        else:
+            builder = job.builder(s, folder)
+            builder.start()
+            run_units(s, job.source, job.encoder, builder, job.config, job.scorer)
+            job.finish(s, builder)
+        tokenize(folder, job.processor)
     return None
+
+
+def tokenize(folder: Path, processor: Any) -> None:
+    """Builds the token ids for the model's tokenizer and template, and notes in `cache.json` what decides them."""
+    started = time.monotonic()
+    cache = FeatureCache.open(folder)
+    tokens = sum(len(cache.tokens(split, processor).ids) for split in SPLITS)
+    name, fingerprint = name_of_tokens(cache.info, processor)
+    if name not in cache.info.get("tokens", {}):
+        cache.info.setdefault("tokens", {})[name] = fingerprint
+        write_atomic(folder / "cache.json", as_json(cache.info))
+        print(f"{tokens:,} token ids in {folder / 'tokens' / name} ({time.monotonic() - started:.1f} s)")
 
 
 def reuse(s: EmbedSettings, folder: Path, fingerprint: dict[str, Any], rules: CaptionFilter) -> None:

@@ -94,7 +94,8 @@ class EmbedUnits:
 
     def __init__(self, settings: dict[str, Any]):
         self.s = EmbedSettings(**settings)
-        self.place = CachePlace(self.s.cache)
+        self._scratch = tempfile.TemporaryDirectory(prefix="blipren-embed-")
+        self.place = CachePlace(self.s.cache, Path(self._scratch.name))
         with contextlib.redirect_stdout(None):
             self.job = Job.make(self.s)
 

@@ -78,22 +78,29 @@ def token_fingerprint(processor: Any, captions: Any) -> dict[str, Any]:
         "template": hashlib.sha256(str(processor.chat_template).encode()).hexdigest()[:32],
         "answer_start": processor.answer_start,
         "answer_end": processor.answer_end,
+        "prompted": any(processor.prompts),  # an answer behind no prompt at all starts otherwise
         "captions": captions,
     }
 
 
+def name_of_tokens(info: dict[str, Any], processor: Any) -> tuple[str, dict[str, Any]]:
+    """Folder name and fingerprint of a processor's token ids in a cache with this `cache.json`."""
+    captions = info.get("captions")
+    fingerprint = token_fingerprint(processor, captions["fingerprint"] if captions else info["content_hash"])
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16], fingerprint
+
+
 def encode_answers(processor: Any, answers: Sequence[str], batch: int = 1000) -> list[list[int]]:
-    """`processor.encode_answer` of many answers: equal ids, a hundred at a time. Raises `UserError`.
+    """`processor.encode_answer` of many answers: equal ids, a thousand at a time. Raises `UserError`.
 
     Equal answers are encoded once.
     """
-    many = getattr(processor, "encode_answers", None)
     unique = list(dict.fromkeys(answers))
     encoded: list[list[int]] = []
     for begin in range(0, len(unique), batch):
         part = unique[begin : begin + batch]
         try:
-            encoded += many(part) if many else [processor.encode_answer(text) for text in part]
+            encoded += processor.encode_answers(part)
         except ValueError as error:
             raise UserError(f"captions cannot be tokenised: {error}") from error
     ids = dict(zip(unique, encoded))
@@ -129,7 +136,8 @@ def _load(folder: Path, rows: list[str]) -> TokenTable:
     if record["rows"] != _hash_ids(rows):
         raise UserError(f"token ids in {folder} belong to other rows; remove {folder.parent} and they are built again")
     table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-    batch = table.to_batches()[0]
+    # a split without images has a table without batches
+    batch = table.to_batches()[0] if len(table) else pa.RecordBatch.from_pylist([], schema=table.schema)
     answers = batch.column("answer_ids")
     return TokenTable(
         first=answers.offsets.to_numpy(),
@@ -154,9 +162,7 @@ def load_or_build_tokens(cache: FeatureCache, split: str, processor: Any) -> Tok
     """
     from blipren.training.data.builder import CacheLock, as_json
 
-    captions = cache.info.get("captions")
-    fingerprint = token_fingerprint(processor, captions["fingerprint"] if captions else cache.info["content_hash"])
-    name = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+    name, fingerprint = name_of_tokens(cache.info, processor)
     folder = cache.folder / "tokens" / name / split
     light = cache.split(split)
     rows = list(light["id"])
