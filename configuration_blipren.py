@@ -73,6 +73,8 @@ class BliprenQFormerConfig(PreTrainedConfig):
         encoder_hidden_size (`int`, defaults to 1408): width of the patch features.
         project_patches (`bool`, defaults to `False`): map patch features linearly to `hidden_size` once, before the
             blocks, instead of in every cross-attention's keys and values.
+        normalize_patches (`bool`, defaults to `False`): a layer norm on patch features; layers of a convolutional encoder
+            differ much in scale.
         use_text (`bool`, defaults to `False`): build the text side (embeddings and text feed-forward) for stage 1.
         vocab_size, max_position_embeddings, pad_token_id: of the text side.
         decoder_start_token_id (`int`, *optional*): what generation puts in the place of the first token, so that the
@@ -101,6 +103,7 @@ class BliprenQFormerConfig(PreTrainedConfig):
         norm_position: str = "post",
         encoder_hidden_size: int = 1408,
         project_patches: bool = False,
+        normalize_patches: bool = False,
         use_text: bool = False,
         vocab_size: int = 30522,
         max_position_embeddings: int = 512,
@@ -140,6 +143,7 @@ class BliprenQFormerConfig(PreTrainedConfig):
         self.norm_position = norm_position
         self.encoder_hidden_size = encoder_hidden_size
         self.project_patches = project_patches
+        self.normalize_patches = normalize_patches
         self.use_text = use_text
         self.vocab_size = vocab_size
         self.max_position_embeddings = max_position_embeddings

@@ -214,7 +214,15 @@ class BliprenModel(BliprenPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
+        embeddings = self.language_model.get_input_embeddings()
+        if not isinstance(embeddings, nn.Embedding) and not hasattr(embeddings, "takes_placeholder"):
+            # vLLM puts a class of its own here and embeds placeholders before it replaces them: they may have no row
+            placeholder = self.config.image_token_id
+            embeddings.register_forward_pre_hook(
+                lambda _, inputs: (inputs[0].masked_fill(inputs[0] == placeholder, 0),)
+            )
+            embeddings.takes_placeholder = True
+        return embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
@@ -674,6 +682,7 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
         projector_options: dict | None = None,
         vision_feature_layer: int | list[int] = -1,
         vision_feature_select: str = "patches",
+        image_processor_options: dict | None = None,
         match_embedding_scale: bool = True,
         dtype: str | torch.dtype = "auto",
         attn_implementation: str | None = None,
@@ -689,6 +698,7 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
             qformer_init: BERT or DistilBERT checkpoint to start the Q-Former from; sizes are taken from it.
             projector_options: fields of [`BliprenConfig`] that begin with `projector_`, `num_experts` or `router_`.
             vision_feature_layer, vision_feature_select: see [`BliprenConfig`].
+            image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`.
             match_embedding_scale: new image features start as large as the language model's own embeddings; a frozen
                 language model otherwise sees them many times too large.
             dtype: of the frozen parts; the connector stays in float32.
@@ -709,7 +719,9 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
             )
         if text_config.get_text_config() is not text_config:
             raise ValueError(f"{llm} is a model of several parts ({text_config.model_type}); give a text-only one")
-        image_processor = AutoImageProcessor.from_pretrained(vision, revision=vision_revision, **hub_kwargs)
+        image_processor = AutoImageProcessor.from_pretrained(
+            vision, revision=vision_revision, **hub_kwargs, **(image_processor_options or {})
+        )
         tokenizer = AutoTokenizer.from_pretrained(llm, revision=llm_revision, **hub_kwargs)
         blank = Image.new("RGB", (320, 240))
         image_inputs = dict(image_processor(blank, return_tensors="pt"))

@@ -143,6 +143,7 @@ class BliprenProcessor(ProcessorMixin):
         num_queries: int = 32,
         vision_feature_layer: int | list[int] = -1,
         vision_feature_select: str = "patches",
+        image_processor_options: dict | None = None,
         prompts: list[str] | None = None,
         system_prompts: list[str] | None = None,
         **hub_kwargs,
@@ -150,12 +151,15 @@ class BliprenProcessor(ProcessorMixin):
         r"""The processor beside [`BliprenForConditionalGeneration.from_vision_text_pretrained`], same arguments.
 
         Args:
+            image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`.
             prompts: caption prompts; "Short caption:" for plain language models, a sentence for chat models.
             system_prompts: for chat models.
         """
         vision, vision_revision = split_revision(os.fspath(vision))
         llm, llm_revision = split_revision(os.fspath(llm))
-        image_processor = AutoImageProcessor.from_pretrained(vision, revision=vision_revision, **hub_kwargs)
+        image_processor = AutoImageProcessor.from_pretrained(
+            vision, revision=vision_revision, **hub_kwargs, **(image_processor_options or {})
+        )
         tokenizer = AutoTokenizer.from_pretrained(llm, revision=llm_revision, **hub_kwargs)
         num_visual_tokens = num_queries
         if connector == "patches":
@@ -242,16 +246,21 @@ class BliprenProcessor(ProcessorMixin):
         Raises:
             ValueError: when the answer is empty, or the tokenizer joins it with the prompt's end.
         """
-        answer = answer.strip()
-        if not answer:
+        return self.encode_answers([answer])[0]
+
+    def encode_answers(self, answers: list[str]) -> list[list[int]]:
+        """[`encode_answer`] of many at once, which is what makes tokenising a whole data set fast."""
+        answers = [answer.strip() for answer in answers]
+        if not all(answers):
             raise ValueError("an answer is empty: there is nothing to learn from it")
         anchor = ":" if self.answer_start else "\n" if any(self.prompts) else ""
         keywords = {"add_special_tokens": False, "split_special_tokens": True}
         before = self.tokenizer(anchor, **keywords).input_ids
-        whole = self.tokenizer(anchor + self.answer_start + answer, **keywords).input_ids
-        if whole[: len(before)] != before:
-            raise ValueError(f"the tokenizer joins the prompt's end {anchor!r} with the answer {answer[:40]!r}")
-        return whole[len(before) :] + [self.answer_end_id]
+        encoded = self.tokenizer([anchor + self.answer_start + answer for answer in answers], **keywords).input_ids
+        for answer, whole in zip(answers, encoded):
+            if whole[: len(before)] != before:
+                raise ValueError(f"the tokenizer joins the prompt's end {anchor!r} with the answer {answer[:40]!r}")
+        return [whole[len(before) :] + [self.answer_end_id] for whole in encoded]
 
     @property
     def answer_end_id(self) -> int:

@@ -204,6 +204,8 @@ class BliprenQFormer(PreTrainedModel):
     def __init__(self, config: BliprenQFormerConfig):
         super().__init__(config)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
+        if config.normalize_patches:
+            self.patch_norm = nn.LayerNorm(config.encoder_hidden_size, eps=1e-6)
         if config.project_patches:
             self.patch_projection = nn.Linear(config.encoder_hidden_size, config.hidden_size)
         if config.use_text:
@@ -274,6 +276,8 @@ class BliprenQFormer(PreTrainedModel):
             patch_features = patch_features.to(self.query_tokens.dtype)
             num_queries = self.query_tokens.shape[1]
             parts.append(self.query_tokens.expand(patch_features.shape[0], -1, -1))
+            if self.config.normalize_patches:
+                patch_features = self.patch_norm(patch_features)
             if self.config.project_patches:
                 patch_features = self.patch_projection(patch_features)
         if input_ids is not None:

@@ -55,6 +55,7 @@ def new(settings: NewSettings) -> None:
         "num_queries": settings.queries,
         "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
         "vision_feature_select": settings.vision_feature_select,
+        "image_processor_options": settings.image_processor,
     }
     qformer = dict(settings.qformer)
     if settings.qformer_init is not None:

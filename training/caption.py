@@ -423,6 +423,8 @@ def count_flops(trainer: CaptionTrainer, model) -> None:
     batch = trainer._prepare_inputs(trainer.train_dataset[0])
     model.train()
     counts = torch.tensor([float(len(batch["targets"])), float(len(batch["ids"]))], device=trainer.args.device)
+    if not trainer.settings.likelihood_weight:
+        return  # no token goes through the language model
     extra, trainer.critic, trainer.words = (trainer.critic, trainer.words), None, None  # not what a useful token costs
     total = flops.count(lambda: trainer.compute_loss(model, batch, num_items_in_batch=counts).backward())
     trainer.critic, trainer.words = extra

@@ -72,7 +72,9 @@ def draw_patients(seed: int) -> tuple[list[Image.Image], list[str]]:
         (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
         images.append(image)
     # plain words: a small language model that is frozen cannot be made to say what it never read
-    return images, [f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" for colour, shape in zip(colours, shapes)]
+    return images, [
+        f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" for colour, shape in zip(colours, shapes)
+    ]
 
 
 def check_dimensions(patient: Patient) -> str:

@@ -179,6 +179,8 @@ class EmbedSettings(Settings):
     """Caption filter: script of the letters, as Unicode names it (LATIN, CYRILLIC, CJK, ...)."""
     min_script_share: float = 0.9
     """Caption filter: least share of letters in that script."""
+    tidy: bool = False
+    """Captions: take away doubled white space and spaces before punctuation marks, as in "a dog runs ."."""
     duplicates: bool = True
     """Caption filter: keep one of equal captions of an image."""
     max_images_per_caption: int | None = None

@@ -131,3 +131,9 @@ def test_similarity_needs_a_text_tower(tmp_path, tiny_model):
     with pytest.raises(UserError, match="siglip_vision_model.* has no text tower"):
         run_embed(tiny_model, tmp_path / "d", tmp_path / "c", min_similarity=0.1)
     assert not (tmp_path / "c").exists()
+
+
+def test_tidy_changes_white_space_alone():
+    left = filter_texts([None, "Who ?"], ["A dog  runs , then\nsits .", "a dog ."], CaptionFilter(tidy=True))
+    assert left.answers == ["A dog runs, then sits.", "a dog ."] and not left.rejected
+    assert filter_texts([None], ["A dog ."], CaptionFilter()).answers == ["A dog ."]

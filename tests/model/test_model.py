@@ -385,3 +385,18 @@ def test_a_base_that_lacks_weights_is_refused(bases, tmp_path):
             ValueError, match=rf"lacks \d+ weights of its architecture, such as .*{lost.split('.')[0]}"
         ):
             BliprenForConditionalGeneration.from_vision_text_pretrained(vision, llm, num_queries=4, qformer=QFORMER)
+
+
+def test_image_processor_settings_and_normalised_patches(bases):
+    folders = bases("vision", "mobilenet_v2"), bases("llm", "llama")
+    options = {"size": {"height": 96, "width": 96}}
+    model = BliprenForConditionalGeneration.from_vision_text_pretrained(
+        *folders, num_queries=4, qformer={**QFORMER, "normalize_patches": True}, image_processor_options=options
+    )
+    processor = BliprenProcessor.from_vision_text_pretrained(*folders, num_queries=4, image_processor_options=options)
+    pixels = processor(images=random_image(), return_tensors="pt")["pixel_values"]
+    assert pixels.shape[-2:] == (96, 96) and model.config.vision_grid == [3, 3]
+    patches = model.encode_images(pixels)
+    first = model.get_image_features(patch_features=patches).pooler_output[0]
+    scaled = model.get_image_features(patch_features=5 * patches).pooler_output[0]
+    torch.testing.assert_close(first, scaled, rtol=1e-3, atol=1e-3)  # the scale of a layer does not matter

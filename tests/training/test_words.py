@@ -1,0 +1,36 @@
+"""Bag of words: the targets are shares of answers, the head serves training alone."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from blipren import BliprenForConditionalGeneration, BliprenProcessor
+from blipren.training.bag_of_words import BagOfWords
+from blipren.training.caption import train
+from blipren.training.data.cache import FeatureCache
+from blipren.training.inputs import CacheSource
+from tests.training.tools import events
+
+
+def test_targets_are_the_shares_of_answers_that_hold_a_token(model_dir, cache_dir):
+    model = BliprenForConditionalGeneration.from_pretrained(model_dir)
+    processor = BliprenProcessor.from_pretrained(model_dir)
+    source = CacheSource(FeatureCache.open(cache_dir), "train", model, processor)
+    words = BagOfWords([source], processor)
+    answers = [ids for _, ids in source.texts.answers(1)]
+    row = words.targets({"ids": [source.ids[1]]})[0]
+    assert row.shape == (len(processor.tokenizer),) and row[processor.answer_end_id] == 1
+    for token in {t for ids in answers for t in ids}:
+        torch.testing.assert_close(row[token].item(), sum(token in ids for ids in answers) / len(answers))
+    assert row.sum() > 0 and ((row > 0) <= torch.isin(torch.arange(len(row)), torch.tensor(sum(answers, [])))).all()
+
+
+def test_words_alone_train_the_bridge_and_leave_no_head(settings):
+    run = settings(max_steps=30, log_every=5, eval_every=30, likelihood_weight=0.0, words_weight=1.0, keep_best="last")
+    assert train(run) == 0
+    objective = [event["objective"] for event in events(Path(run.out), "train")]
+    assert objective[-1] < 0.9 * objective[0]
+    again = BliprenForConditionalGeneration.from_pretrained(run.out)
+    assert not hasattr(again, "words_head")
+    assert json.loads((Path(run.out) / "config.json").read_text())["checkpoint_type"] == "bridge"
