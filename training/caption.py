@@ -281,7 +281,6 @@ class CaptionTrainer(SafeTrainer):
                 max_new_tokens=self.settings.max_new_tokens,
                 num_beams=self.settings.num_beams,
                 **({"length_penalty": self.settings.length_penalty} if self.settings.num_beams > 1 else {}),
-                **({"length_penalty": self.settings.length_penalty} if self.settings.num_beams > 1 else {}),
             )
         self.model.train(was_training)
         return found

@@ -452,8 +452,6 @@ class TrainSettings(Settings):
     num_beams: int = 1
     """Beams of the captions generated in training."""
     length_penalty: float = 1.0
-    """Length penalty of these beams; below 1 gives shorter captions."""
-    length_penalty: float = 1.0
     """With beams: their score is divided by length to this power; 0 prefers shorter captions."""
     log_every: int = 10
     """Steps between log lines."""
