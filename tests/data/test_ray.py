@@ -17,8 +17,8 @@ from blipren.training.settings import EmbedSettings
 from .conftest import encoded, picture, run_embed
 
 OPTIONS = {
-    "rows_per_shard": 6,
-    "batch_size": 4,
+    "rows_per_shard": 2,
+    "batch_size": 2,
     "device": "cpu",
     "validation_share": 0.2,
     "test_share": 0.2,
