@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 AUTO_MAP = {
     "AutoConfig": "configuration_blipren.BliprenConfig",
@@ -294,5 +295,8 @@ def _width(vision_config) -> int:
     hidden_sizes = getattr(vision_config, "hidden_sizes", None)
     return hidden_sizes[-1] if hidden_sizes else vision_config.hidden_size
 
+
+# `transformers serve` looks model types up in this table, whatever code a checkpoint brings
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("blipren", "BliprenForConditionalGeneration")
 
 __all__ = ["BliprenConfig", "BliprenQFormerConfig"]

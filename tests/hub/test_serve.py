@@ -66,7 +66,7 @@ def test_transformers_serve_answers_an_image_chat(full, tmp_path):
             stderr=subprocess.STDOUT,
         )
         try:
-            for _ in range(180):
+            for _ in range(600):
                 try:
                     request(f"http://127.0.0.1:{port}/health")
                     break

@@ -1,0 +1,38 @@
+"""Runs inside vLLM's own environment: greedy tokens for the prompts of a task file (see prove.py)."""
+
+import json
+import sys
+from pathlib import Path
+
+import transformers
+import vllm
+from PIL import Image
+
+
+def main() -> None:
+    task = json.loads(Path(sys.argv[1]).read_text())
+    engine = vllm.LLM(
+        model=task["checkpoint"],
+        model_impl="transformers",
+        trust_remote_code=True,
+        hf_overrides=task["overrides"],
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+    )
+    settings = vllm.SamplingParams(temperature=0, max_tokens=task["max_tokens"], min_tokens=task["max_tokens"])
+    prompts = [
+        {"prompt": row["prompt"], "multi_modal_data": {"image": Image.open(row["photo"]).convert("RGB")}}
+        for row in task["rows"]
+    ]
+    outputs = engine.generate(prompts, settings)
+    found = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "vllm": vllm.__version__,
+        "transformers": transformers.__version__,
+    }
+    Path(sys.argv[2]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
