@@ -141,7 +141,7 @@ def test_folder_is_read_by_datasets(tmp_path):
     data = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(data) == 22
     row = data[random.Random(0).randrange(22)]
-    assert row["image"].size == (64, 64)
+    assert row["image"].size == (96, 96)
     assert {"captions", "questions", "answers", "split", "group", "scene"} <= set(row)
     assert Counter(data["split"]) == {"train": 12, "validation": 3, "test": 7}
     again = tmp_path / "again"

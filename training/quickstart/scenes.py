@@ -26,10 +26,10 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
-SIZES = {"small": 0.095, "large": 0.155}  # radius as a share of the picture's side
+SIZES = {"small": 0.105, "large": 0.155}  # radius as a share of the picture's side
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "middle", "right")
-IMAGE_SIZE = 64
+IMAGE_SIZE = 96
 
 HELD_OUT_COMBINATIONS = frozenset(
     {
@@ -182,8 +182,8 @@ def _outline(o: SceneObject, side: int) -> list[tuple[float, float]]:
 
 
 def draw_scene(scene: Scene, side: int = IMAGE_SIZE) -> Image.Image:
-    """The scene as an RGB picture of `side` x `side` pixels, drawn four times larger and averaged down."""
-    scale = 4 if side <= 128 else 2
+    """The scene as an RGB picture of `side` x `side` pixels, drawn larger and averaged down."""
+    scale = 3 if side <= 128 else 2
     image = Image.new("RGB", (side * scale, side * scale), scene.ground)
     pen = ImageDraw.Draw(image)
     for o in scene.objects:

@@ -35,14 +35,14 @@ def article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def place(o: SceneObject, rng: random.Random | None = None) -> str:
-    """Where an object stands, as a phrase: "at the top left"."""
+def place(o, rng: random.Random | None = None) -> str:
+    """Where something with a `row` and a `column` stands, as a phrase: "at the top left"."""
     forms = PLACES[(o.row, o.column)]
     return rng.choice(forms) if rng else forms[1]
 
 
-def place_answer(o: SceneObject) -> str:
-    """Where an object stands, as an answer: "top left"."""
+def place_answer(o) -> str:
+    """Where something with a `row` and a `column` stands, as an answer: "top left"."""
     words = place(o).split()[2:]
     return " ".join(words)
 

@@ -1,0 +1,120 @@
+"""The committed towers: small, loadable, and trained on nothing that is held out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from blipren.training.quickstart import train_towers
+from blipren.training.quickstart.run import TOWERS
+from blipren.training.quickstart.scenes import (
+    COLOURS,
+    HELD_OUT_COMBINATIONS,
+    SHAPES,
+    draw_scene,
+    held_out_reason,
+    make_scene,
+)
+from blipren.training.quickstart.wording import plural
+
+
+def test_weights_are_at_most_four_megabytes():
+    files = list(TOWERS.rglob("*.safetensors"))
+    assert len(files) == 2
+    assert sum(f.stat().st_size for f in files) <= 4_000_000
+    assert not [f for f in TOWERS.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+
+
+def test_towers_load_as_any_other_model():
+    vision = AutoModel.from_pretrained(TOWERS / "vision", dtype=torch.float32)
+    processor = AutoImageProcessor.from_pretrained(TOWERS / "vision")
+    pixels = processor(images=draw_scene(make_scene(0, 0)), return_tensors="pt").pixel_values
+    assert vision(pixel_values=pixels).last_hidden_state.shape == (1, train_towers.GRID**2, 128)
+    direct = train_towers.pixels_of([make_scene(0, 0)])  # what the tower was trained on
+    assert torch.allclose(pixels, direct, atol=1e-5)
+
+
+def test_every_word_is_one_token():
+    tokenizer = AutoTokenizer.from_pretrained(TOWERS / "llm")
+    for word in (*COLOURS, *SHAPES, *(plural(s) for s in SHAPES), "left", "top", "large", "three", "yes"):
+        assert len(tokenizer.encode(" " + word)) == 1, word
+    assert tokenizer.decode(tokenizer.encode(" Any text, até 12!")) == " Any text, até 12!"
+
+
+def test_language_model_reads_notes():
+    """What it is told in front of the prompt, a held-out combination too, it says behind it."""
+    tokenizer = AutoTokenizer.from_pretrained(TOWERS / "llm")
+    model = AutoModelForCausalLM.from_pretrained(TOWERS / "llm", dtype=torch.float32).eval()
+    for notes, prompt, expected in (
+        (" large red circle top left; small blue square right;", "What color is the square?", "blue"),
+        (" large red circle top left; small blue square right;", "How many shapes are there?", "two"),
+        (" large red star top left; small blue square right;", "What color is the star?", "red"),
+    ):
+        ids = tokenizer(notes + prompt, return_tensors="pt").input_ids
+        output = model.generate(ids, max_new_tokens=5, do_sample=False)
+        assert tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip() == expected
+
+
+def test_towers_are_trained_on_nothing_held_out():
+    for index in range(400):
+        notes, pairs = train_towers.write_document(0, index)
+        text = notes + " ".join(prompt + answer for prompt, answer in pairs)
+        for colour, shape in HELD_OUT_COMBINATIONS:
+            assert f"{colour} {shape}" not in text
+            assert f"{colour} {plural(shape)}" not in text
+        assert held_out_reason(make_scene(1, index)) is None  # the image tower's scenes
+
+
+def test_patch_targets_tell_what_stands_where():
+    scene = next(s for s in (make_scene(0, i) for i in range(99)) if len(s.objects) == 1)
+    (o,) = scene.objects
+    targets = train_towers.patch_targets([scene])[0].view(8, 8, 6)
+    here = targets[int(o.y * 8), int(o.x * 8)].tolist()
+    assert here == [
+        list(COLOURS).index(o.colour) + 1,
+        SHAPES.index(o.shape) + 1,
+        ["small", "large"].index(o.size) + 1,
+        o.row + 1,
+        o.column + 1,
+        1,
+    ]
+    assert not targets[0 if o.row else 7, 0 if o.column else 7].any()  # the corner far away is ground
+
+
+def test_training_of_the_towers_runs(tmp_path):
+    train_towers.train_vision(tmp_path / "vision", seed=0, steps=2, batch=2)
+    train_towers.train_llm(tmp_path / "llm", seed=0, steps=2, batch=2)
+    assert AutoModel.from_pretrained(tmp_path / "vision", dtype="auto").dtype == torch.float16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype="auto").dtype == torch.float16
+    committed, fresh = (Path(p) / "llm" / "tokenizer.json" for p in (TOWERS, tmp_path))
+    assert committed.read_text() == fresh.read_text()
+
+
+def test_answers_of_a_document_do_not_see_each_other():
+    tokenizer = AutoTokenizer.from_pretrained(TOWERS / "llm")
+    model = AutoModelForCausalLM.from_pretrained(TOWERS / "llm", dtype=torch.float32).eval()
+    batch = train_towers.text_batch(tokenizer, 0, range(3))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        together = model(**batch).logits
+        for row in range(3):
+            notes, pairs = train_towers.write_document(0, row)
+            end = len(tokenizer.encode(notes)) if notes else 0
+            for prompt, answer in pairs:
+                start, ids = end, tokenizer.encode(notes) if notes else []
+                segment = tokenizer.encode(prompt) + tokenizer.encode(answer) + [tokenizer.eos_token_id]
+                alone = model(torch.tensor([ids + segment])).logits[0, len(ids) :]
+                end = start + len(segment)
+                torch.testing.assert_close(together[row, start:end], alone, atol=1e-4, rtol=1e-4)
+                assert labels[row, end - 1] == tokenizer.eos_token_id
+            assert (labels[row, end:] == -100).all()
+
+
+def test_unknown_shape_cannot_be_drawn():
+    from dataclasses import replace
+
+    scene = make_scene(0, 0)
+    broken = replace(scene, objects=(replace(scene.objects[0], shape="banana"),))
+    with pytest.raises(ValueError, match="banana"):
+        draw_scene(broken)

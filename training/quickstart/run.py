@@ -1,0 +1,185 @@
+"""`blipren quickstart`: the real commands from end to end, on drawn scenes, with the two small towers beside this file.
+
+    scenes -> new -> doctor -> embed -> evaluate -> (align ->) train -> evaluate -> caption
+
+Everything lies in OUT: `scenes/` (an image folder), `untrained/`, `cache/`, `run/` (log and curves of the training),
+`before/` and `after/` (evaluations), `model/` (the full checkpoint), `summary.json`, `captions.png`.
+"""
+
+import dataclasses
+import importlib
+import json
+import shutil
+import textwrap
+import time
+from pathlib import Path
+
+from blipren.training.cli import build_settings
+from blipren.training.errors import UserError
+from blipren.training.quickstart.scenes import Scene, draw_scene, write_scenes
+from blipren.training.quickstart.truth import caption_truth
+from blipren.training.quickstart.words import write_tokenizer
+from blipren.training.settings import COMMANDS, QuickstartSettings
+
+TOWERS = Path(__file__).parent / "towers"
+RECIPE = "quickstart"
+MARK = ".blipren-quickstart"  # a folder that holds this file is one of ours and may be replaced
+PICTURES = 12
+
+
+def run_command(command: str, **values) -> None:
+    """One `blipren` command with the recipe's section and these values over it, as the command line would run it."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    settings = build_settings(command, flags, RECIPE)
+    shown = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name in flags}
+    print(f"\n== blipren {command} {' '.join(f'{k}={v}' for k, v in shown.items())}", flush=True)
+    module, function = COMMANDS[command].function.rsplit(".", 1)
+    status = getattr(importlib.import_module(module), function)(settings)
+    if status:
+        raise UserError(f"blipren {command} failed with exit status {status}; what it found is above")
+
+
+def prepare_folder(out: Path) -> None:
+    """Make OUT, or empty the one of an earlier quickstart. Raises `UserError` for a folder that is something else."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / MARK).is_file():
+            raise UserError(f"{out} exists and is not the folder of a quickstart: name another by --out, or remove it")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
+
+
+def read_rows(scenes: Path) -> dict[str, dict]:
+    """Rows of the scenes' metadata by file name."""
+    rows = [json.loads(line) for line in (scenes / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {row["file_name"]: row for row in rows}
+
+
+def quickstart(settings: QuickstartSettings) -> None:
+    """Build, train, judge and use a small model without network or data. Raises `UserError` where a step fails."""
+    started = time.perf_counter()
+    out = Path(settings.out)
+    prepare_folder(out)
+    print(f"quickstart: everything goes to {out}; about four minutes on two cores")
+    scenes, untrained, cache, run, model = (out / n for n in ("scenes", "untrained", "cache", "run", "model"))
+    count = write_scenes(scenes, settings.seed)
+    print(f"drew {count} scenes in {scenes} ({time.perf_counter() - started:.0f} s)")
+    run_command("new", out=untrained, vision=TOWERS / "vision", llm=TOWERS / "llm", seed=settings.seed)
+    run_command("doctor", model=untrained)
+    run_command("embed", model=untrained, dataset=scenes, cache=cache)
+    plain = {"probe": False, "report": False, "meteor": False, "resamples": 100}  # only to be compared with
+    run_command("evaluate", model=untrained, dataset=scenes, out=out / "before", **plain)
+    start = untrained
+    if settings.align:
+        words, start = write_tokenizer(out / "words"), out / "aligned"
+        run_command("align", model=untrained, cache=cache, out=start, tokenizer=words, seed=settings.seed)
+    run_command("train", model=start, cache=cache, out=run, seed=settings.seed)
+    export_model(run, model)
+    run_command("evaluate", model=model, dataset=scenes, out=out / "after")
+    rows = read_rows(scenes)
+    shown = pick_shown(rows)
+    run_command("caption", model=model, images=[str(scenes / name) for name in shown[:3]])
+    draw_grid(out, rows, shown)
+    summary = summarise(out, seconds=time.perf_counter() - started)
+    partial = out / "summary.json.partial"
+    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    partial.replace(out / "summary.json")
+    report(out, summary)
+
+
+def export_model(run: Path, model: Path) -> None:
+    """The trained bridge with its frozen parts, as one full checkpoint that loads with nothing else."""
+    from blipren import BliprenForConditionalGeneration, BliprenProcessor
+
+    BliprenForConditionalGeneration.from_pretrained(run).save_pretrained(model)
+    BliprenProcessor.from_pretrained(run).save_pretrained(model)
+
+
+def read_captions(evaluation: Path, rows: dict[str, dict]) -> dict[str, str]:
+    """The captions that `evaluate` wrote, by the image's file name. Raises `UserError` where one is missing."""
+    captions: dict[str, str] = {}
+    for line in (evaluation / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
+        prediction = json.loads(line)
+        captions.setdefault(prediction["id"], prediction["caption"])  # an image's caption stands before its answers
+    missing = [name for name, row in rows.items() if row["split"] == "test" and name not in captions]
+    if missing:
+        raise UserError(f"{evaluation} lacks captions of {len(missing)} held-out scenes, such as {missing[0]}")
+    return captions
+
+
+def pick_shown(rows: dict[str, dict]) -> list[str]:
+    """Scenes for the picture: half with seen combinations, half with held-out ones."""
+    names = {g: [n for n, r in rows.items() if (r["split"], r["group"]) == ("test", g)] for g in ("seen", "unseen")}
+    return names["seen"][: PICTURES // 2] + names["unseen"][: PICTURES // 2]
+
+
+def summarise(out: Path, seconds: float) -> dict:
+    """What `summary.json` holds: truth of the held-out captions, CIDEr and question accuracy, before and after."""
+    summary: dict = {}
+    for folder, suffix in (("after", ""), ("before", "_before")):
+        metrics = json.loads((out / folder / "metrics.json").read_text(encoding="utf-8"))
+        truth = metrics["hallucination"]
+        values = {
+            "captions_true_seen": truth["seen"]["captions_true"],
+            "captions_true_unseen": truth["unseen"]["captions_true"],
+            "attribute_recall": truth["attribute_recall"],
+            "hallucinated_objects": truth["hallucinated_objects"],
+            "question_accuracy": metrics["vqa"]["accuracy"],
+            "cider": metrics["captioning"]["CIDEr"],
+        }
+        summary |= {key + suffix: round(value, 4) for key, value in values.items()}
+        summary["held_out_scenes"] = metrics["counts"]["images"]
+    if (aligned := out / "aligned" / "finished.json").is_file():
+        stage_1 = json.loads(aligned.read_text(encoding="utf-8"))
+        for key, suffix in (("after", ""), ("before", "_before")):
+            recalls = {f"image_to_text_R@{k}{suffix}": stage_1[key][f"i2t_R@{k}"] for k in (1, 5, 10)}
+            recalls |= {f"text_to_image_R@{k}{suffix}": stage_1[key][f"t2i_R@{k}"] for k in (1, 5, 10)}
+            summary |= {name: round(value, 4) for name, value in recalls.items()}
+    return summary | {"seconds": round(seconds, 1)}
+
+
+def draw_grid(out: Path, rows: dict[str, dict], shown: list[str]) -> None:
+    """`captions.png`: held-out scenes with the caption before and after training, true ones in green."""
+    import matplotlib.pyplot as plt
+
+    before, after = (read_captions(out / folder, rows) for folder in ("before", "after"))
+    columns = 4
+    lines = -(-len(shown) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 5 * lines), squeeze=False)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.97, bottom=0.08, wspace=0.08, hspace=0.32)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, shown):
+        scene = Scene.from_json(rows[name]["scene"])
+        axis.imshow(draw_scene(scene, 256))
+        axis.set_title(f"{rows[name]['group']} combinations", fontsize=9)
+        for height, label, text in ((-0.02, "before", before[name]), (-0.14, "after", after[name])):
+            colour = "darkgreen" if caption_truth(text, scene).true else "firebrick"
+            words = "\n".join(textwrap.wrap(f"{label}: {text or '(empty)'}", 50)[:3])
+            axis.text(0, height, words, color=colour, fontsize=9, va="top", transform=axis.transAxes)
+    figure.savefig(out / "captions.png", dpi=90)
+    plt.close(figure)
+
+
+def report(out: Path, summary: dict) -> None:
+    """The end of the screen: before and after, and where everything is."""
+    print(f"\n== {summary['held_out_scenes']} held-out scenes                  before     after")
+    for key, label in (
+        ("captions_true_seen", "true captions, seen combinations"),
+        ("captions_true_unseen", "true captions, unseen combinations"),
+        ("attribute_recall", "colours and shapes named"),
+        ("hallucinated_objects", "named objects that are not there"),
+        ("question_accuracy", "questions answered rightly"),
+        ("image_to_text_R@1", "stage 1: caption found by its image"),
+        ("text_to_image_R@1", "stage 1: image found by its caption"),
+    ):
+        if key not in summary:
+            continue
+        print(f"{label:<38} {summary[key + '_before']:>8.1%}  {summary[key]:>8.1%}")
+    print(f"{'CIDEr':<38} {summary['cider_before']:>8.3f}  {summary['cider']:>8.3f}")
+    print(
+        f"{summary['seconds']:.0f} s in all\n"
+        f"model     {out / 'model'}   (blipren caption {out / 'model'} IMAGE)\n"
+        f"pictures  {out / 'captions.png'}, {out / 'after' / 'report.html'}\n"
+        f"summary   {out / 'summary.json'}, training curves {out / 'run' / 'curves.png'}"
+    )
