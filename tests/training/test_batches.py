@@ -27,6 +27,9 @@ class ToyProcessor:
     def encode_answer(self, answer):
         return [4 + ord(c) % 50 for c in answer] + [EOS]
 
+    def encode_answers(self, answers):
+        return [self.encode_answer(answer) for answer in answers]
+
 
 class ToySource:
     def __init__(self, texts, width=8, patches=3, name="a"):

@@ -22,7 +22,8 @@ from tests import tiny_models
 from tests.training.tools import draw_dataset, events
 
 RECIPES = sorted(p.stem for p in (Path(blipren.__file__).parent / "training" / "recipes").glob("*.yaml"))
-OWN_TOWERS = {"quickstart", "flickr8k-mini", "align-flickr8k-mini"}  # run as they are by their own tests
+OWN_TESTS = {"quickstart", "align-flickr8k-mini"}  # run as they are by tests of their own
+FLICKR = ["flickr8k-mini-words", "flickr8k-mini", "flickr8k-mini-cider"]  # three runs in this order
 VISION = {
     "google/siglip-base-patch16-224": "siglip_vision_model",
     "google/siglip-so400m-patch14-384": "siglip_vision_model",
@@ -92,7 +93,7 @@ def recipe_settings(command, recipe, flags):
     return settings
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in OWN_TOWERS])
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in (*OWN_TESTS, *FLICKR)])
 def test_recipe_runs_two_steps(recipe, stand_ins, pictures, tmp_path):
     sections = load_recipe(recipe)
     wanted = sections["new"]
@@ -121,11 +122,33 @@ def test_recipe_runs_two_steps(recipe, stand_ins, pictures, tmp_path):
         assert (Path(out) / file).is_file()
 
 
+def test_flickr8k_mini_runs_two_steps_of_each_of_its_runs(pictures, tmp_path):
+    """On stand-ins of its own families: MobileNetV2 with three of its layers, and a Llama."""
+    vision = tiny_models.make_vision(tmp_path / "vision", "mobilenet_v2")
+    llm = tiny_models.make_llm(tmp_path / "llm")
+    model, cache = str(tmp_path / "model"), str(tmp_path / "cache")
+    small = {"image_processor": {"do_center_crop": False, "size": {"height": 64, "width": 64}}}
+    small["qformer"] = shrunk(load_recipe("flickr8k-mini")["new"]["qformer"])
+    bases = {"out": model, "vision": str(vision), "llm": str(llm)}
+    assert not new(recipe_settings("new", "flickr8k-mini", bases | small))
+    source = {"model": model, "dataset": str(pictures), "cache": cache, "workers": 0}
+    assert not embed(recipe_settings("embed", "flickr8k-mini", source))
+    for recipe in FLICKR:
+        out = tmp_path / recipe
+        run = {"model": model, "cache": cache, "out": str(out), "max_steps": 2, "batch_size": 8, "warmup": 0.0}
+        run |= {"eval_every": 2, "device": "cpu", "generate_samples": 0, "max_new_tokens": 3, "log_every": 1}
+        assert train(recipe_settings("train", recipe, run)) == 0
+        assert [e["step"] for e in events(out, "train")] == [1, 2]
+        model = str(out)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_names_only_known_settings(recipe):
     sections = load_recipe(recipe)
     for command, values in sections.items():
-        positionals = {"out": "x", "model": "x", "cache": "x", "dataset": "x"}
+        positionals = dict.fromkeys(("out", "model", "cache", "dataset"), "x")
+        if command == "new":
+            positionals |= {name: values.get(name, "x") for name in ("vision", "llm")}
         names = {f.name for f in dataclasses.fields(COMMANDS[command].settings)}
         build_settings(command, {k: v for k, v in positionals.items() if k in names}, recipe)
         assert set(values) <= names
