@@ -25,6 +25,7 @@ from blipren.training.data.batches import VIEW, BatchPlan, generator
 from blipren.training.data.cache import FeatureCache
 from blipren.training.errors import UserError
 from blipren.training.evaluation.retrieval import evaluate_retrieval
+from blipren.training.preparation import choose_device
 from blipren.training.run_folder import RunFolder
 from blipren.training.settings import AlignSettings
 from blipren.training.trainer import SafeTrainer, say, seed_of, training_arguments
@@ -282,7 +283,7 @@ class AlignTrainer(SafeTrainer):
             if self.args.should_save:
                 shown = ("loss", "itc", "itm", "itg", "itc_accuracy", "itm_accuracy", "temperature", "learning_rate")
                 text = "  ".join(f"{name} {logs[name]:.4g}" for name in shown if name in logs)
-                say(f"step {self.state.global_step}  {text}  {logs['seconds']:.0f} s")
+                self.progress.say(f"step {self.state.global_step}  {text}  {logs['seconds']:.0f} s")
         super().log(logs, start_time)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -314,7 +315,8 @@ class AlignTrainer(SafeTrainer):
             found = self.validate(self.accelerator.unwrap_model(self.model))
         self.run_folder.log("validation", self.state.global_step, **found)
         if self.args.should_save:
-            say(f"step {self.state.global_step}  " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
+            self.progress.say(f"step {self.state.global_step}  {shown}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.judged = (self.state.global_step, metrics)
@@ -379,16 +381,6 @@ class Timer(TrainerCallback):
         if over:
             control.should_training_stop = control.should_evaluate = control.should_save = True
         return control
-
-
-class Averaging(TrainerCallback):
-    """Follows the weights behind every update."""
-
-    def __init__(self, average: Average):
-        self.average = average
-
-    def on_step_end(self, args, state, control, **keywords):
-        self.average.update()
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -457,7 +449,7 @@ def prepare(settings: AlignSettings, folder: RunFolder, cache: FeatureCache | No
         metric_for_best_model="recall",
         greater_is_better=True,
         bf16=bf16,
-        use_cpu=settings.device == "cpu",
+        use_cpu=choose_device(settings.device) == "cpu",  # bf16 on a CPU is refused unless it is told
         ddp_find_unused_parameters=False,
     )
     timer = Timer(settings.max_minutes)
@@ -467,7 +459,7 @@ def prepare(settings: AlignSettings, folder: RunFolder, cache: FeatureCache | No
         args=args,
         train_dataset=PairBatches(pairs["train"], cache, "train", tokenizer, plan, steps),
         eval_dataset=pairs["validation"],
-        callbacks=[timer] + ([Averaging(average)] if average else []),
+        callbacks=[timer],
         processing_class=processor,
         settings=settings,
         validate=validator(settings, cache, pairs["validation"], tokenizer),
