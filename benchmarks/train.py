@@ -335,6 +335,9 @@ def timed(bench: Bench, arms: dict[str, str], results: dict[str, dict], rounds: 
                 results[name].setdefault("wall_seconds", []).append(time.perf_counter() - wall)
                 results[name].setdefault("cpu_seconds", []).append(time.process_time() - cpu)
             results[name]["peak_memory_bytes"] = memory.bytes
+            print(
+                name, {k: results[name][k] for k in ("wall_seconds", "cpu_seconds", "peak_memory_bytes")}, flush=True
+            )
 
 
 def run(options, folder: Path) -> dict:

@@ -22,13 +22,14 @@ from tests import tiny_models
 from tests.training.tools import draw_dataset, events
 
 RECIPES = sorted(p.stem for p in (Path(blipren.__file__).parent / "training" / "recipes").glob("*.yaml"))
-OWN_TESTS = {"quickstart", "align-flickr8k-mini"}  # run as they are by tests of their own
+OWN_TESTS = {"quickstart"}  # run as it is by a test of its own
 FLICKR = ["flickr8k-mini-words", "flickr8k-mini", "flickr8k-mini-cider"]  # three runs in this order
 VISION = {
     "google/siglip-base-patch16-224": "siglip_vision_model",
     "google/siglip-so400m-patch14-384": "siglip_vision_model",
     "google/vit-base-patch16-224": "vit",
     "google/vit-large-patch16-224": "vit",
+    "tiny-vision": "mobilenet_v2",
 }
 THINK = tiny_models.CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")
 LLM = {  # id -> family, chat template
@@ -40,6 +41,7 @@ LLM = {  # id -> family, chat template
     "meta-llama/Llama-3.2-1B-Instruct": ("llama", tiny_models.CHATML),
     "Qwen/Qwen3-0.6B": ("qwen3", tiny_models.CHATML),
     "PleIAs/Baguettotron": ("llama", THINK),
+    "caption-lm": ("llama", None),
 }
 
 
@@ -109,8 +111,11 @@ def test_recipe_runs_two_steps(recipe, stand_ins, pictures, tmp_path):
     embed(recipe_settings("embed", recipe, {"model": model, "dataset": str(pictures), "cache": cache, "workers": 0}))
     if "align" in sections:
         aligned = str(tmp_path / "aligned")
+        tokenizer = {} if "qformer_init" in wanted else {"tokenizer": stand_ins("distilbert-base-uncased")}
         assert not align(
-            recipe_settings("align", recipe, {"model": model, "cache": cache, "out": aligned, "max_steps": 2})
+            recipe_settings(
+                "align", recipe, {"model": model, "cache": cache, "out": aligned, "max_steps": 2} | tokenizer
+            )
         )
         model = aligned
     run = {"model": model, "cache": cache, "out": out, "max_steps": 2, "batch_size": 8, "device": "cpu"}
