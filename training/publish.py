@@ -47,19 +47,24 @@ class Plan:
 
 
 def push(settings: PushSettings) -> None:
-    """Publishes `settings.model` as `settings.repo`.
+    """Publishes `settings.model` as `settings.repo`, or with `dry_run` only says what would be sent.
 
     Raises:
         UserError: when the checkpoint must not or cannot be published, or the Hub refuses or cannot be reached.
     """
+    publish_folder(settings)
+
+
+def publish_folder(settings: PushSettings) -> str | None:
+    """As [`push`]; returns the id of the published commit, None for a dry run."""
     with tempfile.TemporaryDirectory(prefix="blipren-push-") as scratch:
         folder = _right_kind(Path(settings.model), settings.bridge, Path(scratch))
         plan = make_plan(folder, settings)
         describe(plan)
         if settings.dry_run:
             print("dry run: nothing was sent")
-            return
-        publish(plan, settings)
+            return None
+        return publish(plan, settings)
 
 
 def _right_kind(model: Path, bridge: bool, scratch: Path) -> Path:

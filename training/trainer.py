@@ -232,6 +232,25 @@ class SafeTrainer(Trainer):
     def _load_rng_state(self, checkpoint) -> None:
         return  # see the head of this file
 
+    # ---- publishing -----------------------------------------------------------------------------------------------
+
+    def push_to_hub(self, commit_message: str | None = None, token: str | None = None, **_) -> str:
+        """Publishes the finished run folder as `blipren push` does: verified, merged at once, and without the pickles
+        (`training_args.bin`) that transformers' own would send. Returns the commit.
+
+        Raises:
+            UserError: without `hub_model_id` in the arguments, or when the Hub refuses.
+        """
+        from blipren.training.publish import publish_folder  # here: training needs no Hub client
+        from blipren.training.settings import PushSettings
+
+        if not self.args.hub_model_id:
+            raise UserError("push_to_hub needs hub_model_id (user/name) in the training arguments")
+        private = bool(self.args.hub_private_repo)
+        return publish_folder(
+            PushSettings(model=str(self.run_folder.path), repo=self.args.hub_model_id, private=private)
+        )
+
 
 def stopped_early(checkpoint: Path) -> bool:
     """Whether the run that wrote this checkpoint had lost its patience."""
