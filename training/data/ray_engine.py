@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,9 @@ class EmbedUnits:
 
     def __init__(self, settings: dict[str, Any]):
         self.s = EmbedSettings(**settings)
-        self._scratch = tempfile.TemporaryDirectory(prefix="blipren-embed-")
-        self.place = CachePlace(self.s.cache, Path(self._scratch.name))
+        self.place = CachePlace(self.s.cache)
+        if not self.place.local:  # goes with the actor
+            self._scratch = weakref.finalize(self, self.place.clean)
         with contextlib.redirect_stdout(None):
             self.job = Job.make(self.s)
 
