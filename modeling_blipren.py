@@ -214,15 +214,7 @@ class BliprenModel(BliprenPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        embeddings = self.language_model.get_input_embeddings()
-        if not isinstance(embeddings, nn.Embedding) and not hasattr(embeddings, "takes_placeholder"):
-            # vLLM puts a class of its own here and embeds placeholders before it replaces them: they may have no row
-            placeholder = self.config.image_token_id
-            embeddings.register_forward_pre_hook(
-                lambda _, inputs: (inputs[0].masked_fill(inputs[0] == placeholder, 0),)
-            )
-            embeddings.takes_placeholder = True
-        return embeddings
+        return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)

@@ -56,7 +56,8 @@ def make_checkpoint(folder: Path) -> Path:
     from tiny import tiny_llm_config, write_llm, write_model, write_vision
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
-    llm = write_llm(folder / "llm", tiny_llm_config(**sizes, max_position_embeddings=512), chat=True)
+    rows = {"vocab_size": 384}  # spare rows: vLLM embeds the placeholder before it replaces it
+    llm = write_llm(folder / "llm", tiny_llm_config(**sizes, **rows, max_position_embeddings=512), chat=True)
     return write_model(folder / "checkpoint", write_vision(folder / "vision"), llm)
 
 
