@@ -1,5 +1,7 @@
 """The committed towers: small, loadable, and trained on nothing that is held out."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,30 +49,61 @@ def test_language_model_reads_notes():
     tokenizer = AutoTokenizer.from_pretrained(TOWERS / "llm")
     model = AutoModelForCausalLM.from_pretrained(TOWERS / "llm", dtype=torch.float32).eval()
     for notes, prompt, expected in (
-        (" large red circle top left; small blue square right;", "What color is the square?", "blue"),
-        (" large red circle top left; small blue square right;", "How many shapes are there?", "two"),
-        (" large red star top left; small blue square right;", "What color is the star?", "red"),
+        ([" large red circle top left", " nothing", " small blue square right"], "What is the blue shape?", "square"),
+        ([" large red circle top left", " nothing", " small blue square right"], "How many shapes are there?", "two"),
+        ([" nothing left", " large red star top left", " nothing"], "What color is the star?", "red"),
+        ([" large", " red", " star", " top", " left", ";"], "What is the red shape?", "star"),
     ):
-        ids = tokenizer(notes + prompt, return_tensors="pt").input_ids
-        output = model.generate(ids, max_new_tokens=5, do_sample=False)
-        assert tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip() == expected
+        words = [tokenizer.encode(note) for note in notes] + [[token] for token in tokenizer.encode(prompt)]
+        ids = torch.full((1, len(words), train_towers.MOST_WORDS), -1)
+        for place, tokens in enumerate(words):
+            ids[0, place, : len(tokens)] = torch.tensor(tokens)
+        embeddings = train_towers.embed_words(model, ids, torch.ones(1, len(words)))
+        output = model.generate(inputs_embeds=embeddings, max_new_tokens=5, do_sample=False)
+        assert tokenizer.decode(output[0], skip_special_tokens=True).strip() == expected
 
 
 def test_towers_are_trained_on_nothing_held_out():
     for index in range(400):
         notes, pairs = train_towers.write_document(0, index)
-        text = notes + " ".join(prompt + answer for prompt, answer in pairs)
+        text = "".join(notes) + " ".join(prompt + answer for prompt, answer in pairs)
         for colour, shape in HELD_OUT_COMBINATIONS:
             assert f"{colour} {shape}" not in text
             assert f"{colour} {plural(shape)}" not in text
-        assert held_out_reason(make_scene(1, index)) is None  # the image tower's scenes
+        seen = train_towers.vision_scene(1, index)
+        named = tuple(o for o in seen.objects if o.colour in COLOURS)
+        assert held_out_reason(replace(seen, objects=named)) is None
+        for o in seen.objects:  # nor a shade that comes near a held-out colour of that shape
+            for colour, shape in HELD_OUT_COMBINATIONS:
+                assert o.shape != shape or math.dist(o.rgb, COLOURS[colour]) > 60
+
+
+def test_answers_of_a_document_do_not_see_each_other():
+    tokenizer = AutoTokenizer.from_pretrained(TOWERS / "llm")
+    model = AutoModelForCausalLM.from_pretrained(TOWERS / "llm", dtype=torch.float32).eval()
+    batch = train_towers.text_batch(tokenizer, 0, range(3))
+    labels, ids, scale = (batch.pop(name) for name in ("labels", "input_ids", "scale"))
+    embeddings = train_towers.embed_words(model, ids, scale)
+    with torch.no_grad():
+        together = model(inputs_embeds=embeddings, **batch).logits
+        for row in range(3):
+            notes, pairs = train_towers.write_document(0, row)
+            end = len(notes)
+            for prompt, answer in pairs:
+                start, end = end, end + len(tokenizer.encode(prompt)) + len(tokenizer.encode(answer)) + 1
+                alone = torch.cat([embeddings[row, : len(notes)], embeddings[row, start:end]])[None]
+                logits = model(inputs_embeds=alone).logits[0, len(notes) :]
+                torch.testing.assert_close(together[row, start:end], logits, atol=1e-4, rtol=1e-4)
+                assert labels[row, end - 1] == tokenizer.eos_token_id
+            assert (labels[row, end:] == -100).all()
 
 
 def test_patch_targets_tell_what_stands_where():
     scene = next(s for s in (make_scene(0, i) for i in range(99)) if len(s.objects) == 1)
     (o,) = scene.objects
-    targets = train_towers.patch_targets([scene])[0].view(8, 8, 6)
-    here = targets[int(o.y * 8), int(o.x * 8)].tolist()
+    side = train_towers.GRID
+    targets = train_towers.patch_targets([scene])[0].view(side, side, 6)
+    here = targets[int(o.y * side), int(o.x * side)].tolist()
     assert here == [
         list(COLOURS).index(o.colour) + 1,
         SHAPES.index(o.shape) + 1,
@@ -79,7 +112,7 @@ def test_patch_targets_tell_what_stands_where():
         o.column + 1,
         1,
     ]
-    assert not targets[0 if o.row else 7, 0 if o.column else 7].any()  # the corner far away is ground
+    assert not targets[0 if o.row else -1, 0 if o.column else -1].any()  # the corner far away is ground
 
 
 def test_training_of_the_towers_runs(tmp_path):
@@ -91,29 +124,7 @@ def test_training_of_the_towers_runs(tmp_path):
     assert committed.read_text() == fresh.read_text()
 
 
-def test_answers_of_a_document_do_not_see_each_other():
-    tokenizer = AutoTokenizer.from_pretrained(TOWERS / "llm")
-    model = AutoModelForCausalLM.from_pretrained(TOWERS / "llm", dtype=torch.float32).eval()
-    batch = train_towers.text_batch(tokenizer, 0, range(3))
-    labels = batch.pop("labels")
-    with torch.no_grad():
-        together = model(**batch).logits
-        for row in range(3):
-            notes, pairs = train_towers.write_document(0, row)
-            end = len(tokenizer.encode(notes)) if notes else 0
-            for prompt, answer in pairs:
-                start, ids = end, tokenizer.encode(notes) if notes else []
-                segment = tokenizer.encode(prompt) + tokenizer.encode(answer) + [tokenizer.eos_token_id]
-                alone = model(torch.tensor([ids + segment])).logits[0, len(ids) :]
-                end = start + len(segment)
-                torch.testing.assert_close(together[row, start:end], alone, atol=1e-4, rtol=1e-4)
-                assert labels[row, end - 1] == tokenizer.eos_token_id
-            assert (labels[row, end:] == -100).all()
-
-
 def test_unknown_shape_cannot_be_drawn():
-    from dataclasses import replace
-
     scene = make_scene(0, 0)
     broken = replace(scene, objects=(replace(scene.objects[0], shape="banana"),))
     with pytest.raises(ValueError, match="banana"):
