@@ -27,7 +27,9 @@ class BliprenFastResize:
         if min(image.shape[-2:]) < 32:  # strips grow so far that rounding adds up to 2
             mode = None
         if mode is None or image.dtype != np.uint8 or image.ndim != 3 or reducing_gap or not (exact or shortest):
-            return super().resize(image, size, resample=resample, reducing_gap=reducing_gap, **kwargs)
+            if reducing_gap:
+                kwargs["reducing_gap"] = reducing_gap
+            return super().resize(image, size, resample=resample, **kwargs)
         new_size = (size.height, size.width)
         if shortest:
             new_size = get_resize_output_image_size(
