@@ -1,5 +1,7 @@
 """The one resize: a photo's pixels as Pillow gives them within 1 of 255, at a quarter of the time."""
 
+import inspect
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -66,6 +68,8 @@ def with_fast_resize(image_processor):
     original = type(image_processor)
     if getattr(image_processor, "backend", None) != "pil" or issubclass(original, BliprenFastResize):
         return image_processor
+    if list(inspect.signature(original.resize).parameters)[3:5] != ["resample", "reducing_gap"]:
+        return image_processor  # a resize of another kind, such as ConvNeXt's with its crop_pct
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     image_processor.__class__ = type(original.__name__, (BliprenFastResize, original), names)
     return image_processor

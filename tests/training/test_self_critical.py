@@ -49,7 +49,7 @@ def test_rewards_alone_train_and_are_logged(settings, monkeypatch):
     monkeypatch.setattr("blipren.training.self_critical.ENDED_ONLY", False)  # a random model hardly ever ends
     assert train(run) == 0
     rewards = [event["reward"] for event in events(Path(run.out), "train")]
-    assert len(rewards) == 6 and all(0 < reward < 1 for reward in rewards)
+    assert len(rewards) == 7 and all(0 < reward < 1 for reward in rewards)
 
 
 def test_reward_and_likelihood_together_and_padded_rows(settings, tmp_path):

@@ -30,7 +30,7 @@ def test_words_alone_train_the_bridge_and_leave_no_head(settings):
     run = settings(max_steps=30, log_every=5, eval_every=30, likelihood_weight=0.0, words_weight=1.0, keep_best="last")
     assert train(run) == 0
     objective = [event["objective"] for event in events(Path(run.out), "train")]
-    assert len(objective) == 6 and all(value > 0 for value in objective)
+    assert len(objective) == 7 and all(value > 0 for value in objective)
     again = BliprenForConditionalGeneration.from_pretrained(run.out)
     assert not hasattr(again, "words_head")
     assert json.loads((Path(run.out) / "config.json").read_text())["checkpoint_type"] == "bridge"
