@@ -59,7 +59,7 @@ class Cell(NamedTuple):
     column: int
 
 
-PATCH = 16
+PATCH = 12
 GRID = IMAGE_SIZE // PATCH
 WIDTH = 128
 CAPTION_PROMPTS = ("Short caption:", "Short caption:", "Short caption:", "Caption:", "Describe the image:")
@@ -85,7 +85,7 @@ def write_notes(scene: Scene, rng: random.Random) -> list[str]:
     objects = list(scene.objects)
     if rng.random() < 0.15:
         rng.shuffle(objects)
-    if rng.random() < 0.2:
+    if rng.random() < 0.3:
         order = ["size", "colour", "shape", "place"]
         if rng.random() < 0.25:
             rng.shuffle(order)
@@ -95,7 +95,7 @@ def write_notes(scene: Scene, rng: random.Random) -> list[str]:
             words = {"size": o.size, "colour": o.colour, "shape": o.shape, "place": place_answer(o)}
             notes += [f" {w}" for k in order for w in words[k].split()] + [mark]
         return notes
-    form = rng.choices(("once", "repeated", "in parts"), weights=(14, 3, 3))[0]
+    form = rng.choice(("once", "once", "repeated", "in parts"))
     notes = []
     for o in objects:
         told = f" {o.size} {o.colour} {o.shape} {place_answer(o)}"
@@ -105,7 +105,7 @@ def write_notes(scene: Scene, rng: random.Random) -> list[str]:
             notes += [told] * (rng.randint(1, 3) if form == "repeated" else 1)
     taken = {(o.row, o.column) for o in objects}
     free = [f" {place_answer(cell)}" for cell in EMPTY_CELLS if (cell.row, cell.column) not in taken]
-    for _ in range(rng.randrange(15)):
+    for _ in range(rng.randrange(13)):
         empty = rng.choice((" nothing", " nothing" + rng.choice(free), rng.choice(free)))
         notes.insert(rng.randint(0, len(notes)), empty)
     if rng.random() < 0.2:
@@ -267,7 +267,7 @@ def random_shade(shape: str, rng: random.Random) -> tuple[int, int, int]:
     held_out = [COLOURS[c] for c, s in HELD_OUT_COMBINATIONS if s == shape]
     while True:
         rgb = tuple(rng.randrange(256) for _ in range(3))
-        if all(math.dist(rgb, other) > 70 for other in held_out):
+        if all(math.dist(rgb, other) > 120 for other in held_out):
             return rgb
 
 
@@ -331,7 +331,7 @@ def train_vision(out: Path, seed: int, steps: int, batch: int) -> None:
     config = SiglipVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=384,
-        num_hidden_layers=5,
+        num_hidden_layers=4,
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
         patch_size=PATCH,
@@ -401,8 +401,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for vision/ and llm/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--vision-steps", type=int, default=3000)
-    parser.add_argument("--llm-steps", type=int, default=6000)
+    parser.add_argument("--vision-steps", type=int, default=2500)
+    parser.add_argument("--llm-steps", type=int, default=4000)
     args = parser.parse_args()
     print(json.dumps({k: str(v) for k, v in vars(args).items()}))
     if args.part in ("all", "vision"):
