@@ -556,7 +556,7 @@ class EvaluateSettings(Settings):
     predictions: str | None = None
     """Score these captions instead of generating any: JSON lines with id and caption, or one JSON object."""
     before: str | None = None
-    """An untrained or earlier checkpoint, whose captions stand beside in the report."""
+    """An untrained or earlier checkpoint, or its evaluation folder: its captions stand beside in the report."""
     image_column: str | None = None
     """Column with the images; by default one that is known by its name."""
     caption_columns: list[str] = field(default_factory=list)

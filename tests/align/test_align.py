@@ -225,6 +225,13 @@ def test_evaluate_retrieval(run, scenes, tmp_path):
         )
     )  # fmt: skip
     metrics = json.loads((tmp_path / "metrics.json").read_text())["retrieval"]
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    first = [row["image_to_text_rank"] == 1 for row in rows]
+    assert metrics["image_to_text"]["R@1"] == pytest.approx(sum(first) / len(first))
+    own = [rank <= 5 for row in rows for rank in row["text_to_image_ranks"]]
+    assert metrics["text_to_image"]["R@5"] == pytest.approx(sum(own) / len(own))
+    low, high = metrics["intervals"]["text_to_image.R@5"]
+    assert low <= metrics["text_to_image"]["R@5"] <= high
     for short, way in (("i2t", "image_to_text"), ("t2i", "text_to_image")):
         for k in (1, 5, 10):
             assert metrics[way][f"R@{k}"] == summary["after"][f"{short}_R@{k}"]

@@ -89,7 +89,37 @@ def test_what_cannot_be_compared_is_said(runs, tmp_path, capsys):
         paired_statistics(a, b)
 
 
+def test_every_kind_of_metric_is_paired(tmp_path):
+    said = {
+        "a": {"rank": 7, "right": 0.0, "hallucinated": ["cat"], "encoder": "x", "CLIPScore": 0.5},
+        "b": {"rank": 1, "right": 1.0, "hallucinated": [], "encoder": "x", "CLIPScore": 0.7},
+        "c": {"rank": 1, "right": 1.0, "hallucinated": [], "encoder": "y", "CLIPScore": 0.7},
+    }
+    runs = {}
+    for name, own in said.items():
+        rows = []
+        for i in range(12):
+            caption = {"id": f"{i}", "caption": "a dog\u2028", "references": ["a dog"], "CLIPScore": own["CLIPScore"]}
+            ranks = {"image_to_text_rank": own["rank"], "text_to_image_ranks": [own["rank"], 1]}
+            rows.append(caption | ranks | {"mentions": 2, "hallucinated": own["hallucinated"]})
+            rows.append({"id": f"{i}", "prompt": "Is there a dog?", "pope": "random", "right": own["right"]})
+        (tmp_path / name).mkdir()
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / name / "predictions.jsonl").write_text(lines)
+        captioning = {"tokenizer": "python", "METEOR": None, "similarity_encoder": own["encoder"]}
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"captioning": captioning}))
+        runs[name] = read_run(str(tmp_path / name))
+    pairs, _ = paired_statistics(runs["a"], runs["b"])
+    found = {name: (round(a.value, 3), round(b.value, 3)) for name, (a, b) in pairs.items()}
+    assert found["image_to_text.R@1"] == (0, 1) and found["image_to_text.R@10"] == (1, 1)
+    assert found["text_to_image.R@5"] == (0.5, 1)
+    assert found["POPE random"] == (0, 1) and found["CLIPScore"] == (0.5, 0.7)
+    assert found["CHAIR_i"] == (0.5, 0) and found["CHAIR_s"] == (1, 0)
+    # image-text similarity by another encoder is another metric
+    assert "CLIPScore" not in paired_statistics(runs["a"], runs["c"])[0]
+
+
 def test_verdicts_know_which_way_is_better():
     assert verdict("CIDEr", 0.1, 0.2) == "better" and verdict("CIDEr", -0.2, -0.1) == "worse"
-    assert verdict("cut_off", 0.1, 0.2) == "worse" and verdict("hallucinated objects", -0.2, -0.1) == "better"
+    assert verdict("cut_off", 0.1, 0.2) == "worse" and verdict("hallucinated_objects", -0.2, -0.1) == "better"
     assert verdict("length", 0.1, 0.2) == "different" and verdict("CIDEr", -0.1, 0.2) == "no difference seen"

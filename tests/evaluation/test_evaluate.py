@@ -135,6 +135,15 @@ def test_captions_can_be_given(colours, tmp_path):
         run("-", colours, tmp_path / "out", tasks=["captioning"], predictions=str(given))
 
 
+def test_an_evaluation_is_what_was_before_and_can_be_scored_again(seen, seeing, colours, tmp_path):
+    metrics, out = seen
+    again = run(seeing, colours, tmp_path / "out", tasks=["captioning"], before=str(out), probe=False)
+    assert again["before"]["captioning"]["CIDEr"] == pytest.approx(metrics["captioning"]["CIDEr"])
+    # its lines of answers are no captions
+    scored = run("-", colours, tmp_path / "o", tasks=["captioning"], predictions=str(out / "predictions.jsonl"))
+    assert scored["captioning"]["CIDEr"] == pytest.approx(metrics["captioning"]["CIDEr"])
+
+
 def test_human_captions_come_out_of_the_command(shared_data, tmp_path):
     human = json.loads((shared_data("metric-reference") / "flickr8k_human" / "human_leave_one_out.json").read_text())
     images = shared_data("flickr8k-mini") / "images"

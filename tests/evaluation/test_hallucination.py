@@ -104,5 +104,11 @@ def test_pope_and_scene_truth_through_the_command(untrained, tmp_path):
         metrics["hallucination"]["captions_true"] == 0 and metrics["hallucination"]["truth"] == "the scenes themselves"
     )
     assert {"seen", "unseen"} <= set(metrics["hallucination"])
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    asked = [row for row in rows if row.get("pope") == "random"]
+    right = [row["right"] for row in asked]
+    assert len(asked) == metrics["pope"]["random"]["questions"]
+    assert sum(right) / len(right) == pytest.approx(metrics["pope"]["random"]["accuracy"])
+    assert all((row["caption"] == row["references"][0]) == bool(row["right"]) for row in asked)
     assert metrics["pope"]["random"]["questions"] == metrics["pope"]["popular"]["questions"] > 0
     assert metrics["vqa"]["questions"] == metrics["counts"]["questions"]

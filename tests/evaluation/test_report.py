@@ -201,6 +201,8 @@ def test_curves_of_no_run(tmp_path):
     )
     panels, chosen = training_curves(str(tmp_path))
     assert panels == [{"title": "loss", "lines": [{"name": "train loss", "points": [[1, 2.0]]}]}] and chosen is None
+    (tmp_path / "finished.json").write_text(json.dumps({"steps": 9, "kept": "last"}))
+    assert training_curves(str(tmp_path))[1] == 9
 
 
 def test_pictures():

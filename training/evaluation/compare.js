@@ -31,7 +31,7 @@ function changed() {
     "A better": (x, y) => gain(x) - gain(y),
   };
   const cards = items.map((item) => ({ item, node: make("article", { class: "card photo" },
-    item.photo ? make("img", { src: item.photo, alt: item.references[0], loading: "lazy" }) : null,
+    item.photo ? make("img", { src: item.photo, alt: item.references[0], decoding: "async" }) : null,
     make("div", { class: "text" },
       make("div", { class: "pair" },
         make("p", {}, make("span", { class: "soft small" }, `A ${fixed(item.cider_a, 2)}`), make("br"), item.a || "(nothing)"),
@@ -71,5 +71,5 @@ function attention() {
 differences();
 changed();
 attention();
-if (data.curves.length) section("curves", "Training", make("div", { class: "two" }, data.curves.map((panel) => curve(panel.title, panel.lines, null))));
+if (data.curves.length) section("curves", "Training", make("div", { class: "two curves" }, data.curves.map((panel) => curve(panel.title, panel.lines, null))));
 document.documentElement.dataset.ready = "yes";

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from blipren.training.data.images import ImageError
 from blipren.training.errors import UserError
-from blipren.training.evaluation.bootstrap import Statistic, grouped_statistic, paired_difference
+from blipren.training.evaluation.bootstrap import Statistic, grouped_statistic, mean_statistic, paired_difference
 from blipren.training.evaluation.evaluate import SPLIT_OPTIONS
 from blipren.training.evaluation.examples import open_split
+from blipren.training.evaluation.hallucination import image_statistics
 from blipren.training.evaluation.metrics import CaptionScores, score_captions
 from blipren.training.evaluation.pictures import photo_address
 from blipren.training.evaluation.report import embedded_data, render_page, training_curves
-from blipren.training.evaluation.results import write_whole
+from blipren.training.evaluation.results import SIMILARITIES, is_caption, read_lines, recall_statistics, write_whole
 from blipren.training.settings import CompareSettings
 
-LOWER_IS_BETTER = ("hallucinated objects", "repetition", "cut_off")
+LOWER_IS_BETTER = ("hallucinated_objects", "CHAIR_i", "CHAIR_s", "repetition", "cut_off")
 NEITHER = ("length",)
+Pairs = dict[str, tuple[Statistic, Statistic]]
+"""Metric -> its statistics in run A and in run B, over the same images."""
 
 
 @dataclass
@@ -26,17 +30,26 @@ class Run:
     """An evaluation folder.
 
     Attributes:
-        captions: image id -> row of predictions.jsonl. answers: (image id, question) -> row.
+        captions: image id -> row of predictions.jsonl. answers: (image id, question) -> row. pope: (strategy, image id,
+            question) -> row. ranks: image id -> row with its retrieval ranks.
     """
 
     path: Path
     metrics: dict
     captions: dict[str, dict]
     answers: dict[tuple[str, str], dict]
+    pope: dict[tuple[str, str, str], dict]
+    ranks: dict[str, dict]
 
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def images(self) -> set[str]:
+        """Ids of all images that anything is known of."""
+        questions = [image for image, _ in self.answers] + [image for _, image, _ in self.pope]
+        return {*self.captions, *questions, *self.ranks}
 
 
 def read_run(path: str) -> Run:
@@ -44,15 +57,17 @@ def read_run(path: str) -> Run:
     folder = Path(path)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = read_lines(folder / "predictions.jsonl")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is not a finished evaluation: metrics.json or predictions.jsonl cannot be read ({error}); "
             "make one with `blipren evaluate`"
         ) from error
-    captions = {row["id"]: row for row in rows if "exact" not in row}
     answers = {(row["id"], row["prompt"]): row for row in rows if "exact" in row}
-    return Run(folder, metrics, captions, answers)
+    pope = {(row["pope"], row["id"], row["prompt"]): row for row in rows if "pope" in row}
+    captions = {row["id"]: row for row in rows if is_caption(row)}
+    ranks = {row["id"]: row for row in rows if "image_to_text_rank" in row}
+    return Run(folder, metrics, captions, answers, pope, ranks)
 
 
 def _scores(run: Run, ids: list[str], tokenizer: str, meteor: bool) -> CaptionScores:
@@ -66,20 +81,49 @@ def _scores(run: Run, ids: list[str], tokenizer: str, meteor: bool) -> CaptionSc
     )
 
 
-def _invented(run: Run, ids: list[str]) -> Statistic | None:
-    """Objects named that are not there, an image: known where both evaluations looked for them."""
-    if not all("hallucinated" in run.captions[key] for key in ids):
-        return None
-    return grouped_statistic([len(run.captions[key]["hallucinated"]) for key in ids], ids)
+def _pairs(a: dict, b: dict, statistics: Callable[[list[dict]], dict[str, Statistic]]) -> Pairs:
+    """Metrics of the rows that both runs have, by name."""
+    keys = [key for key in a if key in b]
+    if not keys:
+        return {}
+    first, second = (statistics([rows[key] for key in keys]) for rows in (a, b))
+    return {name: (first[name], second[name]) for name in first if name in second}
 
 
-def paired_statistics(a: Run, b: Run) -> tuple[dict[str, tuple[Statistic, Statistic]], dict[str, tuple[float, float]]]:
+def _of_captions(a: Run, b: Run, ids: list[str]) -> Pairs:
+    """What predictions.jsonl knows of captions beside their words: objects that are not there, image-text similarity."""
+
+    def having(name: str) -> list[dict[str, dict]]:
+        return [{key: run.captions[key] for key in ids if name in run.captions[key]} for run in (a, b)]
+
+    pairs = _pairs(*having("mentions"), image_statistics)
+    encoders = [run.metrics["captioning"].get("similarity_encoder") for run in (a, b)]
+    for name in SIMILARITIES if encoders[0] == encoders[1] else ():  # values of two encoders do not compare
+        pairs |= _pairs(*having(name), lambda rows, name=name: {name: mean_statistic([row[name] for row in rows])})
+    return pairs
+
+
+def _of_answers(rows: list[dict]) -> dict[str, Statistic]:
+    images = [row["id"] for row in rows]
+    columns = (("VQA accuracy", "exact"), ("VQA soft score", "soft"))
+    return {name: grouped_statistic([row[column] for row in rows], images) for name, column in columns}
+
+
+def _of_pope(rows: list[dict]) -> dict[str, Statistic]:
+    found = {}
+    for strategy in dict.fromkeys(row["pope"] for row in rows):
+        own = [row for row in rows if row["pope"] == strategy]
+        found[f"POPE {strategy}"] = grouped_statistic([row["right"] for row in own], [row["id"] for row in own])
+    return found
+
+
+def paired_statistics(a: Run, b: Run) -> tuple[Pairs, dict[str, tuple[float, float]]]:
     """metric -> its statistics in both runs over the same images, in the same order; and CIDEr of each image in both.
 
     Raises:
         UserError: the runs have no image in common, or other references for one.
     """
-    pairs: dict[str, tuple[Statistic, Statistic]] = {}
+    pairs: Pairs = {}
     per_image: dict[str, tuple[float, float]] = {}
     ids = [key for key in a.captions if key in b.captions and a.captions[key]["references"]]
     other = [key for key in ids if a.captions[key]["references"] != b.captions[key]["references"]]
@@ -90,16 +134,11 @@ def paired_statistics(a: Run, b: Run) -> tuple[dict[str, tuple[Statistic, Statis
         meteor = all(run.metrics["captioning"].get("METEOR") is not None for run in (a, b))
         first, second = (_scores(run, ids, tokenizer, meteor) for run in (a, b))
         pairs |= {n: (first.statistics[n], second.statistics[n]) for n in first.statistics if n in second.statistics}
-        invented = _invented(a, ids), _invented(b, ids)
-        if None not in invented:
-            pairs["hallucinated objects"] = invented
+        pairs |= _of_captions(a, b, ids)
         per_image = {key: (first.per_image["CIDEr"][key], second.per_image["CIDEr"][key]) for key in ids}
-    asked = [key for key in a.answers if key in b.answers]
-    if asked:
-        images = [image for image, _ in asked]
-        for name, column in (("VQA accuracy", "exact"), ("VQA soft score", "soft")):
-            both = (grouped_statistic([run.answers[key][column] for key in asked], images) for run in (a, b))
-            pairs[name] = tuple(both)
+    pairs |= _pairs(a.answers, b.answers, _of_answers)
+    pairs |= _pairs(a.pope, b.pope, _of_pope)
+    pairs |= _pairs(a.ranks, b.ranks, recall_statistics)
     if not pairs:
         raise UserError(f"{a.path} and {b.path} have no image in common: nothing can be compared")
     return pairs, per_image
@@ -168,9 +207,9 @@ def compare(settings: CompareSettings) -> None:
     changed = sorted(per_image, key=lambda key: (-abs(per_image[key][1] - per_image[key][0]), key))
     same_text = sum(a.captions[key]["caption"] == b.captions[key]["caption"] for key in per_image)
     counts = {
-        "images": len(per_image) or len({image for image, question in a.answers if (image, question) in b.answers}),
-        "only_in_a": len(a.captions.keys() - b.captions.keys()),
-        "only_in_b": len(b.captions.keys() - a.captions.keys()),
+        "images": len(a.images & b.images),
+        "only_in_a": len(a.images - b.images),
+        "only_in_b": len(b.images - a.images),
         "same_caption": same_text,
     }
     result = {

@@ -21,9 +21,12 @@ from blipren.training.evaluation.results import (
     add_answers,
     add_captions,
     add_image_use,
+    add_ranks,
     add_routing,
     add_similarity,
+    is_caption,
     prediction_rows,
+    read_lines,
     split_counts,
     write_predictions,
     write_whole,
@@ -32,7 +35,7 @@ from blipren.training.evaluation.sweep import SweepPlan, batches_of_photos, fixe
 from blipren.training.settings import EvaluateSettings
 
 NO_TEXT_TOWER = "No image-text similarity: the vision encoder has no text tower, or is not here."
-VERSIONS = ("torch", "transformers", "datasets", "pycocoevalcap", "numpy", "pillow")
+VERSIONS = ("blipren", "torch", "transformers", "datasets", "pycocoevalcap", "numpy", "pillow")
 
 
 def model_fingerprint(path: str) -> str:
@@ -77,13 +80,11 @@ def read_predictions(path: str, split: Split) -> dict[str, dict]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{path}: there is no such file of predictions")
-    text = file.read_text(encoding="utf-8")
     try:
         if file.suffix == ".json":
-            given = {str(key): value for key, value in json.loads(text).items()}
+            given = {str(key): value for key, value in json.loads(file.read_text(encoding="utf-8")).items()}
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            given = {str(row["id"]): row["caption"] for row in rows}
+            given = {str(row["id"]): row["caption"] for row in read_lines(file) if is_caption(row)}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path}: predictions are JSON lines with id and caption, or one JSON object of captions by id "
@@ -113,9 +114,15 @@ def _check_texts(settings: EvaluateSettings, split: Split) -> None:
             )
 
 
-def _retrieval(settings: EvaluateSettings, split: Split) -> tuple[dict, torch.Tensor]:
+def _retrieval(settings: EvaluateSettings, split: Split, result: Evaluation) -> torch.Tensor:
+    """Recall of all images and captions. Returns their similarities, of which the report shows a grid."""
     from blipren import BliprenForImageTextRetrieval
-    from blipren.training.evaluation.retrieval import evaluate_retrieval, first_grid, zero_shot_beside
+    from blipren.training.evaluation.retrieval import (
+        evaluate_retrieval,
+        first_grid,
+        ranks_of_images,
+        zero_shot_beside,
+    )
     from blipren.training.loading import load_checkpoint
 
     model, processor = load_checkpoint(settings.model, BliprenForImageTextRetrieval)
@@ -146,7 +153,9 @@ def _retrieval(settings: EvaluateSettings, split: Split) -> tuple[dict, torch.Te
     captions = [e.references for e in kept]
     metrics["encoder_zero_shot"] = zero_shot_beside(model, lambda index: kept[index].load(), captions)
     first_grid(Path(settings.out) / "similarity.png", lambda index: kept[index].load(), captions, scores)
-    return metrics, scores
+    result.metrics["retrieval"] = metrics
+    add_ranks(result, settings, dict(zip(metrics["ids"], ranks_of_images(scores, captions))))
+    return scores
 
 
 def _similarity(settings: EvaluateSettings, result: Evaluation, model) -> None:
@@ -162,10 +171,10 @@ def _similarity(settings: EvaluateSettings, result: Evaluation, model) -> None:
         (photos, [result.captions[e.id]["text"] for e in good], [e.references for e in good])
         for good, photos in batches_of_photos(scored, settings.batch_size)
     )
-    add_similarity(result, settings, caption_scores(towers, batches))
+    add_similarity(result, settings, caption_scores(towers, batches), model.config.base_models["vision"]["id"])
 
 
-def _pope(settings: EvaluateSettings, split: Split, model, processor) -> dict:
+def _pope(settings: EvaluateSettings, split: Split, result: Evaluation, model, processor) -> None:
     objects = {}
     for example in split.examples:
         if "scene" in example.facts:
@@ -178,8 +187,9 @@ def _pope(settings: EvaluateSettings, split: Split, model, processor) -> dict:
             "has neither `objects` (with a category each) nor `scene`"
         )
     questions = pope_questions(objects, seed=settings.seed)
-    asked, said = sweep_pope(model, processor, split.examples, questions, settings.batch_size)
-    return {**pope_scores(asked, said, settings.resamples, settings.seed), "images": len(objects)}
+    result.asked, result.said = sweep_pope(model, processor, split.examples, questions, settings.batch_size)
+    scores = pope_scores(result.asked, result.said, settings.resamples, settings.seed)
+    result.metrics["pope"] = {**scores, "images": len({question.image for question in result.asked})}
 
 
 def _headline(metrics: dict) -> list[str]:
@@ -261,9 +271,9 @@ def evaluate(settings: EvaluateSettings) -> None:
             add_image_use(result, settings, fixed_answers(model, processor, prompts, plan) if prompts else {})
         add_routing(result)
         if "pope" in settings.tasks:
-            result.metrics["pope"] = _pope(settings, split, model, processor)
+            _pope(settings, split, result, model, processor)
     if "retrieval" in settings.tasks:
-        result.metrics["retrieval"], similarities = _retrieval(settings, split)
+        similarities = _retrieval(settings, split, result)
     before = _before(settings, split, result) if settings.before is not None else None
 
     result.metrics["counts"] = split_counts(split, list(result.records.values()))
@@ -280,26 +290,29 @@ def evaluate(settings: EvaluateSettings) -> None:
     prompt = settings.prompt if settings.prompt is not None or processor is None else processor.prompts[0]
     write_predictions(out, prediction_rows(result, prompt))
     write_whole(out / "metrics.json", json.dumps(result.metrics, indent=1, ensure_ascii=False) + "\n")
-    partial.unlink(missing_ok=True)
     print("\n".join(_headline(result.metrics)))
     if settings.report:
         from blipren.training.evaluation.report import write_report
 
         write_report(out, result, settings, model, processor, before=before, similarities=similarities)
+    partial.unlink(missing_ok=True)  # not before: a run killed while the report is made keeps its answers
     kinds = "metrics.json predictions.jsonl predictions.csv" + " report.html" * settings.report
     print(f"{result.metrics['counts']['images']:,} images of split {split.name!r}: {kinds} are in {out}")
 
 
 def _before(settings: EvaluateSettings, split: Split, result: Evaluation) -> Evaluation:
-    """Captions of an earlier checkpoint on the same photos, scored the same way."""
-    model, processor = load_model(settings.before, settings.device)
-    plan = SweepPlan(
-        probe=False, prompt=settings.prompt, generation=generation_settings(settings), batch_size=settings.batch_size
-    )
-    partial = Path(settings.out) / "partial-before.jsonl"
+    """Captions of an earlier checkpoint on the same photos, scored the same way; its evaluation spares making them."""
     same = Split(split.dataset, split.name, result.examples, split.rows, split.fingerprint)
-    records = sweep(model, processor, same, plan, partial, model_fingerprint(settings.before))
-    earlier = Evaluation(examples=result.examples, records={record["id"]: record for record in records})
-    add_captions(earlier, settings, {key: r["caption"] for key, r in earlier.records.items()}, meteor=False)
+    partial, said = Path(settings.out) / "partial-before.jsonl", Path(settings.before) / "predictions.jsonl"
+    if said.is_file():
+        captions = read_predictions(str(said), same)
+    else:
+        model, processor = load_model(settings.before, settings.device)
+        generation = generation_settings(settings)
+        plan = SweepPlan(probe=False, prompt=settings.prompt, generation=generation, batch_size=settings.batch_size)
+        records = sweep(model, processor, same, plan, partial, model_fingerprint(settings.before))
+        captions = {record["id"]: record["caption"] for record in records}
+    earlier = Evaluation(examples=result.examples)
+    add_captions(earlier, settings, captions, meteor=False)
     partial.unlink(missing_ok=True)
     return earlier

@@ -83,7 +83,7 @@ def _facts(dataset: str) -> dict[str, dict[str, Any]]:
     for file in (path / "metadata.jsonl", *sorted(path.glob("*/metadata.jsonl"))):
         if not file.exists():
             continue
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").split("\n"):
             try:
                 record = json.loads(line)
             except ValueError:

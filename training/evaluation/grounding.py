@@ -124,8 +124,8 @@ def image_use(
     result["verdict"] = verdict(right, pair.difference, pair.low, min(kept, default=None))
     result["because"] = (
         f"Another image in place of the right one changes the loss of the reference from {right:.3f} to "
-        f"{statistics['shuffled'].value:.3f} nats a token ({100 * pair.difference / right:+.1f}%, 95% interval "
-        f"{pair.low:+.4f} to {pair.high:+.4f})"
+        f"{statistics['shuffled'].value:.3f} nats a token: {pair.difference:+.3f}, {100 * pair.difference / right:+.1f}% "
+        f"(95% interval {pair.low:+.3f} to {pair.high:+.3f})"
     )
     for metric, by_condition in scores.items():
         if "shuffled" in by_condition:

@@ -173,18 +173,37 @@ class Hallucination:
     """Mentions and hallucinated mentions of every image.
 
     Attributes:
-        values: shares over the set. per_image: id -> {"objects": named, "hallucinated": those that are not there}.
+        values: shares over the set. per_image: id -> `mentions` (objects named), `hallucinated` (those that are not there)
+            and what else is known.
         statistics: for intervals. basis: what the truth was taken from.
     """
 
     values: dict[str, float]
-    per_image: dict[str, dict[str, list[str]]]
+    per_image: dict[str, dict]
     statistics: dict[str, Statistic]
     basis: str
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / np.maximum(sums[..., 1], 1)
+
+
+def image_statistics(per_image: Sequence[Mapping]) -> dict[str, Statistic]:
+    """Metrics of what is known of each image: of drawn scenes where captions are `true` or not, else CHAIR."""
+    rows = np.array([[len(own["hallucinated"]), own["mentions"]] for own in per_image], dtype=np.float64)
+    share = Statistic(rows, _ratio)
+    if "true" not in per_image[0]:
+        return {"CHAIR_i": share, "CHAIR_s": mean_statistic([bool(own["hallucinated"]) for own in per_image])}
+    means = {"captions_true": "true", "attribute_recall": "attribute_recall"}
+    found = {name: mean_statistic([own[key] for own in per_image]) for name, key in means.items()}
+    return found | {"hallucinated_objects": share}
+
+
+def _hallucination(per_image: dict[str, dict], basis: str) -> Hallucination:
+    statistics = image_statistics(list(per_image.values()))
+    values: dict[str, float] = {name: statistic.value for name, statistic in statistics.items()}
+    values |= {"mentions": sum(own["mentions"] for own in per_image.values()), "images": len(per_image)}
+    return Hallucination(values, per_image, statistics, basis)
 
 
 def chair(
@@ -206,16 +225,10 @@ def chair(
         there = {category for text in references[key] for category in coco_objects(text)}
         there |= set(boxes[key]) if boxes is not None else set()
         named = coco_objects(caption)
-        per_image[key] = {"objects": named, "hallucinated": [c for c in named if c not in there]}
-    rows = np.array([[len(v["hallucinated"]), len(v["objects"])] for v in per_image.values()], dtype=np.float64)
-    statistics = {
-        "CHAIR_i": Statistic(rows, _ratio),
-        "CHAIR_s": mean_statistic([bool(v["hallucinated"]) for v in per_image.values()]),
-    }
-    values = {name: statistic.value for name, statistic in statistics.items()}
-    values |= {"mentions": int(rows[:, 1].sum()), "images": len(rows)}
+        missing = [c for c in named if c not in there]
+        per_image[key] = {"objects": named, "mentions": len(named), "hallucinated": missing}
     basis = "reference captions alone: an upper bound" if boxes is None else "annotated objects and reference captions"
-    return Hallucination(values, per_image, statistics, basis)
+    return _hallucination(per_image, basis)
 
 
 def scene_truth(captions: Mapping[str, str], scenes: Mapping[str, str]) -> Hallucination:
@@ -224,16 +237,14 @@ def scene_truth(captions: Mapping[str, str], scenes: Mapping[str, str]) -> Hallu
     from blipren.training.quickstart.truth import caption_truth
 
     verdicts = {key: caption_truth(caption, Scene.from_json(scenes[key])) for key, caption in captions.items()}
-    rows = np.array([[v.hallucinated, v.mentioned] for v in verdicts.values()], dtype=np.float64)
-    statistics = {
-        "captions_true": mean_statistic([v.true for v in verdicts.values()]),
-        "attribute_recall": mean_statistic([v.attribute_recall for v in verdicts.values()]),
-        "hallucinated_objects": Statistic(rows, _ratio),
-    }
-    values: dict[str, float] = {name: statistic.value for name, statistic in statistics.items()}
-    values |= {"mentions": int(rows[:, 1].sum()), "images": len(rows)}
     per_image = {
-        key: {"true": v.true, "problems": list(v.problems), "hallucinated": ["?"] * v.hallucinated}
+        key: {
+            "true": v.true,
+            "problems": list(v.problems),
+            "attribute_recall": v.attribute_recall,
+            "mentions": v.mentioned,
+            "hallucinated": ["?"] * v.hallucinated,
+        }
         for key, v in verdicts.items()
     }
-    return Hallucination(values, per_image, statistics, "the scenes themselves")
+    return _hallucination(per_image, "the scenes themselves")

@@ -60,7 +60,7 @@ function photos() {
   }
   const grid = make("div", { class: "grid", id: "grid" });
   const cards = data.photos.map((item) => ({ item, node: make("article", { class: "card photo" },
-    make("img", { src: item.photo, alt: item.caption, loading: "lazy" }),
+    make("img", { src: item.photo, alt: item.caption, decoding: "async" }),
     make("div", { class: "text" },
       captionNode(item),
       item.before === undefined ? null : make("p", { class: "was-caption" }, "before: " + (item.before || "(nothing)")),
@@ -190,7 +190,7 @@ function queryStatistics() {
   paint(canvas, q.overlap.flat().map((v) => 255 * v), count, count, { opaque: true });
   const words = [];
   words.push(q.dead.length ? `${q.dead.length} of ${count} queries look everywhere alike (${q.dead.map((i) => i + 1).join(", ")}).` : "No query looks everywhere alike.");
-  words.push(q.identical.length ? `${q.identical.length} pairs see the same, such as ${q.identical[0].map((i) => i + 1).join(" and ")}.` : "No two queries see the same.");
+  words.push(q.identical.length ? `${q.identical.length} pair${q.identical.length === 1 ? " sees" : "s see"} the same, such as ${q.identical[0].map((i) => i + 1).join(" and ")}.` : "No two queries see the same.");
   document.getElementById("attention").append(make("div", { class: "two", style: { marginTop: "16px" } },
     make("div", { class: "card" }, make("h3", {}, "Overlap of queries"), make("p", { class: "soft small" }, `Mean ${number(q.mean_overlap)}: 1 is the same map, 0 no common place. ${words.join(" ")}`), canvas,
       make("div", { class: "legend" }, "0", make("i", { style: { background: GRADIENT } }), "1")),
@@ -258,7 +258,7 @@ function routing() {
 
 function curves() {
   if (!data.curves.length) return;
-  section("curves", "Training", make("div", { class: "two" }, data.curves.map((panel) => curve(panel.title, panel.lines, data.chosen_step))));
+  section("curves", "Training", make("div", { class: "two curves" }, data.curves.map((panel) => curve(panel.title, panel.lines, data.chosen_step))));
 }
 
 function provenance() {

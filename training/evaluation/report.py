@@ -16,13 +16,15 @@ from blipren.training.data.images import ImageError
 from blipren.training.evaluation.attention import Explained, explain, query_statistics
 from blipren.training.evaluation.hallucination import COCO_WORDS, singular
 from blipren.training.evaluation.pictures import map_bytes, photo_address
-from blipren.training.evaluation.results import PER_IMAGE, Evaluation, write_whole
+from blipren.training.evaluation.results import PER_IMAGE, SIMILARITIES, Evaluation, write_whole
 
 HERE = Path(__file__).parent
 SHOWN_SETTINGS = (
     "model", "dataset", "tasks", "split", "limit", "prompt", "max_new_tokens", "num_beams", "length_penalty",
     "no_repeat_ngram_size", "batch_size", "tokenizer", "resamples", "seed", "before", "predictions",
 )  # fmt: skip
+UNSHOWN = ("BLEU-4", "RefCLIPScore", "RefSigLIPScore")
+"""Scores of single images that say little beside the others."""
 
 
 def render_page(data: dict, script: str, title: str, subtitle: str) -> str:
@@ -72,7 +74,7 @@ def headline_tiles(metrics: dict) -> list[dict]:
     if captioning:
         earlier = before.get("captioning")
         tiles += [_tile(n, captioning, n, earlier) for n in ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR")]
-        similar = [n for n in ("CLIPScore", "RefCLIPScore", "SigLIPScore", "RefSigLIPScore") if n in captioning]
+        similar = [n for n in SIMILARITIES if n in captioning]
         tiles[3]["note"] = "" if captioning["METEOR"] is not None else "no Java here, or not asked for"
         tiles += [_tile(n, captioning, n) for n in similar]
     found = metrics.get("hallucination")
@@ -87,7 +89,9 @@ def headline_tiles(metrics: dict) -> list[dict]:
         tiles.append(_tile("question accuracy", metrics["vqa"], "accuracy", None, 1.0))
     for way, label in (("image_to_text", "image → text R@1"), ("text_to_image", "text → image R@1")):
         if "retrieval" in metrics:
-            tiles.append({"name": label, "value": metrics["retrieval"][way]["R@1"], "full": 1.0})
+            tile = {"name": label, "value": metrics["retrieval"][way]["R@1"], "full": 1.0}
+            low, high = metrics["retrieval"]["intervals"][f"{way}.R@1"]
+            tiles.append(tile | {"low": low, "high": high})
     if captioning:
         tiles.append({"name": "different captions", "value": captioning["unique_captions"], "full": 1.0})
         tiles.append({"name": "words a caption", **_interval_of(captioning, "length")})
@@ -159,7 +163,7 @@ def photo_items(result: Evaluation, positions: Sequence[int], before: Evaluation
         }
         if result.caption_scores is not None and example.id in result.caption_scores.per_image["CIDEr"]:
             per_image = result.caption_scores.per_image
-            item["scores"] = {n: per_image[n][example.id] for n in PER_IMAGE if n in per_image and n != "BLEU-4"}
+            item["scores"] = {n: per_image[n][example.id] for n in PER_IMAGE if n in per_image and n not in UNSHOWN}
         if result.hallucination is not None and example.id in result.hallucination.per_image:
             found = result.hallucination.per_image[example.id]
             item["hallucinated"] = len(found["hallucinated"])
@@ -240,8 +244,9 @@ def training_curves(folder: str | None) -> tuple[list[dict], int | None]:
                 panels.setdefault(title, []).append({"name": name, "points": finite})
     chosen, finished = None, Path(folder) / "finished.json"
     if finished.is_file():
-        kept = re.search(r"\d+", str(json.loads(finished.read_text(encoding="utf-8")).get("kept", "")))
-        chosen = int(kept.group()) if kept else None
+        told = json.loads(finished.read_text(encoding="utf-8"))
+        kept = re.search(r"\d+", str(told.get("kept", "")))
+        chosen = int(kept.group()) if kept else told["steps"] if told.get("kept") == "last" else None
     return [{"title": title, "lines": lines} for title, lines in panels.items()], chosen
 
 

@@ -120,7 +120,8 @@ function curve(title, lines, chosen) {
   }
   if (chosen !== null && chosen !== undefined && chosen >= x0 && chosen <= x1) {
     draw("line", { x1: px(chosen), x2: px(chosen), y1: T, y2: H - B, stroke: "currentColor", "stroke-dasharray": "4 4" });
-    draw("text", { x: px(chosen) + 5, y: T + 10 }, "chosen: step " + short(chosen));
+    const right = px(chosen) > W / 2; // beside the line, on the side with room
+    draw("text", { x: px(chosen) + (right ? -5 : 5), y: T + 10, "text-anchor": right ? "end" : "start" }, "chosen: step " + short(chosen));
   }
   lines.forEach((line, i) => {
     draw("polyline", { points: line.points.map((p) => px(p[0]).toFixed(1) + "," + py(p[1]).toFixed(1)).join(" "),

@@ -10,14 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blipren.training.evaluation.bootstrap import grouped_statistic, interval, mean_statistic
+import numpy as np
+
+from blipren.training.evaluation.bootstrap import Statistic, grouped_statistic, interval, mean_statistic
 from blipren.training.evaluation.examples import Example, Split
 from blipren.training.evaluation.grounding import image_use
 from blipren.training.evaluation.hallucination import Hallucination, chair, scene_truth
 from blipren.training.evaluation.metrics import CaptionScores, score_captions
+from blipren.training.evaluation.pope import PopeQuestion
+from blipren.training.evaluation.retrieval import RECALL_AT
 from blipren.training.evaluation.vqa import answer_table, vqa_scores
 
-PER_IMAGE = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", "CLIPScore", "SigLIPScore")
+SIMILARITIES = ("CLIPScore", "RefCLIPScore", "SigLIPScore", "RefSigLIPScore")
+PER_IMAGE = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", *SIMILARITIES)
 
 
 @dataclass
@@ -29,6 +34,8 @@ class Evaluation:
         examples: the images that were evaluated, in order. captions: id -> caption.
         caption_scores: None without captions. hallucination: None where nothing is known of the pictures.
         answers: (image id, question) -> answer, its scores and the people's answers.
+        asked, said: POPE's questions, and whether the model says yes to each.
+        ranks: image id -> its retrieval ranks, of the best of its captions and of its photo for each of them.
         records: what the pass wrote about each image.
     """
 
@@ -38,6 +45,9 @@ class Evaluation:
     caption_scores: CaptionScores | None = None
     hallucination: Hallucination | None = None
     answers: dict[tuple[str, str], dict] = field(default_factory=dict)
+    asked: list[PopeQuestion] = field(default_factory=list)
+    said: list[bool] = field(default_factory=list)
+    ranks: dict[str, dict] = field(default_factory=dict)
     records: dict[str, dict] = field(default_factory=dict)
 
 
@@ -84,9 +94,6 @@ def add_captions(result: Evaluation, settings, captions: dict[str, dict], meteor
         boxes = {e.id: [o["category"] for o in e.facts["objects"]] for e in examples if e.facts.get("objects")}
         result.hallucination = chair(predictions, references, boxes or None)
     found = result.hallucination
-    if not found.values["images"]:
-        result.hallucination = None
-        return
     result.metrics["hallucination"] = {
         **found.values,
         "intervals": {n: interval(s, settings.resamples, settings.seed) for n, s in found.statistics.items()},
@@ -101,9 +108,10 @@ def add_captions(result: Evaluation, settings, captions: dict[str, dict], meteor
             result.metrics["hallucination"][group] = part.values
 
 
-def add_similarity(result: Evaluation, settings, scores: Mapping[str, Sequence[float]]) -> None:
-    """Image-text similarity beside the other caption metrics."""
+def add_similarity(result: Evaluation, settings, scores: Mapping[str, Sequence[float]], encoder: str) -> None:
+    """Image-text similarity beside the other caption metrics, and whose it is: that of another does not compare."""
     found, values = result.caption_scores, result.metrics["captioning"]
+    values["similarity_encoder"] = encoder
     for name, per_image in scores.items():
         statistic = mean_statistic(per_image)
         found.corpus[name] = values[name] = statistic.value
@@ -187,8 +195,6 @@ def add_routing(result: Evaluation) -> None:
     routed = {key: record["router"] for key, record in result.records.items() if "router" in record}
     if not routed:
         return
-    import numpy as np
-
     table = np.array(list(routed.values()))
     entropy = -(table * np.log(np.maximum(table, 1e-9))).sum(axis=1)
     result.metrics["routing"] = {
@@ -200,8 +206,28 @@ def add_routing(result: Evaluation) -> None:
     }
 
 
+def add_ranks(result: Evaluation, settings, ranks: Mapping[str, Mapping]) -> None:
+    """Intervals of recall over images: the captions of one are drawn together."""
+    result.ranks = dict(ranks)
+    statistics = recall_statistics(list(ranks.values()))
+    result.metrics["retrieval"]["intervals"] = {
+        name: interval(statistic, settings.resamples, settings.seed) for name, statistic in statistics.items()
+    }
+
+
+def recall_statistics(ranks: Sequence[Mapping]) -> dict[str, Statistic]:
+    """`image_to_text.R@1`, ... of the ranks of each image, as predictions.jsonl holds them."""
+    found = {}
+    for way, key in (("image_to_text", "image_to_text_rank"), ("text_to_image", "text_to_image_ranks")):
+        own = [row[key] if isinstance(row[key], list) else [row[key]] for row in ranks]
+        for k in RECALL_AT:
+            hits = [[sum(rank <= k for rank in some), len(some)] for some in own]
+            found[f"{way}.R@{k}"] = Statistic(np.array(hits, dtype=np.float64), lambda s: s[..., 0] / s[..., 1])
+    return found
+
+
 def prediction_rows(result: Evaluation, prompt: str | None) -> list[dict]:
-    """One object a caption or answer, in the order of the images."""
+    """One object a caption or answer, in the order of the images; POPE's questions behind them."""
     rows = []
     scores = result.caption_scores
     scored = set(scores.ids) if scores is not None else set()
@@ -220,7 +246,9 @@ def prediction_rows(result: Evaluation, prompt: str | None) -> list[dict]:
                 row |= {n: round(scores.per_image[n][example.id], 6) for n in PER_IMAGE if n in scores.per_image}
             if result.hallucination is not None and example.id in result.hallucination.per_image:
                 row |= result.hallucination.per_image[example.id]
-            rows.append(row)
+            rows.append(row | result.ranks.get(example.id, {}))
+        elif example.id in result.ranks:
+            rows.append({"id": example.id, "references": example.references, **result.ranks[example.id]})
         answered = {a["question"]: a for a in result.records.get(example.id, {}).get("answers", [])}
         for question in example.questions:
             if (example.id, question) in result.answers:
@@ -237,6 +265,10 @@ def prediction_rows(result: Evaluation, prompt: str | None) -> list[dict]:
                         "soft": answer["soft"],
                     }
                 )
+    for question, yes in zip(result.asked, result.said):
+        words = {"caption": "yes" if yes else "no", "references": ["yes" if question.answer else "no"]}
+        own = {"id": question.image, "prompt": question.text, **words}
+        rows.append(own | {"pope": question.strategy, "right": float(yes == question.answer)})
     return rows
 
 
@@ -257,6 +289,16 @@ def _safe_cell(value):
     if isinstance(value, str) and value[:1] in "=+-@\t\r" and value[:1]:
         return "'" + value
     return value
+
+
+def read_lines(path: Path) -> list:
+    """The values of a file of JSON lines. Captions may hold characters that `splitlines` takes for line ends."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def is_caption(row: Mapping) -> bool:
+    """Whether a line of predictions.jsonl is an image's caption: no answer, no question of POPE, no ranks alone."""
+    return not {"exact", "pope"} & row.keys() and ("caption" in row or "image_to_text_rank" not in row)
 
 
 def write_predictions(folder: Path, rows: Sequence[Mapping]) -> None:

@@ -38,6 +38,14 @@ def text_to_image_ranks(scores: Tensor, image_of_text: Tensor) -> Tensor:
     return (scores >= own).sum(0)  # the own image is among them
 
 
+def ranks_of_images(scores: Tensor, captions: Sequence[Sequence[str]]) -> list[dict]:
+    """`image_to_text_rank` and `text_to_image_ranks` (of each of its captions) of every image."""
+    image_of_text = torch.tensor([index for index, own in enumerate(captions) for _ in own])
+    to_text = image_to_text_ranks(scores, image_of_text).tolist()
+    to_image = text_to_image_ranks(scores, image_of_text).split([len(own) for own in captions])
+    return [{"image_to_text_rank": a, "text_to_image_ranks": b.tolist()} for a, b in zip(to_text, to_image)]
+
+
 def recall(ranks: Tensor) -> dict[str, float]:
     """`R@1`, `R@5`, `R@10` and `median_rank` of ranks."""
     found = {f"R@{k}": (ranks <= k).double().mean().item() for k in RECALL_AT}

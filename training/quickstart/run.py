@@ -75,7 +75,7 @@ def quickstart(settings: QuickstartSettings) -> None:
         run_command("align", model=untrained, cache=cache, out=start, tokenizer=words, seed=settings.seed)
     run_command("train", model=start, cache=cache, out=run, seed=settings.seed)
     export_model(run, model)
-    run_command("evaluate", model=model, dataset=scenes, out=out / "after")
+    run_command("evaluate", model=model, dataset=scenes, out=out / "after", before=out / "before", run=run)
     rows = read_rows(scenes)
     shown = pick_shown(rows)
     run_command("caption", model=model, images=[str(scenes / name) for name in shown[:3]])
