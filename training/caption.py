@@ -438,6 +438,9 @@ def train(settings: TrainSettings) -> int:
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not settings.likelihood_weight and not settings.reward_weight:
+        # the language model is out of the step, so DDP's forward is never called and gradients are not averaged
+        raise UserError(f"likelihood_weight 0 with words_weight alone trains on one process; there are {world}")
     run = RunFolder(settings.out, writes=int(os.environ.get("RANK", 0)) == 0)
     if done := run.finished():
         run.claim(settings)

@@ -39,7 +39,8 @@ def test_rewards_alone_train_and_are_logged(settings, monkeypatch):
         max_steps=60,
         eval_every=60,
         log_every=10,
-        learning_rate=1e-2,
+        llm_tuning="full",  # a random language model hardly listens to the bridge
+        learning_rate=3e-3,
         likelihood_weight=0.0,
         reward_weight=1.0,
         reward_temperature=1.0,
@@ -49,7 +50,7 @@ def test_rewards_alone_train_and_are_logged(settings, monkeypatch):
     monkeypatch.setattr("blipren.training.self_critical.ENDED_ONLY", False)  # a random model hardly ever ends
     assert train(run) == 0
     rewards = [event["reward"] for event in events(Path(run.out), "train")]
-    assert len(rewards) == 7 and all(0 < reward < 1 for reward in rewards)
+    assert len(rewards) == 7 and sum(rewards[-2:]) > 1.2 * sum(rewards[:2])
 
 
 def test_reward_and_likelihood_together_and_padded_rows(settings, tmp_path):
