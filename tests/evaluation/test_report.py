@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from blipren.training.evaluation.evaluate import evaluate
+from blipren.training.evaluation.metrics import NO_JAVA
 from blipren.training.evaluation.pictures import map_bytes, overlay, photo_address
 from blipren.training.evaluation.report import headline_tiles, render_page, training_curves
 from blipren.training.settings import EvaluateSettings
@@ -180,6 +181,7 @@ def test_page_without_a_model(colours, tmp_path):
 
 def test_tiles_carry_what_was_before():
     captioning = {"CIDEr": 1.0, "BLEU-4": 0.2, "ROUGE-L": 0.5, "METEOR": None, "unique_captions": 1.0, "length": 9.0}
+    captioning["notes"] = [NO_JAVA]
     captioning["intervals"] = {"CIDEr": (0.9, 1.1), "length": (8.0, 10.0)}
     tiles = headline_tiles({"captioning": captioning, "before": {"captioning": {"CIDEr": 0.1}}})
     assert tiles[0] == {
@@ -191,7 +193,7 @@ def test_tiles_carry_what_was_before():
         "high": 1.1,
         "before": 0.1,
     }
-    assert "no Java" in tiles[3]["note"]
+    assert tiles[3]["note"] == NO_JAVA
 
 
 def test_curves_of_no_run(tmp_path):

@@ -14,7 +14,7 @@ function headline() {
     tile.note ? make("div", { class: "range" }, tile.note) : null,
     tile.before === undefined ? null : make("div", { class: "was" }, `before: ${fixed(tile.before)}`)));
   section("numbers", "Numbers", make("div", { class: "tiles" }, tiles),
-    data.notes.length ? make("p", { class: "soft small" }, data.notes.join(" ")) : null);
+    data.notes.length ? make("p", { class: "soft small" }, data.notes.map((note) => note.replace(/\.?$/, ".")).join(" ")) : null);
 }
 
 function imageUse() {

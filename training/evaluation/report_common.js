@@ -118,11 +118,6 @@ function curve(title, lines, chosen) {
     draw("text", { x: L - 6, y: py(y) + 4, "text-anchor": "end" }, short(y));
     draw("text", { x: px(x), y: H - 8, "text-anchor": share === 0 ? "start" : share === 1 ? "end" : "middle" }, short(x));
   }
-  if (chosen !== null && chosen !== undefined && chosen >= x0 && chosen <= x1) {
-    draw("line", { x1: px(chosen), x2: px(chosen), y1: T, y2: H - B, stroke: "currentColor", "stroke-dasharray": "4 4" });
-    const right = px(chosen) > W / 2; // beside the line, on the side with room
-    draw("text", { x: px(chosen) + (right ? -5 : 5), y: T + 10, "text-anchor": right ? "end" : "start" }, "chosen: step " + short(chosen));
-  }
   lines.forEach((line, i) => {
     draw("polyline", { points: line.points.map((p) => px(p[0]).toFixed(1) + "," + py(p[1]).toFixed(1)).join(" "),
       fill: "none", stroke: LINES[i % LINES.length], "stroke-width": 2, "stroke-linejoin": "round" });
@@ -130,6 +125,11 @@ function curve(title, lines, chosen) {
       for (const p of line.points) draw("circle", { cx: px(p[0]), cy: py(p[1]), r: 2.5, fill: LINES[i % LINES.length] });
     }
   });
+  if (chosen !== null && chosen !== undefined && chosen >= x0 && chosen <= x1) {
+    draw("line", { x1: px(chosen), x2: px(chosen), y1: T, y2: H - B, stroke: "currentColor", "stroke-dasharray": "4 4" });
+    const right = px(chosen) > W / 2; // beside the line, on the side with room
+    draw("text", { x: px(chosen) + (right ? -5 : 5), y: T + 10, "text-anchor": right ? "end" : "start" }, "chosen: step " + short(chosen));
+  }
   return make("div", { class: "card" }, make("h3", {}, title), svg,
     make("div", {}, lines.map((line, i) => make("span", { class: "key" },
       make("i", { style: { background: LINES[i % LINES.length] } }), line.name))));
