@@ -1,6 +1,8 @@
-"""The one resize: a photo's pixels as Pillow gives them within 1 of 255, at a quarter of the time."""
+"""The one resize: a photo's pixels as Pillow gives them within 1 of 255, at a quarter of the time. And which images
+given as strings are taken."""
 
 import inspect
+import os
 
 import numpy as np
 import torch
@@ -75,4 +77,23 @@ def with_fast_resize(image_processor):
     return image_processor
 
 
-__all__ = ["BliprenFastResize", "with_fast_resize"]
+def refuse_strange_images(images) -> None:
+    """Where strangers ask (`BLIPREN_IMAGES=data` in the environment of a server), an image that is a string must be the
+    picture itself, a `data:` address: not a path of this machine, not an address that it would fetch from inside.
+
+    Raises:
+        ValueError: naming the string.
+    """
+    if os.environ.get("BLIPREN_IMAGES", "any") == "any":
+        return
+    for image in images if isinstance(images, (list, tuple)) else [images]:
+        if isinstance(image, (list, tuple)):
+            refuse_strange_images(image)
+        elif isinstance(image, (str, os.PathLike)) and not str(image).startswith("data:image/"):
+            raise ValueError(
+                f"image {str(image)[:80]!r} is refused: this server takes pictures inside the request alone, as "
+                "data:image/png;base64,... (BLIPREN_IMAGES=data)"
+            )
+
+
+__all__ = ["BliprenFastResize", "refuse_strange_images", "with_fast_resize"]

@@ -10,7 +10,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .configuration_blipren import AUTO_MAP, copy_code_files, split_revision
-from .image_blipren import with_fast_resize
+from .image_blipren import refuse_strange_images, with_fast_resize
 from .vision_blipren import load_vision_config, measure_vision
 
 IMAGE_TOKEN = "<image>"
@@ -319,6 +319,7 @@ class BliprenProcessor(ProcessorMixin):
         """Text without the placeholder gets the prompt layout of training; no text gets the caption prompt."""
         single = isinstance(text, str)
         if images is not None:
+            refuse_strange_images(images)
             nested = isinstance(images, (list, tuple)) and bool(images) and isinstance(images[0], (list, tuple))
             flat = isinstance(images, (list, tuple)) and not nested
             if text is None:

@@ -57,7 +57,7 @@ def test_transformers_serve_answers_an_image_chat(full, tmp_path):
 
     port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(full), "--trust-remote-code"]
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "BLIPREN_IMAGES": "data"}
     with open(tmp_path / "log", "w+") as log:
         server = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
@@ -77,7 +77,15 @@ def test_transformers_serve_answers_an_image_chat(full, tmp_path):
                 answer = request(f"http://127.0.0.1:{port}/v1/chat/completions", {**body, "stream": False})
             except urllib.error.HTTPError as error:
                 raise AssertionError(error.read().decode() + (tmp_path / "log").read_text()[-3000:]) from error
+            image.save(tmp_path / "secret.png")
+            asked_for = [str(tmp_path / "secret.png"), f"http://127.0.0.1:{port}/health", "file:///etc/passwd"]
+            for url in asked_for:
+                content[0]["image_url"]["url"] = url
+                with pytest.raises(urllib.error.HTTPError):
+                    request(f"http://127.0.0.1:{port}/v1/chat/completions", {**body, "stream": False})
         finally:
             server.terminate()
             server.wait(30)
     assert answer["choices"][0]["message"]["content"].strip() == expected.strip()
+    log = (tmp_path / "log").read_text()
+    assert all(f"image '{url[:80]}' is refused" in log for url in asked_for)
