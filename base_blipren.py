@@ -211,8 +211,14 @@ class BliprenPreTrainedModel(PreTrainedModel):
         return ("model.vision_tower.", "model.language_model.", "lm_head.")
 
     def _save(self, save_directory, checkpoint_type: str, state_dict: dict | None, **kwargs) -> None:
+        with_adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if with_adapter and checkpoint_type == "full" and getattr(self, "hf_quantizer", None) is not None:
+            raise ValueError(
+                "a quantised model with an adapter has no full checkpoint: use save_bridge, which loads with or without "
+                "quantisation, and `blipren convert` for a full one"
+            )
         self._write_code_and_maps(save_directory)
-        if getattr(self, "_hf_peft_config_loaded", False):
+        if with_adapter:
             # plain save_pretrained would write the adapter alone and lose the bridge
             super().save_pretrained(Path(save_directory) / "adapter")
             state_dict = state_dict if state_dict is not None else self.state_dict()
@@ -222,6 +228,15 @@ class BliprenPreTrainedModel(PreTrainedModel):
                 self._save(save_directory, checkpoint_type, state_dict, **kwargs)
             finally:
                 self._hf_peft_config_loaded = True
+            return
+        if checkpoint_type == "bridge" and getattr(self, "hf_quantizer", None) is not None:
+            # what a bridge holds is not quantised; transformers would write the quantised rest instead
+            quantizer, self.hf_quantizer = self.hf_quantizer, None
+            quantization_config = self.config.__dict__.pop("quantization_config")
+            try:
+                self._save(save_directory, checkpoint_type, state_dict, **kwargs)
+            finally:
+                self.hf_quantizer, self.config.quantization_config = quantizer, quantization_config
             return
         for name in self.config.sub_configs:  # loading notes a dtype in every part: saving does so too
             if getattr(self.config, name).dtype is None:
@@ -234,12 +249,19 @@ class BliprenPreTrainedModel(PreTrainedModel):
 
     def load_adapter(self, *args, **kwargs):
         """As in transformers, which leaves the adapter's renaming of weights on the model: the next save would apply it
-        to everything."""
+        to everything; and which puts adapters of offloaded layers where nothing fetches them: they stay in memory."""
         conversions = getattr(self, "_weight_conversions", None)
+        placed = getattr(self, "hf_device_map", None)
+        if placed is not None:
+            # offloaded layers compute on the first device that is neither, as accelerate has it
+            computing = next((where for where in placed.values() if where not in ("cpu", "disk")), "cpu")
+            self.hf_device_map = {n: computing if where in ("cpu", "disk") else where for n, where in placed.items()}
         try:
             return super().load_adapter(*args, **kwargs)
         finally:
             self._weight_conversions = conversions
+            if placed is not None:
+                self.hf_device_map = placed
 
     # ---- loading --------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
+# goes up when an older version of this code would read a checkpoint wrongly instead of failing
+FORMAT = 1
 AUTO_MAP = {
     "AutoConfig": "configuration_blipren.BliprenConfig",
     "AutoModel": "modeling_blipren.BliprenForConditionalGeneration",
@@ -191,6 +193,7 @@ class BliprenConfig(PreTrainedConfig):
         base_models (`dict`, *optional*): where the frozen parts came from: `{"vision": {"id", "revision", "sha256"},
             "llm": {...}}`.
         checkpoint_type (`str`, defaults to `"full"`): `"full"`, or `"bridge"` when a folder holds only what was trained.
+        format_version (`int`): of the checkpoint; one that is newer than this code is refused.
     """
 
     model_type = "blipren"
@@ -224,8 +227,14 @@ class BliprenConfig(PreTrainedConfig):
         qformer_reads_prompt: bool = False,
         base_models: dict | None = None,
         checkpoint_type: str = "full",
+        format_version: int = FORMAT,
         **kwargs,
     ):
+        if format_version > FORMAT:
+            raise ValueError(
+                f"the checkpoint has format {format_version}, made by a later BLIPren; this one reads up to {FORMAT}: "
+                "update the package blipren, or load the checkpoint without it, with trust_remote_code=True"
+            )
         for name, value, allowed in (
             ("itc_pooling", itc_pooling, ("max", "mean")),
             ("connector", connector, ("qformer", "patches")),
@@ -272,6 +281,7 @@ class BliprenConfig(PreTrainedConfig):
         self.qformer_reads_prompt = qformer_reads_prompt
         self.base_models = base_models
         self.checkpoint_type = checkpoint_type
+        self.format_version = format_version
         # the head is tied exactly where the language model's own is
         kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)

@@ -10,6 +10,7 @@ import torch
 from fake_cache import lay_out_cache
 from fresh import fresh_result, run_fresh
 from tiny import TINY_QFORMER, picture, tiny_llm_config, write_llm, write_model, write_vision
+from transformers.utils import is_flash_attn_2_available
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.publish import push
@@ -227,13 +228,20 @@ def test_bridge_over_hub_bases_in_a_fresh_process(bases, photo, tmp_path):
     sizes = {kind: (tmp_path / kind / "model.safetensors").stat().st_size for kind in ("bridge", "full")}
     assert sizes["bridge"] < 0.6 * sizes["full"]
     # the same id moves on to other weights: the pinned commit does not
-    lay_out_cache(home, "org/llm", write_llm(tmp_path / "other-llm", seed=9))
+    moved = lay_out_cache(home, "org/llm", write_llm(tmp_path / "other-llm", seed=9))
     (tmp_path / "photo.jpg").write_bytes(photo.read_bytes())
     code = f"WHERE, OPTIONS = 'bridge', {{}}{LOAD}result = answer(load(AutoModelForImageTextToText))\n"
     got = fresh_result(code, tmp_path, {"HF_HOME": str(home)})
     expected = answer(tmp_path / "full", photo)
     assert got["tokens"] == expected["tokens"]
     assert got["logits"] == pytest.approx(expected["logits"], abs=1e-6)
+    # a bridge over another revision: one that holds other weights, one that is not there
+    for revision, message in ((moved, "weights there are other ones"), ("f" * 40, "f, which is not there")):
+        raw = json.loads((tmp_path / "bridge" / "config.json").read_text())
+        raw["base_models"]["llm"]["revision"] = revision
+        (tmp_path / "bridge" / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(ValueError, match=message):
+            BliprenForConditionalGeneration.from_pretrained(tmp_path / "bridge", **cache)
 
 
 def test_options_of_from_pretrained(full, photo):
@@ -245,12 +253,42 @@ def test_options_of_from_pretrained(full, photo):
     assert model.model.projector.fc1.weight.dtype == torch.float32
     for options in ({"device_map": "auto"}, {"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": True}):
         assert answer(full, photo, **options)["logits"] == pytest.approx(expected["logits"], abs=1e-6), options
-    for attention in ("eager", "sdpa"):
+    for attention in ("eager", "sdpa", "flex_attention"):
         found = answer(full, photo, attn_implementation=attention)
         assert found["logits"] == pytest.approx(expected["logits"], abs=1e-4), attention
         model = BliprenForConditionalGeneration.from_pretrained(full, attn_implementation=attention)
         assert model.model.language_model.config._attn_implementation == attention
         assert model.model.vision_tower.config._attn_implementation == attention
+    if not is_flash_attn_2_available():
+        with pytest.raises(ImportError, match="FlashAttention2"):
+            BliprenForConditionalGeneration.from_pretrained(full, attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("kind", ["full", "bridge"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "lora"])
+def test_offloaded_to_disk_the_logits_are_the_same(full, photo, tmp_path, kind, adapter):
+    """With LoRA too: adapters of offloaded layers stay in memory, where nothing fetches them from disk."""
+    from peft import LoraConfig
+
+    model = BliprenForConditionalGeneration.from_pretrained(full)
+    if adapter:
+        model.add_adapter(LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|v_proj)"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder) if kind == "full" else model.save_bridge(folder)
+    BliprenProcessor.from_pretrained(full).save_pretrained(folder)
+    expected = answer(folder, photo)
+    assert (expected["logits"] == pytest.approx(answer(full, photo)["logits"], abs=1e-3)) is not adapter
+    parts = {"model.vision_tower": "disk", "model.qformer": "cpu", "model.projector": "cpu", "lm_head": "cpu"}
+    for options in (
+        {"device_map": parts | {"model.language_model": "disk"}},
+        {"device_map": "auto", "max_memory": {"cpu": 60_000}},
+    ):
+        found = answer(folder, photo, offload_folder=tmp_path / "offload", **options)
+        assert found["tokens"] == expected["tokens"]
+        assert found["logits"] == pytest.approx(expected["logits"], abs=1e-6), options
 
 
 def test_weights_that_are_missing_or_too_many_are_named(full, tmp_path):
@@ -318,6 +356,8 @@ def test_what_is_no_checkpoint_is_said_in_one_line(full, bases, photo, tmp_path)
     edit(tampered, base_models=lambda b: b | {"llm": b["llm"] | {"id": str(llm)}})
     future = copy("future")
     edit(future, projector="hologram")
+    later = copy("later")
+    edit(later, format_version=2)
     empty = tmp_path / "empty"
     empty.mkdir()
     cases = {
@@ -328,6 +368,7 @@ def test_what_is_no_checkpoint_is_said_in_one_line(full, bases, photo, tmp_path)
         tampered: "weights there are other ones",
         no_base: "which is not there",
         future: "projector is 'hologram'",
+        later: "has format 2, made by a later BLIPren",
         empty: "config.json",
         bases[1]: "not a BLIPren|BliprenForConditionalGeneration|Unrecognized|model_type",
     }
