@@ -48,7 +48,7 @@ def build_card(repo: str, sources: CardSources) -> dict[str, bytes]:
         raise UserError(f"{sources.evaluation} has no metrics.json: it is no folder of `blipren evaluate`")
     files: dict[str, bytes] = {}
     curves = _picture(files, sources, sources.run, ("curves.png",), "pictures/curves.png")
-    samples = _picture(files, sources, sources.evaluation, ("grid.png", "samples.png"), "pictures/samples.png")
+    samples = _picture(files, sources, sources.evaluation, ("samples.png",), "pictures/samples.png")
     parts = _parts(config, sources)
     license_name, license_text = _license(parts, sources)
     dataset = _dataset(metrics)
@@ -62,7 +62,7 @@ def build_card(repo: str, sources: CardSources) -> dict[str, bytes]:
         language="en",
         tags=["blipren", "vision-language", "image-captioning", "q-former", "custom_code"],
         base_model=[p["id"] for p in parts if p.get("id")] or None,
-        datasets=[dataset] if dataset and not is_local(dataset) else None,
+        datasets=[dataset] if _on_hub(metrics) else None,
         metrics=sorted({row["type"] for row in results}) or None,
         model_name=repo.split("/")[-1],
         eval_results=[_eval_result(row, dataset) for row in results] or None,
@@ -89,7 +89,8 @@ def build_card(repo: str, sources: CardSources) -> dict[str, bytes]:
     content = re.sub(r"\n{3,}", "\n\n", str(card))
     check_card(content)
     files["README.md"] = content.encode()
-    files.update(_eval_result_files(results, dataset))
+    if _on_hub(metrics) and "/" in dataset:
+        files.update(_eval_result_files(results, dataset))
     return files
 
 
@@ -190,10 +191,14 @@ def _summary(config: dict, parts: list[dict]) -> str:
 
 
 def _dataset(metrics: dict) -> str | None:
-    name = metrics.get("dataset") or (metrics.get("counts") or {}).get("dataset")
-    if not isinstance(name, str):
-        return None
-    return Path(name).name if is_local(name) else name
+    """Name of the evaluated data; of a local folder only the last part."""
+    name = metrics.get("dataset")
+    return Path(name).name if name and is_local(name) else name
+
+
+def _on_hub(metrics: dict) -> bool:
+    """Whether that name is an id of the Hub."""
+    return bool(metrics.get("dataset")) and not is_local(metrics["dataset"])
 
 
 def _data(cache: dict, dataset: str | None) -> list[tuple[str, str]]:
@@ -269,10 +274,8 @@ def _eval_result(row: dict, dataset: str | None) -> EvalResult:
     )
 
 
-def _eval_result_files(results: list[dict], dataset: str | None) -> dict[str, bytes]:
+def _eval_result_files(results: list[dict], dataset: str) -> dict[str, bytes]:
     """`.eval_results/TASK.yaml` for results on a dataset of the Hub; only such datasets have an id there."""
-    if dataset is None or is_local(dataset) or "/" not in dataset:
-        return {}
     files = {}
     for task in dict.fromkeys(row["task"] for row in results):
         entries = [
@@ -308,12 +311,10 @@ def _limits(metrics: dict) -> list[str]:
         key = name.split(".")[-1].lower()
         if key.startswith(("hallucinat", "chair")):
             limits.append(f"Hallucination, measured on held-out images: `{name}` is {value:.3f}.")
-    bias = metrics.get("bias") or {}
-    limits += [f"Bias, measured on held-out images: `{name}` is {value}." for name, value in sorted(bias.items())]
-    if not limits:
-        limits.append(
-            "Hallucination and bias were not measured for this checkpoint: expect both, and check what it says."
-        )
+    unmeasured = "Bias was" if limits else "Hallucination and bias were"
+    limits.append(f"{unmeasured} not measured for this checkpoint: expect it, and check what it says.")
+    if because := (metrics.get("image_use") or {}).get("because"):
+        limits.append(f"How much it looks at its image, measured: {because}")
     return limits + [
         "Captions follow the wording and the prejudices of the training captions and of the language model; people's "
         "gender, age and origin are guessed from looks and are often wrong.",
@@ -333,12 +334,11 @@ def _cost(sources: CardSources) -> str:
             if seconds >= 3600
             else f"Training took {seconds / 60:.1f} minutes."
         )
-    device = environment.get("device") or environment.get("gpu") or environment.get("cpu")
-    if isinstance(device, str):
-        sentences.append(f"Hardware: {device}.")
-    energy = environment.get("energy_kwh")
-    if isinstance(energy, (int, float)):
-        sentences.append(f"Energy, as measured: {energy:.3f} kWh.")
+    if gpus := environment.get("gpus"):
+        sentences.append(f"Hardware: {len(gpus)} x {gpus[0]}.")
+    elif "threads" in environment:
+        sentences.append(f"Hardware: CPU, {environment['threads']} threads.")
+    sentences.append("Energy was not measured." if sentences else "")
     return " ".join(sentences)
 
 

@@ -175,11 +175,9 @@ def log_summary(run: Path | None) -> dict:
         except json.JSONDecodeError as error:
             raise UserError(f"line {number} of {path} is not JSON: {error}") from error
         summary["steps"] = max(summary.get("steps", 0), row.get("step", 0))
-        for key in ("eval_loss", "validation_loss"):
-            if row.get(key) is not None and row[key] < summary.get("validation_loss", float("inf")):
-                summary["validation_loss"] = row[key]
-                summary["best_step"] = row.get("step")
-        for key in ("train_runtime", "seconds"):
-            if row.get(key) is not None:
-                summary["seconds"] = max(summary.get("seconds", 0), row[key])
+        if row.get("kind") == "validation" and row.get("loss", float("inf")) < summary.get(
+            "validation_loss", float("inf")
+        ):
+            summary |= {"validation_loss": row["loss"], "best_step": row["step"]}
+        summary["seconds"] = max(summary.get("seconds", 0), row.get("seconds", 0))
     return summary

@@ -74,6 +74,7 @@ class CaptionTrainer(SafeTrainer):
         super().__init__(eval_dataset=validation, **keywords)
         self.critic, self.words = critic, words
         self.settings, self.processor, self.validation, self.samples = settings, processor, validation, samples
+        self.seconds: float | None = None  # in steps, of the whole run
         self.window = Window()
         self.drawn = time.perf_counter()
         self.flops_per_token: float | None = None
@@ -179,6 +180,9 @@ class CaptionTrainer(SafeTrainer):
         rewards = self.window.rewards
         counts = self.window.drain(self.accelerator)
         seconds, step = self.clock.elapsed(), self.state.global_step
+        if self.seconds is None:  # those of the run that this one goes on from
+            self.seconds = max((event.get("seconds", 0.0) for event in self.run_folder.events()), default=0.0)
+        self.seconds += seconds
         steps = step - self.window.first_step
         self.clock.reset()
         values = {
@@ -190,6 +194,7 @@ class CaptionTrainer(SafeTrainer):
             "tokens_per_second": counts["tokens"] / seconds,
             "images_per_second": counts["images"] / seconds,
             "useful_tokens": counts["tokens"] / counts["positions"],
+            "seconds": round(self.seconds, 2),
             **({"reward": sum(rewards) / len(rewards)} if rewards else {}),
             **{f"expert_{i}": share for i, share in enumerate(counts["experts"])},
         }

@@ -59,9 +59,14 @@ def write_checkpoint(
 def write_run(folder: Path) -> Path:
     """Adds what a run leaves beside its checkpoint, among it everything that must not be published."""
     (folder / "settings.yaml").write_text("learning_rate: 0.0001\nbatch_size: 32\nllm_tuning: frozen\nseed: 7\n")
-    rows = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.5, "eval_loss": 2.4}, {"step": 30, "eval_loss": 2.6}]
+    rows = [
+        {"kind": "train", "step": 10, "loss": 3.0, "seconds": 60.0},
+        {"kind": "validation", "step": 20, "loss": 2.4},
+        {"kind": "train", "step": 30, "loss": 2.5, "seconds": 180.0},
+        {"kind": "validation", "step": 30, "loss": 2.6},
+    ]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "environment.json").write_text(json.dumps({"device": "CPU, 2 cores"}))
+    (folder / "environment.json").write_text(json.dumps({"gpus": [], "threads": 2}))
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(folder / "curves.png")
     (folder / "training_args.bin").write_bytes(b"\x80\x04pickle")
     state = folder / "checkpoints" / "checkpoint-30"
@@ -83,5 +88,5 @@ def write_evaluation(folder: Path, dataset: str = "org/photos") -> Path:
     }
     metrics = {"dataset": dataset, "counts": {"images": 500}, "captioning": captioning, "vqa": {"accuracy": 0.5}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    Image.fromarray(np.full((20, 30, 3), 99, np.uint8)).save(folder / "grid.png")
+    Image.fromarray(np.full((20, 30, 3), 99, np.uint8)).save(folder / "samples.png")
     return folder

@@ -1,6 +1,7 @@
 """The model card: made of what was measured, valid by the Hub's own classes, nothing left to fill in."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -42,7 +43,7 @@ def test_the_card_says_what_the_run_left(sources):
         "| rejected | 3 |",
         "`captioning.hallucinated_objects` is 0.125",
         "num_beams 3",
-        "Hardware: CPU, 2 cores.",
+        "Training took 3.0 minutes. Hardware: CPU, 2 threads. Energy was not measured.",
         "![Training and validation loss](pictures/curves.png)",
         "![Held-out images with their captions](pictures/samples.png)",
         "| connector | this training run | 65.5K | trained | apache-2.0 |",
@@ -92,6 +93,7 @@ def test_no_local_name_gets_into_the_card(tmp_path):
     assert ModelCard(text).data.base_model == ["org/llm"]
     assert "| vision encoder | `vision`, a local folder | 32.8K | frozen | mit |" in text
     assert ModelCard(text).data.eval_results[0].dataset_name == "photos"
+    assert ModelCard(text).data.datasets is None
     assert not [name for name in files if name.startswith(".eval_results")]
     assert private(f"{tmp_path}/cache=2,org/photos") == "cache=2,org/photos"
 
@@ -124,3 +126,54 @@ def test_pictures_stay_at_home_when_told_so(sources):
     files = build_card("user/thing", dataclasses.replace(sources, pictures=False))
     assert not [name for name in files if name.startswith("pictures/")]
     assert "pictures/" not in files["README.md"].decode()
+
+
+def test_the_card_of_a_real_run(tmp_path, monkeypatch):
+    """new, embed, train and evaluate on two dozen pictures: everything that the card can say, it finds where they put it."""
+    from tiny import TINY_QFORMER, picture, write_llm, write_vision
+
+    from blipren.training.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rows = []
+    for number in range(24):
+        picture(number).save(photos / f"{number}.png")
+        split = "train" if number < 16 else "validation" if number < 20 else "test"
+        captions = [f"a red ball number {number}", "two dogs run on a beach"]
+        rows.append({"file_name": f"{number}.png", "captions": captions, "split": split})
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_vision(tmp_path / "vision")
+    write_llm(tmp_path / "llm")
+    for part, license_name in (("vision", "apache-2.0"), ("llm", "gemma")):
+        (tmp_path / part / "README.md").write_text(f"---\nlicense: {license_name}\n---\n")
+    small = ["--qformer", json.dumps(TINY_QFORMER)]
+    commands = (
+        ["new", "model", "--vision", "vision", "--llm", "llm", "--queries", "4", *small],
+        ["embed", "model", "photos", "cache", "--caption-columns", "captions"],
+        ["train", "model", "cache", "run", "--max-steps", "4", "--batch-size", "4", "--device", "cpu"],
+        ["evaluate", "run", "photos", "evaluation", "--max-new-tokens", "8", "--resamples", "50"],
+    )
+    for command in commands:
+        assert main(command) == 0, command
+    run = tmp_path / "run"
+    files = build_card("user/thing", CardSources(run, run, tmp_path / "evaluation", tmp_path / "cache"))
+    text = files["README.md"].decode()
+    card = ModelCard(text).data
+    assert card.license == "gemma" and "The strictest licence among the parts is **gemma** (language model)." in text
+    names = {result.metric_name for result in card.eval_results}
+    assert {"CIDEr", "BLEU-4", "ROUGE-L"} <= names and all(r.metric_args for r in card.eval_results)
+    for pattern in (
+        r"\| train \| 16 \|",
+        r"\| rejected \| 0 \|",
+        r"\| optimizer updates \| 4 \|",
+        r"\| best validation loss \| [\d.]+ at update 4 \|",
+        r"Training took [\d.]+ minutes\. Hardware: ",
+        r"How much it looks at its image, measured: ",
+        r"!\[Held-out images with their captions\]\(pictures/samples.png\)",
+        r"!\[Training and validation loss\]\(pictures/curves.png\)",
+    ):
+        assert re.search(pattern, text), (pattern, text)
+    assert str(tmp_path) not in text
+    assert {"pictures/samples.png", "pictures/curves.png"} <= set(files)

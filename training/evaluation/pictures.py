@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,3 +43,21 @@ def overlay(photo: Image.Image, values: torch.Tensor, strength: float = 0.6) -> 
     scaled = (values - values.min()) / spread if spread > 1e-9 else torch.zeros_like(values)
     heat = Image.fromarray((colormaps["inferno"](scaled.numpy())[..., :3] * 255).astype(np.uint8))
     return Image.blend(photo.convert("RGB"), heat.resize(photo.size, Image.Resampling.BICUBIC), strength)
+
+
+def sample_grid(path: Path, photos: Sequence[Image.Image], captions: Sequence[str]) -> None:
+    """Photos with their captions beneath, four in a row, as one PNG: what a model card shows."""
+    from matplotlib.figure import Figure
+
+    lines = -(-len(photos) // 4)
+    figure = Figure(figsize=(12, 3.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, 4, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, photo, caption in zip(axes.flat, photos, captions):
+        small = photo.convert("RGB")
+        small.thumbnail((320, 320), Image.Resampling.LANCZOS)
+        axis.imshow(small)
+        words = "\n".join(textwrap.wrap(caption or "(empty)", 36)[:3])
+        axis.set_title(words.replace("$", r"\$"), fontsize=9, y=-0.02, va="top")
+    figure.savefig(path, format="png", dpi=90)

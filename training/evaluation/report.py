@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import html
 import json
@@ -15,7 +16,7 @@ import torch
 from blipren.training.data.images import ImageError
 from blipren.training.evaluation.attention import Explained, explain, query_statistics
 from blipren.training.evaluation.hallucination import COCO_WORDS, singular
-from blipren.training.evaluation.pictures import map_bytes, photo_address
+from blipren.training.evaluation.pictures import map_bytes, photo_address, sample_grid
 from blipren.training.evaluation.results import PER_IMAGE, SIMILARITIES, Evaluation, write_whole
 
 HERE = Path(__file__).parent
@@ -344,16 +345,30 @@ def embedded_data(page: Path) -> dict:
     return json.loads(found.group(1)) if found else {}
 
 
+def write_samples(path: Path, result: Evaluation, count: int = 12) -> None:
+    """A few captioned photos, spread evenly over the split whatever the scores; none where no photo is here."""
+    captioned = [example for example in result.examples if example.id in result.captions]
+    photos, captions = [], []
+    count = min(count, len(captioned))
+    for example in (captioned[k * len(captioned) // count] for k in range(count)):
+        with contextlib.suppress(ImageError):  # captions that were given may belong to photos that are not here
+            photos.append(example.load())
+            captions.append(result.captions[example.id]["text"])
+    if photos:
+        sample_grid(path, photos, captions)
+
+
 def write_report(
     out: Path, result: Evaluation, settings, model=None, processor=None, before=None, similarities=None
 ) -> Path:
-    """Writes report.html into the evaluation folder."""
+    """Writes report.html into the evaluation folder, and samples.png for the model card."""
     data = report_data(result, settings, model, processor, before, similarities)
     title = f"What {Path(settings.model).name} sees and says"
     if settings.predictions is not None:
         title = f"Captions of {Path(settings.predictions).name}"
     counts = result.metrics["counts"]
     subtitle = f"{counts['images']:,} images of split {counts['split']!r} of {settings.dataset}"
+    write_samples(out / "samples.png", result)
     path = out / "report.html"
     write_whole(path, render_page(data, "report.js", title, subtitle))
     return path
