@@ -99,6 +99,14 @@ def write_captions(scene: Scene, rng: random.Random, count: int = CAPTIONS_PER_S
     return first_two
 
 
+def full_caption(scene: Scene) -> str | None:
+    """Every object with size, colour, shape and place; None where objects are alike, so that a place fits several."""
+    groups = scene.groups()
+    if any(len(group) > 1 for group in groups):
+        return None
+    return _list([f"{_name(group, sizes=True)} {place(group[0])}" for group in groups])
+
+
 def _is_unique(scene: Scene, **attributes: str) -> bool:
     return sum(all(getattr(o, k) == v for k, v in attributes.items()) for o in scene.objects) == 1
 
