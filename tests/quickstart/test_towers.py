@@ -52,7 +52,6 @@ def test_language_model_reads_notes():
         ([" large red circle top left", " nothing", " small blue square right"], "What is the blue shape?", "square"),
         ([" large red circle top left", " nothing", " small blue square right"], "How many shapes are there?", "two"),
         ([" nothing left", " large red star top left", " nothing"], "What color is the star?", "red"),
-        ([" large", " red", " star", " top", " left", ";"], "What is the red shape?", "star"),
     ):
         words = [tokenizer.encode(note) for note in notes] + [[token] for token in tokenizer.encode(prompt)]
         ids = torch.full((1, len(words), train_towers.MOST_WORDS), -1)
@@ -112,7 +111,8 @@ def test_patch_targets_tell_what_stands_where():
         o.column + 1,
         1,
     ]
-    assert not targets[0 if o.row else -1, 0 if o.column else -1].any()  # the corner far away is ground
+    row, column = (0 if o.row else side - 1), (0 if o.column else side - 1)  # the corner far away is ground
+    assert targets[row, column].tolist() == [0, 0, 0, 1 if o.row else 3, 1 if o.column else 3, 0]
 
 
 def test_training_of_the_towers_runs(tmp_path):

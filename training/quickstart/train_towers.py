@@ -1,9 +1,12 @@
 """Train the two small towers that `blipren quickstart` joins. Their weights are committed beside this file.
 
-    python -m blipren.training.quickstart.train_towers --part all --out training/quickstart/towers --seed 0
+    python -m blipren.training.quickstart.train_towers --part all --out first --seed 0
+    python -m blipren.training.quickstart.train_towers --part llm --start first/llm --out training/quickstart/towers \
+        --seed 1 --llm-steps 2500
+    cp -r first/vision training/quickstart/towers/
 
-writes `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, about half an hour on one
-core. Neither tower ever sees a held-out combination of colour and shape (see `scenes.py`): the image tower is trained
+write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in some 40 minutes on one core:
+first notes in the order in which a caption names their objects, then notes in any order. Neither tower ever sees a held-out combination of colour and shape (see `scenes.py`): the image tower is trained
 on scenes of the group "seen" alone, the language model on text about such scenes and never on an image.
 
 - Image tower: one linear head on every patch tells colour, shape, size and place of the object there.
@@ -66,7 +69,7 @@ CAPTION_PROMPTS = ("Short caption:", "Short caption:", "Short caption:", "Captio
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 
 # Texts about colours and shapes that no scene has: the model learns that any colour goes with any shape.
-MOST_WORDS = 6  # of one position of the notes
+MOST_WORDS = 5  # of one position of the notes
 EMPTY_CELLS = [Cell(row, column) for row in range(3) for column in range(3)]
 MORE_COLOURS = tuple(
     "pink brown gray cyan golden silver beige teal maroon navy olive violet indigo crimson ivory bronze".split()
@@ -75,41 +78,23 @@ MORE_SHAPES = tuple("heart ring arrow hexagon moon cube cone leaf cloud bell key
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer and text
-def write_notes(scene: Scene, rng: random.Random) -> list[str]:
+def write_notes(scene: Scene, rng: random.Random, shuffled: float) -> list[str]:
     """What is in a scene, as positions in front of the prompt. The embeddings of a position's words are added up.
 
-    In words: " large", " red", " circle", " top", " left", ";", ... In sums, as soft tokens will be that stand for an
-    object or a region: " large red circle top left", " nothing bottom", ...; an object may be told twice or in two parts
-    that share its place.
+    The words of an object are one position, " large red circle top left", as a soft token stands for an object or a
+    region: mostly in reading order, sometimes told twice, with positions between that tell of nothing, " nothing bottom".
     """
     objects = list(scene.objects)
-    if rng.random() < 0.15:
+    if rng.random() < shuffled:
         rng.shuffle(objects)
-    if rng.random() < 0.3:
-        order = ["size", "colour", "shape", "place"]
-        if rng.random() < 0.25:
-            rng.shuffle(order)
-        mark = rng.choice((";", ".", ","))
-        notes = []
-        for o in objects:
-            words = {"size": o.size, "colour": o.colour, "shape": o.shape, "place": place_answer(o)}
-            notes += [f" {w}" for k in order for w in words[k].split()] + [mark]
-        return notes
-    form = rng.choice(("once", "once", "repeated", "in parts"))
+    most = rng.choice((1, 1, 1, 2))
     notes = []
     for o in objects:
-        told = f" {o.size} {o.colour} {o.shape} {place_answer(o)}"
-        if form == "in parts":
-            notes += [f" {o.colour} {place_answer(o)}", f" {o.size} {o.shape} {place_answer(o)}"]
-        else:
-            notes += [told] * (rng.randint(1, 3) if form == "repeated" else 1)
+        notes += [f" {o.size} {o.colour} {o.shape} {place_answer(o)}"] * rng.randint(1, most)
     taken = {(o.row, o.column) for o in objects}
     free = [f" {place_answer(cell)}" for cell in EMPTY_CELLS if (cell.row, cell.column) not in taken]
-    for _ in range(rng.randrange(13)):
-        empty = rng.choice((" nothing", " nothing" + rng.choice(free), rng.choice(free)))
-        notes.insert(rng.randint(0, len(notes)), empty)
-    if rng.random() < 0.2:
-        rng.shuffle(notes)
+    for _ in range(rng.randrange(17 - len(notes))):
+        notes.insert(rng.randint(0, len(notes)), rng.choice((" nothing", " nothing" + rng.choice(free))))
     return notes
 
 
@@ -124,12 +109,13 @@ def rename(texts: list[str], scene: Scene, rng: random.Random) -> list[str]:
     return [re.sub(r"\ban? (?=(\w))", lambda m: "an " if m[1] in "aeiou" else "a ", t) for t in texts]
 
 
-def write_document(seed: int, index: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """One training text: notes on a scene, a position each, and prompts with answers about it."""
+def write_document(seed: int, index: int, shuffled: float = 0.1) -> tuple[list[str], list[tuple[str, str]]]:
+    """One training text: notes on a scene, a position each, and prompts with answers about it. `shuffled` is the share of
+    texts whose notes are in any order: queries find their own."""
     rng = random.Random(f"{seed}/text/{index}")
     scene = make_scene(seed, index)
-    notes = write_notes(scene, rng)
-    pairs = [(rng.choice(CAPTION_PROMPTS), " " + c) for c in write_captions(scene, rng)[:1]]
+    notes = write_notes(scene, rng, shuffled)
+    pairs = [(rng.choice(CAPTION_PROMPTS), " " + c) for c in write_captions(scene, rng)[:2]]
     if rng.random() < 0.05:
         return [], pairs[:1]  # without notes nothing but any scene can be told
     form = rng.choice(("{}", "Question: {} Answer:"))
@@ -170,7 +156,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def text_batch(tokenizer, seed: int, indices: range) -> dict[str, Tensor]:
+def text_batch(tokenizer, seed: int, indices: range, shuffled: float = 0.1) -> dict[str, Tensor]:
     """Documents as rows, all answers of one behind its notes: each sees the notes and itself, at its own positions.
 
     Returns:
@@ -180,7 +166,7 @@ def text_batch(tokenizer, seed: int, indices: range) -> dict[str, Tensor]:
     """
     documents = []
     for index in indices:
-        notes, pairs = write_document(seed, index)
+        notes, pairs = write_document(seed, index, shuffled)
         answers = [(tokenizer.encode(p), tokenizer.encode(a) + [tokenizer.eos_token_id]) for p, a in pairs]
         documents.append(([tokenizer.encode(note) for note in notes], answers))
     length = max(len(notes) + sum(len(p) + len(a) for p, a in answers) for notes, answers in documents)
@@ -193,8 +179,8 @@ def text_batch(tokenizer, seed: int, indices: range) -> dict[str, Tensor]:
         end = len(notes)
         for place, note in enumerate(notes):
             ids[row, place, : len(note)] = torch.tensor(note)
-        if any(len(note) > 1 for note in notes):  # a soft token is as long as its maker likes
-            scale[row, :end] = math.exp(random.Random(f"{seed}/scale/{indices[row]}").uniform(-0.7, 0.7))
+        # a soft token is as long as its maker likes
+        scale[row, :end] = math.exp(random.Random(f"{seed}/scale/{indices[row]}").uniform(-0.3, 0.3))
         positions[row, :end] = torch.arange(end)
         segments[row, :end] = 0
         for number, (prompt, answer) in enumerate(answers, start=1):
@@ -221,10 +207,11 @@ def embed_words(model: LlamaForCausalLM, input_ids: Tensor, scale: Tensor) -> Te
     return embeddings.sum(dim=2) * scale[..., None]
 
 
-def train_llm(out: Path, seed: int, steps: int, batch: int) -> None:
-    """Train tokenizer and Llama on text and write both."""
+def train_llm(out: Path, seed: int, steps: int, batch: int, start: Path | None = None) -> None:
+    """Train tokenizer and Llama on text and write both; from `start` go on with notes in any order, more gently."""
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(seed)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else train_tokenizer(seed)
+    shuffled, learning_rate = (0.7, 1e-3) if start else (0.1, 2e-3)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -234,17 +221,18 @@ def train_llm(out: Path, seed: int, steps: int, batch: int) -> None:
         num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
+        initializer_range=WIDTH**-0.5,  # at 0.02 " small" and " large" drift together before they are told apart
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    model.set_attn_implementation("eager")  # in bfloat16 on a CPU a third faster than SDPA at this size
+    model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else LlamaForCausalLM(config)
+    model.set_attn_implementation("sdpa")
     print(f"llm: {model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
-    optimizer, schedule = make_optimizer(model.parameters(), 2e-3, steps)
+    optimizer, schedule = make_optimizer(model.parameters(), learning_rate, steps)
     started = time.process_time()
     for step in range(steps):
-        texts = text_batch(tokenizer, seed, range(step * batch, (step + 1) * batch))
+        texts = text_batch(tokenizer, seed, range(step * batch, (step + 1) * batch), shuffled)
         labels = texts.pop("labels")[:, 1:]
         embeddings = embed_words(model, texts.pop("input_ids"), texts.pop("scale"))
         with torch.autocast("cpu", torch.bfloat16):
@@ -267,7 +255,7 @@ def random_shade(shape: str, rng: random.Random) -> tuple[int, int, int]:
     held_out = [COLOURS[c] for c, s in HELD_OUT_COMBINATIONS if s == shape]
     while True:
         rgb = tuple(rng.randrange(256) for _ in range(3))
-        if all(math.dist(rgb, other) > 120 for other in held_out):
+        if all(math.dist(rgb, other) > 80 for other in held_out):
             return rgb
 
 
@@ -292,16 +280,19 @@ def vision_scene(seed: int, index: int) -> Scene:
             objects += more
             taken |= {(o.row, o.column) for o in more}
     for k, o in enumerate(objects):
-        if rng.random() < 0.5:
+        if rng.random() < 0.65:
             objects[k] = dataclasses.replace(o, colour="unnamed", rgb=random_shade(o.shape, rng))
     return Scene(tuple(objects), scene.ground)
 
 
 def patch_targets(scenes: list[Scene]) -> Tensor:
     """What stands at each patch: [batch, patches, 6] indices of colour, shape, size, row, column (0 is nothing), and
-    how many objects of the scene share its colour and shape. -100 where the colour has no name."""
+    how many objects of the scene share its colour and shape. -100 where the colour has no name. The ground has a place
+    too, so that a query can look at an empty one."""
     centres = (np.arange(GRID) + 0.5) / GRID
     targets = np.zeros((len(scenes), GRID, GRID, 6), dtype=np.int64)
+    targets[..., 3] = (centres * 3).astype(int)[:, None] + 1
+    targets[..., 4] = (centres * 3).astype(int)[None, :] + 1
     for k, scene in enumerate(scenes):
         nearest = np.full((GRID, GRID), np.inf)
         for o in scene.objects:
@@ -401,14 +392,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for vision/ and llm/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--vision-steps", type=int, default=2500)
-    parser.add_argument("--llm-steps", type=int, default=4000)
+    parser.add_argument("--vision-steps", type=int, default=4000)
+    parser.add_argument("--llm-steps", type=int, default=4500)
+    parser.add_argument("--start", type=Path, help="language model to go on from, with notes in any order")
     args = parser.parse_args()
     print(json.dumps({k: str(v) for k, v in vars(args).items()}))
     if args.part in ("all", "vision"):
         train_vision(args.out / "vision", args.seed, args.vision_steps, args.batch)
     if args.part in ("all", "llm"):
-        train_llm(args.out / "llm", args.seed, args.llm_steps, args.batch // 2)
+        train_llm(args.out / "llm", args.seed, args.llm_steps, args.batch // 2, args.start)
 
 
 if __name__ == "__main__":
