@@ -36,6 +36,7 @@ from blipren.training.data.cache import FeatureCache
 from blipren.training.data.embed import cache_fingerprint, open_source, run_units
 from blipren.training.data.encoder import Encoder
 from blipren.training.data.prepare import PrepareConfig, default_workers
+from blipren.training.memory import keep_freed_memory
 from blipren.training.settings import EmbedSettings
 from blipren.vision_blipren import measure_vision
 
@@ -175,6 +176,9 @@ def main() -> None:
         draw_photos(photos, a.images)
         files = sorted(photos.glob("*.jpg"))
         bare(encoder, a.batch_size, a.batch_size)
+        default_allocator = bare(encoder, a.images // 2, a.batch_size)
+        keep_freed_memory()  # as every command does; the other arms have it too
+        bare(encoder, a.batch_size, a.batch_size)
         for turn in range(a.rounds):
             figures["bare"].append(bare(encoder, a.images, a.batch_size))
             figures["embed"].append(embed(encoder, photos, Path(folder) / f"cache{turn}", a.images, settings))
@@ -192,6 +196,7 @@ def main() -> None:
                 "embed_to_plain_loop": statistics.median(
                     e / p for e, p in zip(figures["embed"], figures["plain_loop"])
                 ),
+                "bare_to_bare_with_default_allocator": statistics.median(figures["bare"]) / default_allocator,
             },
             "bytes_per_image": cache.info["bytes"] / cache.counts["cached"],
             "read": read(cache, 30, 32),

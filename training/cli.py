@@ -12,6 +12,7 @@ import transformers
 import yaml
 
 from blipren.training.errors import UsageError, UserError
+from blipren.training.memory import keep_freed_memory
 from blipren.training.settings import COMMANDS, Settings, field_docs
 
 
@@ -118,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     command, config = flags.pop("command"), flags.pop("config")
     try:
         settings = build_settings(command, flags, config)
+        keep_freed_memory()
         # load reports and bars of base models say nothing that a user of a command can act on
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
