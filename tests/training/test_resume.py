@@ -78,6 +78,15 @@ def test_twenty_kills_end_with_the_same_bits(two_runs, tmp_path):
     same_bits(weights(tmp_path / "run"), weights(tmp_path / "killed"))
 
 
+def test_a_kill_online_ends_with_the_same_bits(two_runs, dataset_dir, tmp_path):
+    """Straight from augmented images, the encoder trained too: its draws, weights and moments come back as well."""
+    online = {"cache": str(dataset_dir), "online": True, "augment": True, "train_vision": True, "max_steps": 12}
+    never, killed = (type(run)(**run.__dict__ | online) for run in two_runs)
+    caption.train(never)
+    run_with_kills(killed, tmp_path / "killed", [(7, 0.01)])
+    same_bits(weights(tmp_path / "run"), weights(tmp_path / "killed"))
+
+
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(settings, tmp_path, capsys):
     run = settings(max_steps=6, save_every=2, eval_every=6)
     caption.train(run)
