@@ -11,6 +11,7 @@ import torch
 
 from blipren.training.data.batches import Block, PromptEncoder, collate_padded, collate_shared
 from blipren.training.evaluation.tokenizer import tokenize
+from blipren.training.sampling import sample_answers
 
 NGRAMS, SIGMA = 4, 6.0  # as coco-caption's CIDEr-D
 ENDED_ONLY = True  # a caption that does not stop earns nothing, however good its beginning
@@ -104,25 +105,21 @@ class SelfCritical:
         mask = [[0] * (longest - len(p) - len(r)) + [1] * (len(p) + len(r)) for p, r in pieces]
         training = model.training
         model.eval()
-        made = model.generate(
-            input_ids=torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            **features,
-            do_sample=True,
+        made = sample_answers(
+            model,
+            torch.tensor(rows, device=device),
+            torch.tensor(mask, device=device),
+            features,
+            self.processor.answer_end_id,
+            samples=self.samples,
             temperature=self.temperature,
-            top_k=0,
-            top_p=1.0,
-            num_beams=1,
-            num_return_sequences=self.samples,
             max_new_tokens=self.max_new_tokens,
-        )[:, longest:].tolist()
+        )
         model.train(training)
-        end = self.processor.answer_end_id
-        made = [ids[: ids.index(end) + 1] if end in ids else ids for ids in made]
         images = [batch["ids"][i] for i in chosen for _ in range(self.samples)]
         rewards = torch.tensor(self.reward(images, [self.processor.decode_answer(ids) for ids in made]))
         if ENDED_ONLY:
-            rewards *= torch.tensor([float(ids[-1] == end) for ids in made])
+            rewards *= torch.tensor([float(ids[-1] == self.processor.answer_end_id) for ids in made])
         rewards = rewards.view(len(chosen), self.samples)
         others = (rewards.sum(dim=1, keepdim=True) - rewards) / (self.samples - 1)
         advantages = rewards - others

@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny_models import LLM_FAMILIES, random_image
 
+from blipren.training.sampling import sample_answers
+
 QUICK = ("llama", "opt")  # rotary and learned positions; the others on request
 PROMPTS = ["Short caption:", "What colour is the small ball in the picture ?"]
 
@@ -33,3 +35,33 @@ def test_equal_tokens_by_every_way_of_generating(family, pair):
     torch.compiler.reset()
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     assert torch.equal(model.generate(**batch, **settings, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in LLM_FAMILIES]
+)
+def test_samples_are_draws_from_the_model(family, pair):
+    """As cold as can be they are the greedy answers, cut at their end; at temperature 1 they follow the softmax."""
+    model, processor = pair(llm=family)
+    batch = processor(images=[random_image(0), random_image(1)], text=PROMPTS, return_tensors="pt")
+    text = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    features = {"patch_features": model.encode_images(batch["pixel_values"])}
+    greedy = model.generate(**text, **features, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    greedy = greedy[:, batch["input_ids"].shape[1] :].tolist()
+    end = greedy[0][2]
+    cut = [row[: row.index(end) + 1] if end in row else row for row in greedy]
+    drawn = sample_answers(model, **text, features=features, end=end, samples=2, temperature=1e-6, max_new_tokens=6)
+    assert drawn == [cut[0], cut[0], cut[1], cut[1]]
+    assert len(cut[0]) < 6, "no row ended before the others: nothing was dropped from the cache"
+
+    torch.manual_seed(0)
+    drawn = sample_answers(model, **text, features=features, end=end, samples=4000, temperature=0.7, max_new_tokens=1)
+    with torch.no_grad():
+        positions = (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+        logits = model(**text, **features, position_ids=positions).logits[:, -1].float()
+    placeholder = model.config.image_token_id  # never drawn: in training it would stand for an image
+    logits[:, placeholder : placeholder + 1] = -torch.inf
+    for row, samples in zip((logits / 0.7).softmax(dim=-1), (drawn[:4000], drawn[4000:]), strict=True):
+        counts = torch.bincount(torch.tensor(samples).flatten(), minlength=len(row))
+        spread = (4000 * row * (1 - row)).sqrt()
+        assert ((counts - 4000 * row).abs() <= 5 * spread + 1).all()
