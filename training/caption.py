@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback
 
 from blipren.training import checkpoints, flops
 from blipren.training.bag_of_words import BagOfWords, add_words_head
+from blipren.training.consensus import teach_each_other
 from blipren.training.data.batches import (
     BatchPlan,
     EvalBatches,
@@ -454,6 +455,9 @@ def train(settings: TrainSettings) -> int:
     torch.manual_seed(settings.seed)
     model, processor = load(settings)
     sources, validation = open_sources(settings, model, processor)
+    if settings.consensus_captions:
+        for source in sources:
+            say(teach_each_other(source, settings.consensus_captions, processor))
     words = BagOfWords(sources, processor) if settings.words_weight else None
     if words is not None:
         add_words_head(model, words)

@@ -417,6 +417,9 @@ class TrainSettings(Settings):
     words_weight: float = 0.0
     """Weight of bag-of-words prediction: which tokens an image's captions hold, from its mean image feature through a
     linear head that is thrown away. A cheap first stage with likelihood_weight 0, and a regulariser behind it."""
+    consensus_captions: int = 0
+    """Captions of other images that an image learns in place of its own: those that the features foretell to score the
+    highest CIDEr against its own (training/consensus.py). For small data sets; 0 keeps each image's own."""
     reward_weight: float = 0.0
     """Weight of self-critical training (arXiv 1612.00563): sampled captions that score a higher CIDEr-D than their
     fellows become likelier. For a bridge that captions already; 0 leaves it out."""
@@ -510,6 +513,10 @@ class TrainSettings(Settings):
         if self.reward_weight and (self.reward_samples < 2 or self.reward_temperature <= 0 or self.online):
             raise UsageError(
                 "reward_weight needs a feature cache, reward_samples of 2 or more, reward_temperature above 0"
+            )
+        if self.consensus_captions < 0 or (self.consensus_captions and self.online):
+            raise UsageError(
+                f"consensus_captions is {self.consensus_captions}; it must be 0 or more, and needs a feature cache"
             )
         if self.epochs <= 0:
             raise UsageError(f"epochs is {self.epochs}; it must be above 0")
@@ -749,8 +756,8 @@ class QuickstartSettings(Settings):
 
     out: str = "quickstart-out"
     """Folder for the scenes, the model, the summary and the pictures."""
-    align: bool = False
-    """Put stage 1 in front of the captioning stage, and show recall before and after it."""
+    align: bool = True
+    """Stage 1 in front of the captioning stage; recall before and after it is shown."""
     seed: int = 0
     """Seed of the scenes, of the new weights and of the training."""
 

@@ -1,9 +1,9 @@
 """`blipren quickstart`: the real commands from end to end, on drawn scenes, with the two small towers beside this file.
 
-    scenes -> new -> doctor -> embed -> evaluate -> (align ->) train -> evaluate -> caption
+    scenes -> new -> doctor -> embed -> evaluate -> align -> train -> evaluate -> caption
 
-Everything lies in OUT: `scenes/` (an image folder), `untrained/`, `cache/`, `run/` (log and curves of the training),
-`before/` and `after/` (evaluations), `model/` (the full checkpoint), `summary.json`, `captions.png`.
+Everything lies in OUT: `scenes/` (an image folder), `untrained/`, `cache/`, `aligned/` (stage 1), `run/` (log and curves
+of the training), `before/` and `after/` (evaluations), `model/` (the full checkpoint), `summary.json`, `captions.png`.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def quickstart(settings: QuickstartSettings) -> None:
     started = time.perf_counter()
     out = Path(settings.out)
     prepare_folder(out)
-    print(f"quickstart: everything goes to {out}; about four minutes on two cores")
+    print(f"quickstart: everything goes to {out}; under five minutes on two cores")
     scenes, untrained, cache, run, model = (out / n for n in ("scenes", "untrained", "cache", "run", "model"))
     count = write_scenes(scenes, settings.seed)
     print(f"drew {count} scenes in {scenes} ({time.perf_counter() - started:.0f} s)")
