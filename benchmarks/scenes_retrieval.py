@@ -54,7 +54,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder that keeps everything; a temporary one by default")
     parser.add_argument("--out", type=Path, default=Path("scenes-retrieval.json"))
     options = parser.parse_args()
-    work = options.work or Path(tempfile.mkdtemp())
+    with tempfile.TemporaryDirectory() as scratch:
+        run(options, options.work or Path(scratch))
+
+
+def run(options: argparse.Namespace, work: Path) -> None:
     scenes, cache = work / "scenes", work / "cache"
     if not cache.exists():
         write_scenes(scenes, options.seed, TRAINING)

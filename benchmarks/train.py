@@ -336,10 +336,8 @@ def timed(bench: Bench, arms: dict[str, str], results: dict[str, dict], rounds: 
             results[name].setdefault("wall_seconds", []).append(time.perf_counter() - wall)
             results[name].setdefault("cpu_seconds", []).append(time.process_time() - cpu)
             print(name, {k: results[name][k][-1] for k in ("wall_seconds", "cpu_seconds")}, flush=True)
-    for (
-        name,
-        arm,
-    ) in arms.items():  # apart, since measuring gives memory back that the next step would have to map anew
+    # apart, since measuring gives memory back that the next step would have to map anew
+    for name, arm in arms.items():
         with PeakMemory(bench.device) as memory:
             bench.step(arm)
         results[name]["peak_memory_bytes"] = memory.bytes

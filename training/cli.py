@@ -1,4 +1,4 @@
-"""`blipren`: one sub-command per step. Arguments are made from the dataclasses in settings.py, nothing is declared twice."""
+"""`blipren`: one sub-command per step. Arguments are made from the dataclasses in settings/, nothing is declared twice."""
 
 import argparse
 import dataclasses

@@ -8,17 +8,13 @@ it. Nearest-neighbour captions (Devlin et al. 2015, arXiv 1505.04467) as the tea
 the teacher is the bridge alone.
 """
 
-import math
-from collections import Counter, defaultdict
-
 import torch
 
 from blipren.training.data.tokens import build_table
 from blipren.training.errors import UserError
-from blipren.training.evaluation.tokenizer import tokenize
-from blipren.training.self_critical import NGRAMS, SIGMA
+from blipren.training.self_critical import NGRAMS, SIGMA, CiderReward
 
-MOST_IMAGES = 10_000  # captions x images and images x images are held in memory
+MOST_IMAGES = 5_000  # with five captions each, a matrix of captions x images is half a gigabyte; there are a few
 RIDGE = 0.3  # .1 to 1 are alike on flickr8k-mini
 BLOCK = 1000  # captions that are compared with all at a time
 
@@ -26,39 +22,31 @@ BLOCK = 1000  # captions that are compared with all at a time
 def caption_scores(references: list[list[str]]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """Captions of all images, [captions] the image of each, and [captions, images] CIDEr of each against each image.
 
-    As `CiderReward`, but for all pairs at once, as products of sparse matrices; without CIDEr-D's clipping of repeated
+    The vectors of `CiderReward`, all pairs at once as products of sparse matrices; without CIDEr-D's clipping of repeated
     n-grams, which such a product cannot do and captions that people wrote hardly need.
     """
     captions = [text for texts in references for text in texts]
     image_of = torch.tensor([image for image, texts in enumerate(references) for _ in texts])
-    words = [text.split() for text in tokenize(captions, "python")]
-    bigrams = torch.tensor([max(len(w) - 1, 0) for w in words], dtype=torch.float32)
-    images = len(references)
-    scores = torch.zeros(len(captions), images)
-    for n in range(1, NGRAMS + 1):
-        counts = [Counter(tuple(w[i : i + n]) for i in range(len(w) - n + 1)) for w in words]
-        seen_in: dict[tuple, set[int]] = defaultdict(set)
-        for image, count in zip(image_of.tolist(), counts, strict=True):
-            for ngram in count:
-                seen_in[ngram].add(image)
-        column = {ngram: i for i, ngram in enumerate(seen_in)}
-        rarity = {ngram: math.log(images / len(where)) for ngram, where in seen_in.items()}
-        places = [(caption, column[ngram]) for caption, count in enumerate(counts) for ngram in count]
-        weights = torch.tensor([times * rarity[ngram] for count in counts for ngram, times in count.items()])
-        row = torch.tensor([caption for caption, _ in places], dtype=torch.long)
-        norm = torch.zeros(len(captions)).index_add_(0, row, weights**2).sqrt().clamp_min(1e-9)
-        vectors = torch.sparse_coo_tensor(
+    reward = CiderReward(dict(enumerate(references)))
+    weighed = [vectors for image in range(len(references)) for vectors in reward.references[image]]
+    bigrams = torch.tensor([length for _, _, length in weighed], dtype=torch.float32)
+    scores = torch.zeros(len(captions), len(references))
+    for n in range(NGRAMS):
+        column = {ngram: i for i, ngram in enumerate({g: None for vectors, _, _ in weighed for g in vectors[n]})}
+        places = [(row, column[ngram]) for row, (vectors, _, _) in enumerate(weighed) for ngram in vectors[n]]
+        weights = [w / (norms[n] or 1.0) for vectors, norms, _ in weighed for w in vectors[n].values()]
+        table = torch.sparse_coo_tensor(
             torch.tensor(places).reshape(-1, 2).T,
-            weights / norm[row],
+            torch.tensor(weights, dtype=torch.float32),
             (len(captions), len(column)),
             check_invariants=False,
         ).coalesce()
         for begin in range(0, len(captions), BLOCK):
             block = torch.arange(begin, min(begin + BLOCK, len(captions)))
-            alike = torch.sparse.mm(vectors, vectors.index_select(0, block).to_dense().T)  # [captions, block]
+            alike = torch.sparse.mm(table, table.index_select(0, block).to_dense().T)  # [captions, block]
             alike *= torch.exp(-((bigrams[:, None] - bigrams[None, block]) ** 2) / (2 * SIGMA**2))
-            scores[block] += torch.zeros(images, len(block)).index_add_(0, image_of, alike).T
-    return captions, image_of, scores * 10 / NGRAMS / torch.bincount(image_of, minlength=images)
+            scores[block] += torch.zeros(len(references), len(block)).index_add_(0, image_of, alike).T
+    return captions, image_of, scores * 10 / NGRAMS / torch.bincount(image_of)
 
 
 def foretold(scores: torch.Tensor, image_of: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -97,11 +85,15 @@ def consensus_captions(source, count: int) -> dict[int, list[str]]:
         mask = inputs.get("patch_attention_mask", torch.ones(features.shape[:2]))[..., None]
         means.append((features * mask).sum(dim=1) / mask.sum(dim=1))
     captions, image_of, scores = caption_scores([references[image] for image in images])
-    order = foretold(scores, image_of, torch.cat(means)).argsort(dim=0, descending=True, stable=True)
+    order = foretold(scores, image_of, torch.cat(means)).argsort(dim=0, descending=True, stable=True).T
     chosen = {}
-    for place, image in enumerate(images):
-        different = dict.fromkeys(captions[i] for i in order[:, place].tolist())
-        chosen[image] = list(different)[:count]
+    for image, ranked in zip(images, order, strict=True):
+        best: dict[str, None] = {}  # a set in order: other images may have equal captions
+        for caption in ranked[: len(captions) - len(references[image])].tolist():  # its own are last
+            best[captions[caption]] = None
+            if len(best) == count:
+                break
+        chosen[image] = list(best)
     return chosen
 
 

@@ -10,8 +10,7 @@ def keep_freed_memory() -> None:
     """Lets glibc reuse the memory of large tensors instead of giving it back to the kernel after every layer.
 
     By default it maps each block over 32 MiB anew, and the kernel clears its pages at first touch: a MobileNetV2 on 32
-    images spent more time there than in its arithmetic (19 images/s a core against 52, `benchmarks/embed.py`). Other C
-    libraries keep their own ways.
+    images spends more time there than in its arithmetic (`benchmarks/embed.py`). Other C libraries keep their own ways.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -5,6 +5,7 @@ micro-batch's number alone. So a run that goes on from a checkpoint, on however 
 have drawn, and no state of random generators has to survive.
 """
 
+import abc
 import json
 import math
 import signal
@@ -44,7 +45,7 @@ def seed_of(run_seed: int, item: int) -> int:
     return (value ^ (value >> 31)) >> 1
 
 
-class SafeTrainer(Trainer):
+class SafeTrainer(Trainer, abc.ABC):
     """Trainer over finished micro-batches: dicts with `item` (their number in the run) and `ids` (of their images).
 
     A subclass writes `compute_loss`, whose loss is already divided by what `count_step` counted over all processes.
@@ -83,9 +84,9 @@ class SafeTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
+    @abc.abstractmethod
     def count_step(self, batches: list[dict]) -> torch.Tensor:
         """What the micro-batches of this process add to the counts of a step, such as [answer tokens, images]."""
-        raise NotImplementedError
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         counts = self.count_step(batch_samples).to(device)

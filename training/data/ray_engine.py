@@ -24,6 +24,7 @@ from typing import Any
 from blipren.training.data.builder import CacheBuilder, CacheLock, refuse_difference
 from blipren.training.data.embed import Job, reuse, run_units
 from blipren.training.errors import UserError
+from blipren.training.memory import keep_freed_memory
 from blipren.training.settings import EmbedSettings
 
 
@@ -94,6 +95,7 @@ class EmbedUnits:
     """Actor: a model on its device, to which unit numbers are given."""
 
     def __init__(self, settings: dict[str, Any]):
+        keep_freed_memory()  # an actor is a process of its own
         self.s = EmbedSettings(**settings)
         self.place = CachePlace(self.s.cache)
         if not self.place.local:  # goes with the actor

@@ -7,6 +7,7 @@ one bad path in it; everything else (Hub ids, Parquet, WebDataset tars, folders 
 
 from __future__ import annotations
 
+import abc
 import csv
 import glob
 import hashlib
@@ -70,7 +71,7 @@ class Row:
         return content_hash(self.data())
 
 
-class Source:
+class Source(abc.ABC):
     """Rows in a fixed order. Iterate over it, or over `rows(start)` to go on where an earlier reader stopped."""
 
     name: str
@@ -78,8 +79,9 @@ class Source:
     fingerprint: str
     num_rows: int | None = None
 
+    @abc.abstractmethod
     def rows(self, start: int = 0) -> Iterator[Row]:
-        raise NotImplementedError
+        """The rows from number `start` on."""
 
     def __iter__(self) -> Iterator[Row]:
         return self.rows()

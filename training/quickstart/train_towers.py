@@ -6,8 +6,9 @@
     cp -r first/vision training/quickstart/towers/
 
 write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in some 40 minutes on one core:
-first notes in the order in which a caption names their objects, then notes in any order. Neither tower ever sees a held-out combination of colour and shape (see `scenes.py`): the image tower is trained
-on scenes of the group "seen" alone, the language model on text about such scenes and never on an image.
+first notes in the order in which a caption names their objects, then notes in any order. Neither tower ever sees a held-out
+combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of the group "seen" alone, the
+language model on text about such scenes and never on an image.
 
 - Image tower: one linear head on every patch tells colour, shape, size and place of the object there.
 - Language model: captions and answers behind the prompts that the processor writes. Most texts begin with notes that
