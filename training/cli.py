@@ -1,13 +1,16 @@
 """`blipren`: one sub-command per step. Arguments are made from the dataclasses in settings/, nothing is declared twice."""
 
 import argparse
+import atexit
 import dataclasses
 import importlib
+import os
 import sys
 import types
 import typing
 from pathlib import Path
 
+import torch.distributed
 import transformers
 import yaml
 
@@ -134,5 +137,19 @@ def main(arguments: list[str] | None = None) -> int:
     return status or 0
 
 
+def command() -> None:
+    """The `blipren` command as a process: `main`, then an end that several processes can rely on."""
+    status = main()
+    if not torch.distributed.is_initialized():
+        sys.exit(status)
+    # gloo's threads free the tensors of the last collective under Python's lock; where the interpreter is being torn
+    # down by then, the process aborts and torchrun calls a run failed that has done all its work
+    # (pytorch/pytorch#179291). DDP keeps the group from being destroyed, so we leave without the teardown.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
