@@ -4,8 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+from .base_code_blipren import load_base_code
 
 # goes up when an older version of this code would read a checkpoint wrongly instead of failing
 FORMAT = 1
@@ -31,17 +33,6 @@ def split_revision(model_id: str) -> tuple[str, str | None]:
         return model_id, None
     name, _, revision = model_id.rpartition("@")
     return name, revision
-
-
-def refuse_remote_code(model_id: str, revision: str | None = None, **hub_kwargs) -> None:
-    """Raises `ValueError` for a base model whose architecture is not transformers' own: its repository's code would run
-    wherever a checkpoint made of it is loaded, in a version that nobody has pinned."""
-    raw, _ = PreTrainedConfig.get_config_dict(model_id, revision=revision, **hub_kwargs)
-    if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{model_id} needs the Python code of its own repository (trust_remote_code), for {raw.get('model_type')!r}; "
-            "BLIPren takes base models whose architecture transformers has, and never runs a base model's code"
-        )
 
 
 def copy_code_files(save_directory: str | os.PathLike) -> None:
@@ -246,6 +237,9 @@ class BliprenConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
         if experts_top_k is not None and not 1 <= experts_top_k <= num_experts:
             raise ValueError(f"experts_top_k {experts_top_k} must lie between 1 and num_experts {num_experts}")
+        for part, sub_config in (("vision", vision_config), ("llm", text_config)):
+            if base_models and isinstance(sub_config, dict):
+                load_base_code(part, sub_config, base_models[part]["id"], base_models[part]["revision"])
         self.vision_config = _sub_config(vision_config, "siglip_vision_model", {"vision_use_head": False})
         self.text_config = _sub_config(text_config, "llama", {})
         self.vision_hidden_size = vision_hidden_size if vision_hidden_size is not None else _width(self.vision_config)

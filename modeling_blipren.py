@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
+    PreTrainedConfig,
 )
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -27,7 +28,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .base_blipren import BliprenPreTrainedModel, base_model_reference
-from .configuration_blipren import BliprenConfig, BliprenQFormerConfig, refuse_remote_code, split_revision
+from .base_code_blipren import load_base_code
+from .configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_revision
 from .processing_blipren import end_of_answer_id, pick_image_token
 from .qformer_blipren import BliprenQFormer, copy_bert_weights
 from .retrieval_blipren import BliprenForImageTextRetrieval
@@ -701,8 +703,9 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
         """
         vision, vision_revision = split_revision(os.fspath(vision))
         llm, llm_revision = split_revision(os.fspath(llm))
-        for name, revision in ((vision, vision_revision), (llm, llm_revision)):
-            refuse_remote_code(name, revision, **hub_kwargs)
+        for part, name, revision in (("vision", vision, vision_revision), ("llm", llm, llm_revision)):
+            raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision, **hub_kwargs)
+            load_base_code(part, raw, name, revision, **hub_kwargs)
         vision_config = load_vision_config(vision, revision=vision_revision, **hub_kwargs)
         text_config = AutoConfig.from_pretrained(llm, revision=llm_revision, **hub_kwargs)
         if text_config.is_encoder_decoder:

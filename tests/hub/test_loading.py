@@ -405,23 +405,3 @@ def test_remote_code_is_not_run_unasked(full, tmp_path):
         {"HF_HOME": str(tmp_path / "home")},
     )
     assert process.returncode != 0 and "trust_remote_code=True" in process.stderr
-
-
-def test_a_base_model_that_needs_code_of_its_own_is_refused(bases, tmp_path, capsys):
-    """Its code would run wherever the checkpoint is loaded; here it is not even imported, and nothing is asked."""
-    import shutil
-
-    from blipren.training.cli import main
-
-    llm = tmp_path / "mystery"
-    shutil.copytree(bases[1], llm)
-    config = json.loads((llm / "config.json").read_text())
-    config |= {
-        "model_type": "mystery",
-        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
-    }
-    (llm / "config.json").write_text(json.dumps(config))
-    (llm / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    assert main(["new", str(tmp_path / "out"), "--vision", str(bases[0]), "--llm", str(llm)]) == 1
-    assert "never runs a base model's code" in capsys.readouterr().err
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
