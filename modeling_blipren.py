@@ -456,6 +456,31 @@ def scale_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
     return logits
 
 
+LOSS_CHUNK = 256  # positions whose logits are there at a time; fewer are slower, more save less
+
+
+def summed_cross_entropy(
+    head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, text_config
+) -> torch.Tensor:
+    """Cross-entropy of `(n, hidden)` states at `(n,)` targets, summed, without holding `(n, vocab_size)` logits.
+
+    Raises:
+        ValueError: when the head is no plain linear layer, or the family scales or caps its logits.
+    """
+    one = torch.ones((), dtype=torch.float32)
+    if type(head) is not nn.Linear or scale_logits(one, text_config) != one:
+        raise ValueError(
+            f"the loss of {text_config.model_type} with a {type(head).__name__} as head cannot be computed in pieces: "
+            "only that of a plain linear head, whose logits are neither scaled nor capped"
+        )
+    dtype = torch.get_autocast_dtype(hidden_states.device.type) if torch.is_autocast_enabled() else head.weight.dtype
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK, chunking_method=None)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return F.linear_cross_entropy(
+        hidden_states.to(dtype), head.weight.to(dtype), targets, linear_bias=bias, reduction="sum", options=options
+    )
+
+
 class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
     """The whole model: images and text in, text out."""
 
@@ -540,6 +565,7 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         label_logits_only: bool = False,
         logits_at: torch.LongTensor | None = None,
+        targets: torch.LongTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
@@ -561,6 +587,8 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
                 `(num_label_tokens, vocab_size)`.
             logits_at: `(n,)` positions in the flattened `(batch * length)`: compute logits there only, returned as
                 `(n, vocab_size)`. For losses computed outside, without `labels`.
+            targets: `(n,)` tokens to predict at `logits_at`: `loss` is their summed cross-entropy, and `logits` is `None`.
+                Logits are made of few positions at a time and never kept (needs torch 2.13).
             num_items_in_batch: what the summed loss is divided by: the number of label tokens of the global batch.
                 By default that of this batch.
             patch_features, patch_attention_mask: cached, instead of `pixel_values`.
@@ -608,7 +636,10 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
             if labels is not None:
                 raise ValueError("logits_at comes without labels: compute the loss from the logits it gives")
             hidden_states = hidden_states.flatten(0, 1)[logits_at]
-        logits = scale_logits(self.lm_head(hidden_states), self.config.text_config)
+        if targets is not None:
+            loss, logits = summed_cross_entropy(self.lm_head, hidden_states, targets, self.config.text_config), None
+        else:
+            logits = scale_logits(self.lm_head(hidden_states), self.config.text_config)
         if labels is not None:
             loss = self.loss_function(
                 logits=logits,

@@ -219,7 +219,7 @@ class Bench:
         pixels = torch.empty(len(images), 3, 1, 1, device=self.device)
         return self.blip2(**batch, pixel_values=pixels, use_cache=False).loss, share
 
-    def ours_on(self, batch: dict):
+    def ours_on(self, batch: dict, fused: bool = False):
         images = [image for _, image in batch.pop("images")]
         share = useful_share(batch)
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -228,8 +228,10 @@ class Bench:
         inputs, mask = plain(batch, dtype)
         outputs = self.ours(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask,
-            logits_at=batch["predict_from"], use_cache=False, **inputs,
+            logits_at=batch["predict_from"], targets=batch["targets"] if fused else None, use_cache=False, **inputs,
         )  # fmt: skip
+        if fused:
+            return outputs.loss / self.num_targets, share
         return answer_losses(outputs.logits, batch["targets"], 0.0)[1] / self.num_targets, share
 
     def padded(self):
@@ -239,6 +241,10 @@ class Bench:
     def shared(self):
         """(d) Cached features, one prefix an image, packed rows, logits at labels only."""
         return self.ours_on(collate_shared(self.blocks, PAD))
+
+    def fused(self):
+        """(d) with logits of few positions at a time."""
+        return self.ours_on(collate_shared(self.blocks, PAD), fused=True)
 
     # ---- measuring ------------------------------------------------------------------------------------------------
 
@@ -283,6 +289,21 @@ class PeakMemory:
             self.bytes = resident("VmHWM") - self.before
 
 
+def profile_of(bench: Bench) -> dict[str, float]:
+    """Share of a step of (d) that each operator takes itself; those below a hundredth together as `other`."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if bench.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        bench.step("shared")
+    own = "self_device_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, own) for event in profiler.key_averages()}
+    total = sum(times.values())
+    shares = {key: spent / total for key, spent in sorted(times.items(), key=lambda item: -item[1])}
+    large = {key: round(share, 3) for key, share in shares.items() if share >= 0.01}
+    return large | {"other": round(1 - sum(large.values()), 3)}
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of one large matrix product: what this machine can do at most, right now."""
     a = torch.randn(2048, 2048, device=device).to(dtype)
@@ -314,6 +335,8 @@ def main() -> None:
     )
     parser.add_argument("--half", action="store_true", help="add arms in bf16, with SDPA and eager attention")
     parser.add_argument("--compile", action="store_true", help="add a compiled arm")
+    parser.add_argument("--fused", action="store_true", help="add an arm with `fused_loss`")
+    parser.add_argument("--profile", action="store_true", help="say where the time of (d) goes, by operator")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -357,6 +380,10 @@ def run(options, folder: Path) -> dict:
         raise SystemExit(f"the arms do not compute the same: {equal}")
     rate = {"fp32": matmul_rate(bench.device, torch.float32)}
     timed(bench, {arm: arm for arm in options.arms}, results, options.rounds)
+    if options.fused:
+        results["shared_fused"] = {"loss": bench.step("fused")[0]}
+        timed(bench, {"shared": "shared", "shared_fused": "fused"}, results, options.rounds)
+    profile = profile_of(bench) if options.profile else None
     if options.compile:
         forward = bench.ours.forward
         bench.ours.forward = torch.compile(forward, dynamic=True)
@@ -397,7 +424,7 @@ def run(options, folder: Path) -> dict:
             "device": options.device, "clock": clock, "matmul_flops_per_second": rate, "torch": torch.__version__,
         },
         "shape": options.shape, "images": options.images, "captions_per_image": options.captions,
-        "pairs": bench.pairs, "answer_tokens": bench.num_targets, "arms": results, "ratios": ratios,
+        "pairs": bench.pairs, "answer_tokens": bench.num_targets, "arms": results, "ratios": ratios, "profile": profile,
     }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from blipren.training.data.batches import (
 from blipren.training.errors import UserError
 from blipren.training.inputs import open_sources
 from blipren.training.preparation import (
+    check_fused_loss,
     choose_device,
     choose_precision,
     layout_for,
@@ -50,10 +51,11 @@ from blipren.training.tuning import (
 
 def answer_losses(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
     """[n, vocabulary] logits, [n] targets -> summed negative log-likelihood, and summed objective (with smoothing)."""
+    if not smoothing:
+        nll = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return nll, nll
     log_probs = logits.float().log_softmax(dim=-1)
     nll = -log_probs.gather(1, targets[:, None]).sum()
-    if not smoothing:
-        return nll, nll
     return nll, (1 - smoothing) * nll - smoothing * log_probs.mean(dim=-1).sum()
 
 
@@ -93,10 +95,14 @@ class CaptionTrainer(SafeTrainer):
                 position_ids=batch["position_ids"],
                 attention_mask=attention_mask,
                 logits_at=batch["predict_from"],
+                targets=batch["targets"] if s.fused_loss else None,
                 use_cache=False,
                 **inputs,
             )
-            nll, objective = answer_losses(outputs.logits, batch["targets"], s.label_smoothing)
+            if s.fused_loss:
+                nll = objective = outputs.loss
+            else:
+                nll, objective = answer_losses(outputs.logits, batch["targets"], s.label_smoothing)
             loss, router_probs = s.likelihood_weight * objective / tokens_in_step, outputs.router_probs
             if outputs.router_aux_loss is not None:
                 loss = loss + outputs.router_aux_loss * len(batch["ids"]) / images_in_step
@@ -462,6 +468,8 @@ def train(settings: TrainSettings) -> int:
     if words is not None:
         add_words_head(model, words)
     choose_trained(model, settings)
+    if settings.fused_loss:
+        check_fused_loss(model)
     set_precision(model, precision)
     plan, prompts = make_plan(settings, sources, world), PromptEncoder(processor)
     layout = layout_for(model, processor, settings, sources)

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
+from blipren.modeling_blipren import summed_cross_entropy
 from blipren.training import prefix
 from blipren.training.data.batches import Layout, PromptEncoder
 from blipren.training.errors import UserError
@@ -111,3 +113,17 @@ def longest_row(model, processor, sources: Sequence) -> int:
         )
         longest = max(longest, longest_prompt + int(np.diff(source.texts.starts).max()))
     return longest
+
+
+def check_fused_loss(model) -> None:
+    """Tries the fused loss on one position. Raises `UserError` where torch or the language model's head cannot."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise UserError(f"fused_loss needs torch 2.13 or newer; this is {torch.__version__}")
+    weight = model.get_output_embeddings().weight
+    position = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    try:
+        summed_cross_entropy(
+            model.lm_head, position, torch.zeros(1, dtype=torch.long, device=weight.device), model.config.text_config
+        )
+    except ValueError as error:
+        raise UserError(f"fused_loss: {error}") from error

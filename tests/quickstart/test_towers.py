@@ -18,6 +18,7 @@ from blipren.training.quickstart.scenes import (
     held_out_reason,
     make_scene,
 )
+from blipren.training.quickstart.train_towers import Course
 from blipren.training.quickstart.wording import plural
 
 
@@ -64,7 +65,7 @@ def test_language_model_reads_notes():
 
 def test_towers_are_trained_on_nothing_held_out():
     for index in range(400):
-        notes, pairs = train_towers.write_document(0, index)
+        notes, pairs = train_towers.write_document(0, index, Course(crowded=index % 2 == 0))
         text = "".join(notes) + " ".join(prompt + answer for prompt, answer in pairs)
         for colour, shape in HELD_OUT_COMBINATIONS:
             assert f"{colour} {shape}" not in text
@@ -80,13 +81,13 @@ def test_towers_are_trained_on_nothing_held_out():
 def test_answers_of_a_document_do_not_see_each_other():
     tokenizer = AutoTokenizer.from_pretrained(TOWERS / "llm")
     model = AutoModelForCausalLM.from_pretrained(TOWERS / "llm", dtype=torch.float32).eval()
-    batch = train_towers.text_batch(tokenizer, 0, range(3))
+    batch = train_towers.text_batch(tokenizer, 0, range(3), Course())
     labels, ids, scale = (batch.pop(name) for name in ("labels", "input_ids", "scale"))
     embeddings = train_towers.embed_words(model, ids, scale)
     with torch.no_grad():
         together = model(inputs_embeds=embeddings, **batch).logits
         for row in range(3):
-            notes, pairs = train_towers.write_document(0, row)
+            notes, pairs = train_towers.write_document(0, row, Course())
             end = len(notes)
             for prompt, answer in pairs:
                 start, end = end, end + len(tokenizer.encode(prompt)) + len(tokenizer.encode(answer)) + 1
@@ -95,6 +96,16 @@ def test_answers_of_a_document_do_not_see_each_other():
                 torch.testing.assert_close(together[row, start:end], logits, atol=1e-4, rtol=1e-4)
                 assert labels[row, end - 1] == tokenizer.eos_token_id
             assert (labels[row, end:] == -100).all()
+
+
+def test_noise_blurs_notes_alone():
+    tokenizer = AutoTokenizer.from_pretrained(TOWERS / "llm")
+    model = AutoModelForCausalLM.from_pretrained(TOWERS / "llm", dtype=torch.float32)
+    batch = train_towers.text_batch(tokenizer, 0, range(8), Course())
+    embeddings = train_towers.embed_words(model, batch["input_ids"], batch["scale"])
+    changed = (train_towers.blur_notes(embeddings, batch["input_ids"], 0.5) != embeddings).any(-1)
+    assert torch.equal(changed, batch["input_ids"][:, :, 1] >= 0) and changed.any()
+    assert not changed[batch["labels"] != -100].any()
 
 
 def test_patch_targets_tell_what_stands_where():
@@ -117,7 +128,7 @@ def test_patch_targets_tell_what_stands_where():
 
 def test_training_of_the_towers_runs(tmp_path):
     train_towers.train_vision(tmp_path / "vision", seed=0, steps=2, batch=2)
-    train_towers.train_llm(tmp_path / "llm", seed=0, steps=2, batch=2)
+    train_towers.train_llm(tmp_path / "llm", seed=0, steps=2, batch=2, course=Course(blur=0.5))
     assert AutoModel.from_pretrained(tmp_path / "vision", dtype="auto").dtype == torch.float16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype="auto").dtype == torch.float16
     committed, fresh = (Path(p) / "llm" / "tokenizer.json" for p in (TOWERS, tmp_path))

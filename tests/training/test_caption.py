@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blipren import BliprenForConditionalGeneration
+from blipren import BliprenForConditionalGeneration, BliprenProcessor, modeling_blipren
 from blipren.training import caption, checkpoints, tuning
 from blipren.training.data.batches import shared_prefix_mask
 from blipren.training.errors import UsageError, UserError
@@ -134,6 +134,7 @@ def test_nan_stops_before_the_update_and_names_the_images(settings, tmp_path, mo
         ({"merge_lora": True}, "merge_lora needs"),
         ({"feature_dropout": 1.0}, "below 1"),
         ({"train_vision": True}, "needs online"),
+        ({"fused_loss": True, "label_smoothing": 0.1}, "leave one of them out"),
         ({"keep_best": "BLEU"}, "must be one of"),
     ],
 )
@@ -317,6 +318,35 @@ def test_bf16_trains_and_leaves_frozen_parts_as_they_were(plain_two_steps, deter
     )
     assert all(after[n].dtype == before[n].dtype for n in before)
     assert all(torch.equal(before[n], after[n]) for n in before if "language_model" in n)
+
+
+def test_fused_loss_trains_to_the_same_weights(plain_two_steps, monkeypatch):
+    monkeypatch.setattr(modeling_blipren, "LOSS_CHUNK", 3)  # several pieces of the few tokens here
+    fused, plain = plain_two_steps("fused", fused_loss=True), plain_two_steps("plain")
+    for kind in ("train", "validation"):
+        losses = [[e["loss"] for e in events(folder, kind)] for folder in (fused, plain)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(fused)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_fused_loss_in_bf16(plain_two_steps):
+    folders = (
+        plain_two_steps("fused-bf16", fused_loss=True, precision="bf16"),
+        plain_two_steps("bf16", precision="bf16"),
+    )
+    losses = [[e["loss"] for e in events(folder, "train")] for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_fused_loss_is_refused_where_logits_are_capped(plain_two_steps, deterministic_model, tmp_path):
+    capped = tmp_path / "capped"
+    model = BliprenForConditionalGeneration.from_pretrained(deterministic_model)
+    model.config.text_config.final_logit_softcapping = 30.0
+    model.save_pretrained(capped)
+    BliprenProcessor.from_pretrained(deterministic_model).save_pretrained(capped)
+    with pytest.raises(UserError, match="neither scaled nor capped"):
+        plain_two_steps("capped", model=str(capped), fused_loss=True)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -59,5 +59,5 @@ def sample_grid(path: Path, photos: Sequence[Image.Image], captions: Sequence[st
         small.thumbnail((320, 320), Image.Resampling.LANCZOS)
         axis.imshow(small)
         words = "\n".join(textwrap.wrap(caption or "(empty)", 36)[:3])
-        axis.set_title(words.replace("$", r"\$"), fontsize=9, y=-0.02, va="top")
+        axis.set_title(words.replace("$", r"\$"), fontsize=9, y=-0.02, va="top", pad=0)
     figure.savefig(path, format="png", dpi=90)

@@ -1,12 +1,15 @@
 """Train the two small towers that `blipren quickstart` joins. Their weights are committed beside this file.
 
     python -m blipren.training.quickstart.train_towers --part all --out first --seed 0
-    python -m blipren.training.quickstart.train_towers --part llm --start first/llm --out training/quickstart/towers \
-        --seed 1 --llm-steps 2500
+    python -m blipren.training.quickstart.train_towers --part llm --start first/llm --out second --seed 1 \
+        --llm-steps 2500 --shuffled 0.7
+    python -m blipren.training.quickstart.train_towers --part llm --start second/llm --out training/quickstart/towers \
+        --seed 2 --llm-steps 8000 --shuffled 0.7 --crowded
     cp -r first/vision training/quickstart/towers/
 
-write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in some 40 minutes on one core:
-first notes in the order in which a caption names their objects, then notes in any order. Neither tower ever sees a held-out
+write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in some 70 minutes on one core:
+first notes in the order in which a caption names their objects, then notes in any order, then mostly of three objects,
+whose words the model of the second step still mixed up. Neither tower ever sees a held-out
 combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of the group "seen" alone, the
 language model on text about such scenes and never on an image.
 
@@ -110,12 +113,26 @@ def rename(texts: list[str], scene: Scene, rng: random.Random) -> list[str]:
     return [re.sub(r"\ban? (?=(\w))", lambda m: "an " if m[1] in "aeiou" else "a ", t) for t in texts]
 
 
-def write_document(seed: int, index: int, shuffled: float = 0.1) -> tuple[list[str], list[tuple[str, str]]]:
-    """One training text: notes on a scene, a position each, and prompts with answers about it. `shuffled` is the share of
-    texts whose notes are in any order: queries find their own."""
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """What a run of the language model practises."""
+
+    shuffled: float = 0.1
+    """Share of texts whose notes are in any order: queries find their own."""
+    crowded: bool = False
+    """Most scenes have three objects: what belongs to which, and which look alike, is the hard part."""
+    blur: float = 0.0
+    """Most noise on notes, as a share of their size: soft tokens are never exact."""
+
+
+def write_document(seed: int, index: int, course: Course) -> tuple[list[str], list[tuple[str, str]]]:
+    """One training text: notes on a scene, a position each, and prompts with answers about it."""
     rng = random.Random(f"{seed}/text/{index}")
     scene = make_scene(seed, index)
-    notes = write_notes(scene, rng, shuffled)
+    for number in range(2 if course.crowded else 0):
+        if len(scene.objects) < 3:
+            scene = make_scene(seed, 10**8 + 2 * index + number)
+    notes = write_notes(scene, rng, course.shuffled)
     pairs = [(rng.choice(CAPTION_PROMPTS), " " + c) for c in write_captions(scene, rng)[:2]]
     if rng.random() < 0.05:
         return [], pairs[:1]  # without notes nothing but any scene can be told
@@ -130,7 +147,7 @@ def write_document(seed: int, index: int, shuffled: float = 0.1) -> tuple[list[s
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE whose merges make every word of the scenes one token."""
-    documents = [write_document(seed, i) for i in range(1500)]
+    documents = [write_document(seed, i, Course()) for i in range(1500)]
     texts = ["".join(notes) + "".join(p + a for p, a in pairs) for notes, pairs in documents]
     shapes = [*SHAPES, *MORE_SHAPES, *(plural(s) for s in SHAPES), *(s + "s" for s in MORE_SHAPES)]
     words = [*COLOURS, *MORE_COLOURS, *shapes, *SIZES, *ROWS, *COLUMNS, *NUMBERS.values(), "yes", "no", "nothing"]
@@ -157,7 +174,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def text_batch(tokenizer, seed: int, indices: range, shuffled: float = 0.1) -> dict[str, Tensor]:
+def text_batch(tokenizer, seed: int, indices: range, course: Course) -> dict[str, Tensor]:
     """Documents as rows, all answers of one behind its notes: each sees the notes and itself, at its own positions.
 
     Returns:
@@ -167,7 +184,7 @@ def text_batch(tokenizer, seed: int, indices: range, shuffled: float = 0.1) -> d
     """
     documents = []
     for index in indices:
-        notes, pairs = write_document(seed, index, shuffled)
+        notes, pairs = write_document(seed, index, course)
         answers = [(tokenizer.encode(p), tokenizer.encode(a) + [tokenizer.eos_token_id]) for p, a in pairs]
         documents.append(([tokenizer.encode(note) for note in notes], answers))
     length = max(len(notes) + sum(len(p) + len(a) for p, a in answers) for notes, answers in documents)
@@ -208,11 +225,19 @@ def embed_words(model: LlamaForCausalLM, input_ids: Tensor, scale: Tensor) -> Te
     return embeddings.sum(dim=2) * scale[..., None]
 
 
-def train_llm(out: Path, seed: int, steps: int, batch: int, start: Path | None = None) -> None:
-    """Train tokenizer and Llama on text and write both; from `start` go on with notes in any order, more gently."""
+def blur_notes(embeddings: Tensor, input_ids: Tensor, most: float) -> Tensor:
+    """Adds noise to the notes, up to `most` of their size, differing from text to text."""
+    notes = input_ids[:, :, 1] >= 0  # positions of several words
+    size = embeddings[notes].detach().pow(2).mean().sqrt()
+    amount = torch.rand(len(embeddings), 1, 1) * most * size
+    return embeddings + torch.randn_like(embeddings) * amount * notes[..., None]
+
+
+def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, start: Path | None = None) -> None:
+    """Train tokenizer and Llama on text and write both; from `start` go on more gently."""
     torch.manual_seed(seed)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else train_tokenizer(seed)
-    shuffled, learning_rate = (0.7, 1e-3) if start else (0.1, 2e-3)
+    learning_rate = 1e-3 if start else 2e-3
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -233,9 +258,10 @@ def train_llm(out: Path, seed: int, steps: int, batch: int, start: Path | None =
     optimizer, schedule = make_optimizer(model.parameters(), learning_rate, steps)
     started = time.process_time()
     for step in range(steps):
-        texts = text_batch(tokenizer, seed, range(step * batch, (step + 1) * batch), shuffled)
+        texts = text_batch(tokenizer, seed, range(step * batch, (step + 1) * batch), course)
         labels = texts.pop("labels")[:, 1:]
-        embeddings = embed_words(model, texts.pop("input_ids"), texts.pop("scale"))
+        ids = texts.pop("input_ids")
+        embeddings = blur_notes(embed_words(model, ids, texts.pop("scale")), ids, course.blur)
         with torch.autocast("cpu", torch.bfloat16):
             output = model.model(inputs_embeds=embeddings, **texts, use_cache=False)
             states = output.last_hidden_state[:, :-1][labels != -100]
@@ -395,13 +421,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--vision-steps", type=int, default=4000)
     parser.add_argument("--llm-steps", type=int, default=4500)
-    parser.add_argument("--start", type=Path, help="language model to go on from, with notes in any order")
+    parser.add_argument("--start", type=Path, help="language model to go on from")
+    parser.add_argument("--shuffled", type=float, default=0.1)
+    parser.add_argument("--crowded", action="store_true")
+    parser.add_argument("--blur", type=float, default=0.0)
     args = parser.parse_args()
+    course = Course(args.shuffled, args.crowded, args.blur)
     print(json.dumps({k: str(v) for k, v in vars(args).items()}))
     if args.part in ("all", "vision"):
         train_vision(args.out / "vision", args.seed, args.vision_steps, args.batch)
     if args.part in ("all", "llm"):
-        train_llm(args.out / "llm", args.seed, args.llm_steps, args.batch // 2, args.start)
+        train_llm(args.out / "llm", args.seed, args.llm_steps, args.batch // 2, course, args.start)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ class TrainSettings(Settings):
     """Largest norm of the gradient; 0 leaves it as it is."""
     label_smoothing: float = 0.0
     """Share of each target's probability that is spread over the vocabulary; the logged loss is without it."""
+    fused_loss: bool = False
+    """Never hold all logits of a step: less memory with large vocabularies, a little slower (needs torch 2.13)."""
     word_dropout: float = 0.0
     """Share of the answer's input tokens that the language model cannot look back at, in training."""
     feature_dropout: float = 0.0
@@ -201,6 +203,8 @@ class TrainSettings(Settings):
             raise UsageError("merge_lora needs llm_tuning lora and full: a bridge cannot hold the merged weights")
         if self.llm_bits is not None and self.llm_tuning == "full":
             raise UsageError(f"llm_bits {self.llm_bits} cannot be trained fully; use llm_tuning frozen or lora")
+        if self.fused_loss and self.label_smoothing:
+            raise UsageError("fused_loss never holds the logits that label_smoothing needs: leave one of them out")
         if self.train_vision and not self.online:
             raise UsageError("train_vision needs online: cached features are those of the frozen encoder")
         if self.augment and not self.online:
