@@ -473,7 +473,8 @@ def summed_cross_entropy(
             f"the loss of {text_config.model_type} with a {type(head).__name__} as head cannot be computed in pieces: "
             "only that of a plain linear head, whose logits are neither scaled nor capped"
         )
-    dtype = torch.get_autocast_dtype(hidden_states.device.type) if torch.is_autocast_enabled() else head.weight.dtype
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK, chunking_method=None)
     bias = None if head.bias is None else head.bias.to(dtype)
     return F.linear_cross_entropy(

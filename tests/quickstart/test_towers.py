@@ -98,16 +98,6 @@ def test_answers_of_a_document_do_not_see_each_other():
             assert (labels[row, end:] == -100).all()
 
 
-def test_noise_blurs_notes_alone():
-    tokenizer = AutoTokenizer.from_pretrained(TOWERS / "llm")
-    model = AutoModelForCausalLM.from_pretrained(TOWERS / "llm", dtype=torch.float32)
-    batch = train_towers.text_batch(tokenizer, 0, range(8), Course())
-    embeddings = train_towers.embed_words(model, batch["input_ids"], batch["scale"])
-    changed = (train_towers.blur_notes(embeddings, batch["input_ids"], 0.5) != embeddings).any(-1)
-    assert torch.equal(changed, batch["input_ids"][:, :, 1] >= 0) and changed.any()
-    assert not changed[batch["labels"] != -100].any()
-
-
 def test_patch_targets_tell_what_stands_where():
     scene = next(s for s in (make_scene(0, i) for i in range(99)) if len(s.objects) == 1)
     (o,) = scene.objects
@@ -128,7 +118,7 @@ def test_patch_targets_tell_what_stands_where():
 
 def test_training_of_the_towers_runs(tmp_path):
     train_towers.train_vision(tmp_path / "vision", seed=0, steps=2, batch=2)
-    train_towers.train_llm(tmp_path / "llm", seed=0, steps=2, batch=2, course=Course(blur=0.5))
+    train_towers.train_llm(tmp_path / "llm", seed=0, steps=2, batch=2, course=Course())
     assert AutoModel.from_pretrained(tmp_path / "vision", dtype="auto").dtype == torch.float16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype="auto").dtype == torch.float16
     committed, fresh = (Path(p) / "llm" / "tokenizer.json" for p in (TOWERS, tmp_path))

@@ -160,6 +160,12 @@ def test_wrong_uses_have_one_clear_line(settings):
         caption.train(settings(llm_tuning="lora", lora_targets=["wq"]))
 
 
+def test_deepspeed_is_refused(settings, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what `accelerate launch --use_deepspeed` sets
+    with pytest.raises(UserError, match="--fsdp"):
+        caption.train(settings())
+
+
 # ---- tuning -------------------------------------------------------------------------------------------------------
 
 

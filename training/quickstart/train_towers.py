@@ -9,9 +9,9 @@
 
 write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in some 70 minutes on one core:
 first notes in the order in which a caption names their objects, then notes in any order, then mostly of three objects,
-whose words the model of the second step still mixed up. Neither tower ever sees a held-out
-combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of the group "seen" alone, the
-language model on text about such scenes and never on an image.
+whose words the model of the second step still mixed up. Neither tower ever sees a held-out combination of colour and shape
+(see `scenes.py`): the image tower is trained on scenes of the group "seen" alone, the language model on text about such
+scenes and never on an image.
 
 - Image tower: one linear head on every patch tells colour, shape, size and place of the object there.
 - Language model: captions and answers behind the prompts that the processor writes. Most texts begin with notes that
@@ -121,8 +121,6 @@ class Course:
     """Share of texts whose notes are in any order: queries find their own."""
     crowded: bool = False
     """Most scenes have three objects: what belongs to which, and which look alike, is the hard part."""
-    blur: float = 0.0
-    """Most noise on notes, as a share of their size: soft tokens are never exact."""
 
 
 def write_document(seed: int, index: int, course: Course) -> tuple[list[str], list[tuple[str, str]]]:
@@ -225,14 +223,6 @@ def embed_words(model: LlamaForCausalLM, input_ids: Tensor, scale: Tensor) -> Te
     return embeddings.sum(dim=2) * scale[..., None]
 
 
-def blur_notes(embeddings: Tensor, input_ids: Tensor, most: float) -> Tensor:
-    """Adds noise to the notes, up to `most` of their size, differing from text to text."""
-    notes = input_ids[:, :, 1] >= 0  # positions of several words
-    size = embeddings[notes].detach().pow(2).mean().sqrt()
-    amount = torch.rand(len(embeddings), 1, 1) * most * size
-    return embeddings + torch.randn_like(embeddings) * amount * notes[..., None]
-
-
 def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, start: Path | None = None) -> None:
     """Train tokenizer and Llama on text and write both; from `start` go on more gently."""
     torch.manual_seed(seed)
@@ -260,8 +250,7 @@ def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, star
     for step in range(steps):
         texts = text_batch(tokenizer, seed, range(step * batch, (step + 1) * batch), course)
         labels = texts.pop("labels")[:, 1:]
-        ids = texts.pop("input_ids")
-        embeddings = blur_notes(embed_words(model, ids, texts.pop("scale")), ids, course.blur)
+        embeddings = embed_words(model, texts.pop("input_ids"), texts.pop("scale"))
         with torch.autocast("cpu", torch.bfloat16):
             output = model.model(inputs_embeds=embeddings, **texts, use_cache=False)
             states = output.last_hidden_state[:, :-1][labels != -100]
@@ -424,9 +413,8 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="language model to go on from")
     parser.add_argument("--shuffled", type=float, default=0.1)
     parser.add_argument("--crowded", action="store_true")
-    parser.add_argument("--blur", type=float, default=0.0)
     args = parser.parse_args()
-    course = Course(args.shuffled, args.crowded, args.blur)
+    course = Course(args.shuffled, args.crowded)
     print(json.dumps({k: str(v) for k, v in vars(args).items()}))
     if args.part in ("all", "vision"):
         train_vision(args.out / "vision", args.seed, args.vision_steps, args.batch)
