@@ -154,7 +154,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict:
     embed(
         build_settings(
             "embed",
-            {"model": str(untrained), "dataset": options.dataset, "cache": str(cache), "views": 1},
+            {"model": str(untrained), "dataset": options.dataset, "cache": str(cache)},
             options.recipe,
         )
     )
