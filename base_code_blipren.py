@@ -44,9 +44,9 @@ def load_base_code(part: str, config: dict, model_id: str, revision: str | None,
             f"{needs}such code is never run unless it is named with its commit: read it at that commit, then set "
             f'{TRUST_VARIABLE}="{pinned}"'
         )
-    if _registered.setdefault(model_type, pinned) != pinned:
+    if _registered.get(model_type, pinned) != pinned:
         raise ValueError(f"{needs}this process already runs that of {_registered[model_type]}: use another process")
-    if model_type in CONFIG_MAPPING:
+    if model_type in _registered:
         return
 
     def load(auto_class: str) -> type:
@@ -61,6 +61,7 @@ def load_base_code(part: str, config: dict, model_id: str, revision: str | None,
     AutoConfig.register(model_type, config_class)
     for auto, model_class in classes.items():
         auto.register(config_class, model_class)
+    _registered[model_type] = pinned
 
 
 __all__ = ["TRUST_VARIABLE", "load_base_code"]

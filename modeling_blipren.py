@@ -633,6 +633,8 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
                 raise ValueError("labels need all logits, or label_logits_only; not logits_to_keep")
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept, :]
+        if targets is not None and logits_at is None:
+            raise ValueError("targets needs logits_at: the positions that predict them")
         if logits_at is not None:
             if labels is not None:
                 raise ValueError("logits_at comes without labels: compute the loss from the logits it gives")
