@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback
 
-from blipren.training import checkpoints, flops
+from blipren.training import checkpoints, flops, zero
 from blipren.training.bag_of_words import BagOfWords, add_words_head
 from blipren.training.consensus import teach_each_other
 from blipren.training.data.batches import (
@@ -449,6 +449,9 @@ def train(settings: TrainSettings) -> int:
     """The `train` command. Returns the exit status: 0 when all was done, 130 when it was interrupted and saved."""
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
+    zero_config = zero.read_config(settings.deepspeed, device)
+    if zero_config and precision == "fp16":
+        raise UserError("deepspeed trains in bf16 or fp32 here, not fp16; give --precision bf16")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not settings.likelihood_weight and not settings.reward_weight:
         # the language model is out of the step, so DDP's forward is never called and gradients are not averaged
@@ -490,22 +493,25 @@ def train(settings: TrainSettings) -> int:
     every = (settings.eval_every or min(plan.steps_per_epoch, steps)) if validation is not None else None
     if settings.compile:
         os.environ["ACCELERATE_DYNAMO_USE_DYNAMIC"] = "true"  # lengths differ from batch to batch
-    text_side = "qformer" in model.parts() and model.parts()["qformer"].config.use_text
     args = training_arguments(
         settings,
         run,
         steps,
         plan.micro_batches // world,
         eval_steps=every,
-        use_cpu=device == "cpu",
-        bf16=precision == "bf16",
+        use_cpu=device == "cpu" and not zero_config,  # DeepSpeed chooses the device, which is the same
+        bf16=precision == "bf16" and not zero_config,
         fp16=precision == "fp16",
+        deepspeed=zero_config,
+        **(zero.start(device) if zero_config else {}),
         metric_for_best_model=judge,
         greater_is_better=judge == "CIDEr",
         torch_compile=settings.compile,
         torch_compile_backend=settings.compile_backend if settings.compile else None,
-        ddp_find_unused_parameters=text_side,  # the Q-Former's text side is for stage 1
+        ddp_find_unused_parameters=False,
     )
+    if zero_config and precision == "bf16":  # inside of DeepSpeed's engine, where it would cast the weights themselves
+        model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
     if settings.fsdp and world > 1:
         shard(model)
     trainer = CaptionTrainer(

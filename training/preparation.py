@@ -1,6 +1,5 @@
 """Model, precision and layout of a training run, from its settings."""
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,10 +16,7 @@ from blipren.training.trainer import say
 
 
 def choose_device(name: str) -> str:
-    """The device of a run, as torch names it. Raises `UserError` where it is not there, or under DeepSpeed."""
-    # DeepSpeed's engine holds weights and optimizer where our checkpoints do not reach
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError("DeepSpeed is not supported: launch without it (`blipren train` shards with --fsdp)")
+    """The device of a run, as torch names it. Raises `UserError` where it is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

@@ -24,7 +24,9 @@ from blipren.training.errors import UserError
 from blipren.training.settings import Settings
 
 # Settings that may differ between a run and its continuation, since the weights do not depend on them.
-FREE = {"out", "device", "workers", "log_every", "save_every", "keep_checkpoints", "report_to", "full", "fsdp"}
+FREE = {
+    "out", "device", "workers", "log_every", "save_every", "keep_checkpoints", "report_to", "full", "fsdp", "deepspeed",
+}  # fmt: skip
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
 
 

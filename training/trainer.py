@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
-from blipren.training import checkpoints
+from blipren.training import checkpoints, zero
 from blipren.training.errors import UserError
 from blipren.training.run_folder import RunFolder
 from blipren.training.sharding import is_sharded, like, load_optimizer_state, optimizer_state, whole
@@ -218,8 +218,17 @@ class SafeTrainer(Trainer, abc.ABC):
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / STATE))
 
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # the Trainer would look for a checkpoint of DeepSpeed's own; its engine copies the weights that it finds
+        self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def _save_optimizer_and_scheduler(self, output_dir) -> None:
-        state = optimizer_state(self.optimizer)
+        state = zero.optimizer_state(self.deepspeed) if self.is_deepspeed_enabled else optimizer_state(self.optimizer)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
@@ -227,7 +236,11 @@ class SafeTrainer(Trainer, abc.ABC):
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is not None:
             read = {"map_location": "cpu", "weights_only": True}
-            load_optimizer_state(self.optimizer, torch.load(Path(checkpoint) / "optimizer.pt", **read))
+            state = torch.load(Path(checkpoint) / "optimizer.pt", **read)
+            if self.is_deepspeed_enabled:
+                zero.load_optimizer_state(self.deepspeed, state)
+            else:
+                load_optimizer_state(self.optimizer, state)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", **read))
 
     def _load_rng_state(self, checkpoint) -> None:

@@ -160,10 +160,25 @@ def test_wrong_uses_have_one_clear_line(settings):
         caption.train(settings(llm_tuning="lora", lora_targets=["wq"]))
 
 
-def test_deepspeed_is_refused(settings, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what `accelerate launch --use_deepspeed` sets
-    with pytest.raises(UserError, match="--fsdp"):
-        caption.train(settings())
+def test_deepspeed_that_cannot_work_is_refused(settings, tmp_path, monkeypatch):
+    with monkeypatch.context() as launched:
+        launched.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what `accelerate launch --use_deepspeed` sets
+        with pytest.raises(UserError, match="--deepspeed CONFIG instead"):
+            caption.train(settings())
+    config = tmp_path / "zero.json"
+    with pytest.raises(UserError, match="needs torchrun"):
+        caption.train(settings(deepspeed=str(config)))
+    monkeypatch.setenv("RANK", "0")
+    for text, said in {
+        "": "cannot be read",
+        '{"zero_optimization": {"stage": 3}}': "stage 3; it must be 1 or 2",
+        '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}': "has 'bf16', which --precision decides",
+    }.items():
+        config.write_text(text)
+        with pytest.raises(UserError, match=said):
+            caption.train(settings(deepspeed=str(config)))
+    with pytest.raises(UsageError, match="neither fsdp nor compile"):
+        settings(deepspeed="x", fsdp=True)
 
 
 # ---- tuning -------------------------------------------------------------------------------------------------------

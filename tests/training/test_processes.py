@@ -1,10 +1,13 @@
 """Two gloo processes: the same loss and weights as one on the same global batch; resume from two to one and back."""
 
 import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
+import blipren
 from blipren.training import caption
 from tests.training.tools import events, run_command, weights
 
@@ -68,4 +71,39 @@ def test_sharded_over_two_processes_equals_one_and_resumes_on_one(one_and_two, t
     same(tmp_path / "run", tmp_path / "two")
     killed_behind_step_3(tmp_path / "two")
     caption.train(two)  # what two sharded processes wrote, one takes up
+    same(tmp_path / "run", tmp_path / "two")
+
+
+# ---- DeepSpeed ----------------------------------------------------------------------------------------------------
+
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="DeepSpeed on CPUs needs itself (pip install deepspeed) and a C++ compiler",
+)
+
+
+def with_deepspeed(settings, recipe: str):
+    config = Path(blipren.__file__).parent / "training" / "recipes" / "deepspeed" / f"{recipe}.json"
+    return type(settings)(**settings.__dict__ | {"deepspeed": str(config)})
+
+
+@needs_deepspeed
+def test_deepspeed_on_two_processes_equals_one_and_resumes_without_it(one_and_two, tmp_path):
+    one, two = (type(run)(**run.__dict__ | {"ema": 0.5, "micro_batches": 4}) for run in one_and_two)
+    process = run_command(with_deepspeed(two, "zero2"), processes=2)
+    caption.train(one)
+    finish(process)
+    same(tmp_path / "run", tmp_path / "two")
+    killed_behind_step_3(tmp_path / "two")
+    caption.train(two)
+    same(tmp_path / "run", tmp_path / "two")
+
+
+@needs_deepspeed
+def test_a_run_resumes_under_deepspeed_with_the_optimizer_offloaded(one_and_two, tmp_path):
+    one, two = one_and_two
+    caption.train(one)
+    shutil.copytree(tmp_path / "run", tmp_path / "two")
+    killed_behind_step_3(tmp_path / "two")
+    assert "checkpoint-3" in finish(run_command(with_deepspeed(two, "zero2-offload"), 2))
     same(tmp_path / "run", tmp_path / "two")

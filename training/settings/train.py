@@ -158,6 +158,8 @@ class TrainSettings(Settings):
     """Recompute activations in the backward pass to save memory."""
     fsdp: bool = False
     """Under torchrun, shard model and optimizer over the processes (FSDP2) instead of copying them to each (DDP)."""
+    deepspeed: str | None = None
+    """Under torchrun, a DeepSpeed configuration (JSON) of ZeRO stage 1 or 2; training/recipes/deepspeed has two."""
     device: str = choice("auto", "cpu", "cuda", "mps", default="auto")
     """Where to train."""
     workers: int = 0
@@ -205,6 +207,8 @@ class TrainSettings(Settings):
             raise UsageError(f"llm_bits {self.llm_bits} cannot be trained fully; use llm_tuning frozen or lora")
         if self.fused_loss and self.label_smoothing:
             raise UsageError("fused_loss never holds the logits that label_smoothing needs: leave one of them out")
+        if self.deepspeed and (self.fsdp or self.compile):
+            raise UsageError("deepspeed goes with neither fsdp nor compile: leave one of them out")
         if self.train_vision and not self.online:
             raise UsageError("train_vision needs online: cached features are those of the frozen encoder")
         if self.augment and not self.online:

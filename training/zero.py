@@ -1,0 +1,106 @@
+"""DeepSpeed ZeRO, stages 1 and 2: gradients and optimizer state in pieces, one a process; weights and checkpoints whole.
+
+Its engine divides up and steps an AdamW of ours. What it writes itself is not used: the state is gathered into the same
+`optimizer.pt` that every other run writes, so that a run may go on with other numbers of processes, or without DeepSpeed.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_deepspeed_available
+
+from blipren.training.errors import UserError
+
+OURS = {"optimizer": "--learning-rate", "scheduler": "--schedule", "bf16": "--precision", "fp16": "--precision"}
+
+
+def read_config(path: str | None, device: str) -> dict | None:
+    """The DeepSpeed configuration of a run that has one.
+
+    Raises:
+        UserError: where it says what a run's own settings say, or cannot be used.
+    """
+    if path is None:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            raise UserError("launch without DeepSpeed and give `blipren train` --deepspeed CONFIG instead")
+        return None
+    if "RANK" not in os.environ:
+        raise UserError(
+            "deepspeed needs torchrun: torchrun --standalone --nproc-per-node=1 -m blipren.training.cli train ..."
+        )
+    if device == "cpu" and torch.cuda.is_available():
+        raise UserError("deepspeed runs on the GPUs that are there: leave --device cpu out, or hide them")
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"deepspeed: {path} cannot be read: {error}") from error
+    if said := sorted(set(config) & set(OURS)):
+        raise UserError(f"deepspeed: {path} has {said[0]!r}, which {OURS[said[0]]} decides: take it out")
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2):
+        raise UserError(
+            f"deepspeed: {path} has zero_optimization.stage {stage}; it must be 1 or 2 (--fsdp shards as stage 3 does)"
+        )
+    if not is_deepspeed_available():
+        raise UserError("deepspeed is not installed: pip install deepspeed")
+    return config
+
+
+def start(device: str) -> dict:
+    """Joins the processes. Returns the `TrainingArguments` that let the Trainer find them joined.
+
+    accelerate would do it by itself on GPUs; on CPUs it has to be told the backend.
+    """
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo" if device == "cpu" else None)
+    return {"accelerator_config": {"use_configured_state": True}}
+
+
+def link(zero) -> None:
+    """Makes DeepSpeed find each parameter's state: by itself it looks once, when only the first group has made its step."""
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()
+
+
+def optimizer_state(engine) -> dict:
+    """The optimizer's state as torch's AdamW without DeepSpeed has it; every process must call it."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    zero = engine.optimizer
+    link(zero)
+    state, groups = {}, []
+    for flat, parameters, group in zip(
+        zero.single_partition_of_fp32_groups, zero.bit16_groups, zero.optimizer.param_groups
+    ):
+        indices = range(len(state), len(state) + len(parameters))
+        for index, parameter in zip(indices, parameters):
+            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+            step = zero.optimizer.state[flat]["step"].clone()  # one each, as without DeepSpeed: AdamW counts in place
+            state[index] = {"step": step} | {name: moment.cpu() for name, moment in moments.items()}
+        groups.append({k: v for k, v in group.items() if k != "params"} | {"params": list(indices)})
+    return {"state": state, "param_groups": groups}
+
+
+def load_optimizer_state(engine, saved: dict) -> None:
+    """Takes up what `optimizer_state` gives, or what a run without DeepSpeed wrote."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    zero = engine.optimizer
+    for flat, group in zip(zero.single_partition_of_fp32_groups, saved["param_groups"]):
+        step = saved["state"][group["params"][0]]["step"].clone()
+        zero.optimizer.state[flat] = {
+            "step": step,
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
+    link(zero)
+    indices = iter(saved["state"])
+    for parameters, group, theirs in zip(zero.bit16_groups, zero.optimizer.param_groups, saved["param_groups"]):
+        for parameter in parameters:
+            values = saved["state"][next(indices)]
+            for key in ("exp_avg", "exp_avg_sq"):
+                safe_set_full_optimizer_state(parameter, values[key].to(parameter.device), key)
+        group.update({k: v for k, v in theirs.items() if k != "params"})
