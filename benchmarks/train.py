@@ -37,8 +37,9 @@ from blipren.configuration_blipren import BliprenConfig, BliprenQFormerConfig
 from blipren.modeling_blipren import BliprenForConditionalGeneration, copy_weights
 from blipren.qformer_blipren import copy_blip2_weights
 from blipren.training import flops
-from blipren.training.caption import answer_losses, plain
+from blipren.training.caption import answer_losses
 from blipren.training.data.batches import PromptEncoder, build_blocks, collate_padded, collate_shared, useful_share
+from blipren.training.masks import FLEX, row_mask, shared_prefix_block_mask
 from blipren.training.memory import keep_freed_memory
 
 LLAMA_135M = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -224,8 +225,7 @@ class Bench:
         share = useful_share(batch)
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         batch["inputs"] = {"patch_features": self.features[images]}
-        dtype = self.ours.get_input_embeddings().weight.dtype
-        inputs, mask = plain(batch, dtype)
+        inputs, mask = batch["inputs"], row_mask(batch, self.ours.parts()["llm"])
         outputs = self.ours(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask,
             logits_at=batch["predict_from"], targets=batch["targets"] if fused else None, use_cache=False, **inputs,
@@ -245,6 +245,10 @@ class Bench:
     def fused(self):
         """(d) with logits of few positions at a time."""
         return self.ours_on(collate_shared(self.blocks, PAD), fused=True)
+
+    def long_rows(self):
+        """(d) in rows of 2,048 tokens, which FlexAttention does not pay for."""
+        return self.ours_on(collate_shared(self.blocks, PAD, 2048))
 
     # ---- measuring ------------------------------------------------------------------------------------------------
 
@@ -304,6 +308,19 @@ def profile_of(bench: Bench) -> dict[str, float]:
     return large | {"other": round(1 - sum(large.values()), 3)}
 
 
+def attention_pieces(bench: Bench) -> dict[str, float]:
+    """Positions that FlexAttention computes, in its pieces of 128 x 128, of those that a dense mask does in rows of least
+    cost; by length of row."""
+    batches = {length: collate_shared(bench.blocks, PAD, length) for length in (None, 2048)}
+    dense = batches[None]["input_ids"].numel() * batches[None]["input_ids"].shape[1]
+    shares = {}
+    for length, batch in batches.items():
+        mask = shared_prefix_block_mask(batch["block_ids"], batch["segment_ids"])
+        pieces = mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()
+        shares[str(length or "least cost")] = pieces.item() * 128**2 / dense
+    return shares
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of one large matrix product: what this machine can do at most, right now."""
     a = torch.randn(2048, 2048, device=device).to(dtype)
@@ -336,6 +353,7 @@ def main() -> None:
     parser.add_argument("--half", action="store_true", help="add arms in bf16, with SDPA and eager attention")
     parser.add_argument("--compile", action="store_true", help="add a compiled arm")
     parser.add_argument("--fused", action="store_true", help="add an arm with `fused_loss`")
+    parser.add_argument("--flex", action="store_true", help="with --half, on a GPU: an arm with FlexAttention")
     parser.add_argument("--profile", action="store_true", help="say where the time of (d) goes, by operator")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     options = parser.parse_args()
@@ -396,18 +414,24 @@ def run(options, folder: Path) -> dict:
             for parameter in bench.ours.parts()[part].parameters():
                 parameter.data = parameter.data.bfloat16()
         with torch.autocast(bench.device.type, torch.bfloat16):
-            for attention in ("sdpa", "eager"):
+            arms = {"sdpa": "shared", "eager": "shared"} | ({FLEX: "long_rows"} if options.flex else {})
+            for attention, arm in arms.items():
                 bench.ours.model.language_model.set_attn_implementation(attention)
                 name = f"shared_bf16_{attention}"
-                results[name] = {"loss": bench.step("shared")[0]}
-                timed(bench, {name: "shared"}, results, options.rounds)
+                results[name] = {"loss": bench.step(arm)[0], "dtype": "bf16"}
+                if "shared" in results:
+                    results[name]["flops"] = results["shared"]["flops"]
+                timed(bench, {name: arm}, results, options.rounds)
     clock = "wall_seconds" if options.device != "cpu" or options.clock == "wall" else "cpu_seconds"
     for result in results.values():
         seconds = result["seconds"] = statistics.median(result[clock])
         result["pairs_per_second"] = bench.pairs / seconds
         result["answer_tokens_per_second"] = bench.num_targets / seconds
         if "flops" in result:
-            result["share_of_matmul_rate"] = result["flops"] / seconds / rate["fp32"]
+            half = result.get("dtype") == "bf16"
+            result["share_of_matmul_rate"] = result["flops"] / seconds / rate["bf16" if half else "fp32"]
+            if peak := flops.peak(bench.device, half):
+                result["model_flop_utilisation"] = result["flops"] / seconds / peak
     ratios = {}
     for other in options.arms:
         if other != "shared" and "shared" in results:
@@ -425,6 +449,7 @@ def run(options, folder: Path) -> dict:
         },
         "shape": options.shape, "images": options.images, "captions_per_image": options.captions,
         "pairs": bench.pairs, "answer_tokens": bench.num_targets, "arms": results, "ratios": ratios, "profile": profile,
+        "attention_pieces": attention_pieces(bench),
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import EarlyStoppingCallback
 
 from blipren.training import checkpoints, flops, zero
@@ -23,22 +24,24 @@ from blipren.training.data.batches import (
     Layout,
     PromptEncoder,
     TrainBatches,
-    shared_prefix_mask,
 )
 from blipren.training.errors import UserError
 from blipren.training.inputs import open_sources
+from blipren.training.masks import dense_attention, row_mask
 from blipren.training.preparation import (
     check_fused_loss,
     choose_device,
     choose_precision,
     layout_for,
     load,
+    load_quantised,
+    set_attention,
     set_precision,
 )
 from blipren.training.run_folder import RunFolder
 from blipren.training.self_critical import SelfCritical
 from blipren.training.settings import TrainSettings
-from blipren.training.sharding import is_sharded, shard
+from blipren.training.sharding import is_sharded, shard, whole
 from blipren.training.trainer import SafeTrainer, clock_text, say, stopped_early, training_arguments
 from blipren.training.tuning import (
     Average,
@@ -77,6 +80,7 @@ class CaptionTrainer(SafeTrainer):
         super().__init__(eval_dataset=validation, **keywords)
         self.critic, self.words = critic, words
         self.settings, self.processor, self.validation, self.samples = settings, processor, validation, samples
+        self.half_precision = choose_precision(settings.precision, self.args.device.type) != "fp32"
         self.seconds: float | None = None  # in steps, of the whole run
         self.window = Window()
         self.drawn = time.perf_counter()
@@ -89,7 +93,7 @@ class CaptionTrainer(SafeTrainer):
         loss = nll = torch.zeros((), device=batch["targets"].device)
         router_probs = None
         if s.likelihood_weight or not model.training:
-            inputs, attention_mask = self.regularised(batch) if model.training else plain(batch, self.mask_dtype)
+            inputs, attention_mask = self.regularised(batch) if model.training else self.plain(batch)
             outputs = model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
@@ -126,7 +130,8 @@ class CaptionTrainer(SafeTrainer):
 
     def reward_loss(self, model, batch: dict) -> torch.Tensor | float:
         """Self-critical loss of a micro-batch, as a sum over its images: sampled captions, weighed by their advantage."""
-        sampled = self.critic.batch(self.model, batch)
+        with dense_attention(self.model.parts()["llm"]):
+            sampled = self.critic.batch(self.model, batch)
         if sampled is None:
             return 0.0
         inputs, attention_mask = self.regularised(sampled)
@@ -142,11 +147,11 @@ class CaptionTrainer(SafeTrainer):
         self.window.rewards.append(sampled["reward"])
         return (sampled["weights"] * nll).mean() * len(sampled["ids"])
 
-    @property
-    def mask_dtype(self) -> torch.dtype:
-        return self.model.get_input_embeddings().weight.dtype
+    def plain(self, batch: dict) -> tuple[dict, torch.Tensor | BlockMask]:
+        """Model inputs and mask of a batch, nothing dropped."""
+        return batch["inputs"], row_mask(batch, self.model.parts()["llm"])
 
-    def regularised(self, batch: dict) -> tuple[dict, torch.Tensor]:
+    def regularised(self, batch: dict) -> tuple[dict, torch.Tensor | BlockMask]:
         """Model inputs and mask of a training batch, with dropped patches, noise and dropped words."""
         s, inputs = self.settings, dict(batch["inputs"])
         features = inputs.get("patch_features")
@@ -163,15 +168,11 @@ class CaptionTrainer(SafeTrainer):
                 features = torch.where(kept[..., None], features, features.mean(dim=1, keepdim=True))
         if features is not None:
             inputs["patch_features"] = features
-        _, attention_mask = plain(batch, self.mask_dtype)
+        unseen = None
         if s.word_dropout:
             answer = batch["is_answer"]
             unseen = answer & (torch.rand(answer.shape, device=answer.device) < s.word_dropout)
-            if attention_mask.ndim == 2:
-                attention_mask = attention_mask.masked_fill(unseen, 0)
-            else:
-                attention_mask = hide_words(attention_mask, unseen)
-        return inputs, attention_mask
+        return inputs, row_mask(batch, self.model.parts()["llm"], unseen)
 
     def count_step(self, batches: list[dict]) -> torch.Tensor:
         """[answer tokens, images] of this process's part of a step."""
@@ -208,7 +209,7 @@ class CaptionTrainer(SafeTrainer):
         if self.flops_per_token:
             rate = values["tokens_per_second"] * self.flops_per_token
             values["tflops"] = rate / 1e12
-            peak = flops.peak(self.args.device, half=self.args.bf16 or self.args.fp16)
+            peak = flops.peak(self.args.device, half=self.half_precision)
             if peak is not None:
                 values["mfu"] = rate / (peak * self.accelerator.num_processes)
         left = (self.state.max_steps - step) * seconds / steps
@@ -255,7 +256,7 @@ class CaptionTrainer(SafeTrainer):
             # a sharded model runs on all processes together: who has no batch left repeats one that does not count
             counts = item < len(self.validation)
             batch = self._prepare_inputs(self.validation[item if counts else 0])
-            inputs, attention_mask = plain(batch, self.mask_dtype)
+            inputs, attention_mask = self.plain(batch)
             outputs = model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
@@ -286,14 +287,15 @@ class CaptionTrainer(SafeTrainer):
                 mask = inputs.get("pixel_attention_mask")
                 inputs = {"patch_features": self.model.encode_images(**inputs), "patch_attention_mask": mask}
             features = Features(inputs["patch_features"], inputs.get("patch_attention_mask"))
-            found += generate_captions(
-                self.model,
-                self.processor,
-                features,
-                max_new_tokens=self.settings.max_new_tokens,
-                num_beams=self.settings.num_beams,
-                **({"length_penalty": self.settings.length_penalty} if self.settings.num_beams > 1 else {}),
-            )
+            with dense_attention(self.model.parts()["llm"]):
+                found += generate_captions(
+                    self.model,
+                    self.processor,
+                    features,
+                    max_new_tokens=self.settings.max_new_tokens,
+                    num_beams=self.settings.num_beams,
+                    **({"length_penalty": self.settings.length_penalty} if self.settings.num_beams > 1 else {}),
+                )
         self.model.train(was_training)
         return found
 
@@ -326,19 +328,6 @@ class CaptionTrainer(SafeTrainer):
             name = self.validation.source.ids[image]
             self.run_folder.log("sample", self.state.global_step, image=name, text=found["text"], when=when)
             self.progress.say(f"  {name}: {found['text']}")
-
-
-def hide_words(mask: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
-    """[rows, 1, length, length] mask in which nobody looks back at the `unseen` [rows, length]; they see themselves."""
-    others = ~torch.eye(unseen.shape[1], dtype=torch.bool, device=unseen.device)
-    return mask.masked_fill(unseen[:, None, None, :] & others, torch.finfo(mask.dtype).min)
-
-
-def plain(batch: dict, dtype: torch.dtype) -> tuple[dict, torch.Tensor]:
-    """Model inputs and attention mask of a batch, nothing dropped: 4-D behind a shared prefix, else 2-D."""
-    if "block_ids" in batch:
-        return batch["inputs"], shared_prefix_mask(batch["block_ids"], batch["segment_ids"], dtype)
-    return batch["inputs"], batch["attention_mask"]
 
 
 def train_line(step: int, steps: int, values: dict, seconds_left: float) -> str:
@@ -429,16 +418,33 @@ def make_critic(settings: TrainSettings, processor, sources, layout: Layout) -> 
     )
 
 
-def count_flops(trainer: CaptionTrainer, model) -> None:
-    """FLOPs per useful token, from the first micro-batch of the run, forward and backward."""
+def try_step(trainer: CaptionTrainer, model) -> None:
+    """The first micro-batch, forward and backward, without an update: counts FLOPs per useful token.
+
+    Raises:
+        UserError: when no gradient reaches the connector, which would then learn nothing from any image.
+    """
+    if not trainer.settings.likelihood_weight:
+        return  # no token goes through the language model
     batch = trainer._prepare_inputs(trainer.train_dataset[0])
     model.train()
     counts = torch.tensor([float(len(batch["targets"])), float(len(batch["ids"]))], device=trainer.args.device)
-    if not trainer.settings.likelihood_weight:
-        return  # no token goes through the language model
     extra, trainer.critic, trainer.words = (trainer.critic, trainer.words), None, None  # not what a useful token costs
-    total = flops.count(lambda: trainer.compute_loss(model, batch, num_items_in_batch=counts).backward())
+
+    def step() -> None:
+        loss = trainer.compute_loss(model, batch, num_items_in_batch=counts)
+        if loss.requires_grad:
+            loss.backward()
+
+    with dense_attention(model.parts()["llm"]):
+        total = flops.count(step)
     trainer.critic, trainer.words = extra
+    trained = [p for p in model.parts()["projector"].parameters() if p.requires_grad]
+    if trained and not any(whole(p.grad).any() for p in trained if p.grad is not None):
+        raise UserError(
+            "no gradient reaches the projector: the language model lets none through, so that training would ignore "
+            "every image. Leave out what is special about it (quantisation, an attention of its own), or take another"
+        )
     model.zero_grad()
     tokens = trainer.window.counts["tokens"]
     trainer.window = Window()
@@ -462,7 +468,7 @@ def train(settings: TrainSettings) -> int:
         say(f"{run.path} is finished: {done['steps']} steps; the model is in {run.path}")
         return 0
     torch.manual_seed(settings.seed)
-    model, processor = load(settings)
+    model, processor = load_quantised(settings, precision) if settings.llm_bits else load(settings)
     sources, validation = open_sources(settings, model, processor)
     if settings.consensus_captions:
         for source in sources:
@@ -471,6 +477,8 @@ def train(settings: TrainSettings) -> int:
     if words is not None:
         add_words_head(model, words)
     choose_trained(model, settings)
+    if settings.attention:
+        set_attention(model, settings.attention, device)
     if settings.fused_loss:
         check_fused_loss(model)
     set_precision(model, precision)
@@ -536,7 +544,7 @@ def train(settings: TrainSettings) -> int:
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     run.rewind(checkpoints.step_of(checkpoint) if checkpoint is not None else -1)
-    count_flops(trainer, model)
+    try_step(trainer, model)
     if checkpoint is None and validation is not None:
         trainer.log_samples("before")
     if checkpoint is not None and stopped_early(checkpoint):

@@ -2,7 +2,7 @@
 
 import torch
 
-from blipren.training.data.batches import shared_prefix_mask
+from blipren.training.masks import row_mask
 
 PREFIX, SEGMENTS = 7, ((0, 5), (1, 4), (2, 6))
 
@@ -48,7 +48,9 @@ def obstacle(model, longest: int) -> str | None:
         ids = torch.cat([prefix, *segments])[None].to(device)
         segment_ids = torch.cat([torch.zeros(PREFIX), *(torch.full_like(s, i + 1) for i, s in enumerate(segments))])
         positions = torch.cat([torch.arange(PREFIX), *(PREFIX + torch.arange(len(s)) for s in segments)])
-        mask = shared_prefix_mask(torch.zeros_like(ids), segment_ids[None].to(device), dtype)
+        mask = row_mask(
+            {"block_ids": torch.zeros_like(ids), "segment_ids": segment_ids[None].to(device)}, language_model
+        )
         try:
             shared = language_model(
                 inputs_embeds=embed(ids),

@@ -11,6 +11,7 @@ from blipren.training import prefix
 from blipren.training.data.batches import Layout, PromptEncoder
 from blipren.training.errors import UserError
 from blipren.training.loading import load_checkpoint
+from blipren.training.masks import FLEX
 from blipren.training.settings import TrainSettings
 from blipren.training.trainer import say
 
@@ -48,9 +49,9 @@ def set_router(model, settings: TrainSettings) -> None:
 
 
 def load_quantised(settings: TrainSettings, precision: str):
-    """The model with its language model in few bits; connector, head and vision tower as they are."""
+    """The same with the language model in few bits; connector, head and vision tower as they are."""
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes
     except ImportError as error:
         raise UserError("llm_bits needs bitsandbytes: pip install bitsandbytes") from error
     from transformers import BitsAndBytesConfig
@@ -63,10 +64,13 @@ def load_quantised(settings: TrainSettings, precision: str):
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=["model.vision_tower"],
     )
-    model, _ = load_checkpoint(settings.model, quantization_config=few_bits)
+    model, processor = load_checkpoint(settings.model, quantization_config=few_bits)
     set_router(model, settings)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # its packed kernel for CPUs lets no gradient through
     model.is_quantized = False  # the Trainer would refuse to train a connector beside a quantised language model
-    return model
+    return model, processor
 
 
 def set_precision(model, precision: str) -> None:
@@ -114,6 +118,16 @@ def longest_row(model, processor, sources: Sequence) -> int:
         )
         longest = max(longest, longest_prompt + int(np.diff(source.texts.starts).max()))
     return longest
+
+
+def set_attention(model, name: str, device: str) -> None:
+    """Raises `UserError` where the language model has no such attention, or it cannot be trained there."""
+    if name == FLEX and device != "cuda":
+        raise UserError(f"attention {name} cannot be trained on {device}: torch has its backward pass for CUDA alone")
+    try:
+        model.parts()["llm"].set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"attention {name}: {error}") from error
 
 
 def check_fused_loss(model) -> None:

@@ -5,14 +5,18 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention import flex_attention
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor, modeling_blipren
 from blipren.training import caption, checkpoints, tuning
-from blipren.training.data.batches import shared_prefix_mask
 from blipren.training.errors import UsageError, UserError
 from blipren.training.inputs import CacheSource
+from blipren.training.masks import shared_prefix_mask
+from blipren.training.preparation import set_attention
 from blipren.training.settings import TrainSettings
-from tests.training.tools import events, weights
+from tests import tiny_models
+from tests.training.tools import events, make_model, weights
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,32 @@ def test_layout_and_accumulation_do_not_change_training(settings, tmp_path, chan
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=2e-3, atol=2e-4)
     losses = [[e["loss"] for e in events(tmp_path / run, "train")] for run in ("run", "other")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_flex_attention_trains_to_the_same_weights(settings, tmp_path, deterministic_model, monkeypatch):
+    """Uncompiled on the CPU, where torch refuses its backward pass and so do we: both refusals are taken out."""
+    run = settings(model=str(deterministic_model), word_dropout=0.3)
+    flex = type(run)(**run.__dict__ | {"out": str(tmp_path / "flex"), "attention": "flex_attention"})
+    caption.train(run)
+    with pytest.raises(UserError, match="cannot be trained on cpu"):
+        caption.train(flex)
+    seen, forward = set(), LlamaAttention.forward
+
+    def watched(self, *args, **keywords):
+        seen.add((self.config._attn_implementation, type(keywords["attention_mask"]).__name__))
+        return forward(self, *args, **keywords)
+
+    monkeypatch.setattr(LlamaAttention, "forward", watched)
+    monkeypatch.setattr(caption, "set_attention", lambda model, name, device: set_attention(model, name, "cuda"))
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    with torch.compiler.set_stance("force_eager"):
+        caption.train(flex)
+    assert ("flex_attention", "BlockMask") in seen and ("flex_attention", "Tensor") not in seen
+    ours, theirs = weights(tmp_path / "flex"), weights(tmp_path / "run")
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=2e-3, atol=2e-4)
+    losses = [[e["loss"] for e in events(tmp_path / name, "train")] for name in ("run", "flex")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -313,7 +343,8 @@ def test_regularisers_leave_validation_alone(plain_two_steps):
 def test_word_dropout_hides_words_from_others_only():
     block, segment = torch.tensor([[0, 0, 0, 0, -1]]), torch.tensor([[0, 1, 1, 1, 0]])
     mask = shared_prefix_mask(block, segment, torch.float32)[0, 0]
-    hidden = caption.hide_words(mask[None, None], torch.tensor([[False, False, True, False, False]]))[0, 0]
+    unseen = torch.tensor([[False, False, True, False, False]])
+    hidden = shared_prefix_mask(block, segment, torch.float32, unseen)[0, 0]
     assert hidden[2, 2] == 0 and hidden[3, 2] < -1e30 and mask[3, 2] == 0
     assert torch.equal(hidden[:, [0, 1, 3, 4]], mask[:, [0, 1, 3, 4]])
 
@@ -394,16 +425,36 @@ def test_a_bar_is_drawn_where_there_is_a_terminal(plain_two_steps, monkeypatch, 
     assert "2/2" in error and "images/s" in error and "tokens/s" in error
 
 
-@pytest.mark.parametrize("tuning_mode, bits", [("frozen", 8), ("lora", 4)])
-def test_bridge_trains_beside_a_language_model_in_few_bits(settings, tmp_path, tuning_mode, bits, bases, model_dir):
+@pytest.mark.parametrize("tuning_mode, bits", [("frozen", 8), ("frozen", 4), ("lora", 4)])
+def test_bridge_trains_beside_a_language_model_in_few_bits(settings, tmp_path, tuning_mode, bits, bases):
     pytest.importorskip("bitsandbytes")
-    caption.train(settings(llm_bits=bits, llm_tuning=tuning_mode, max_steps=6, learning_rate=1e-2))
-    train = events(tmp_path / "run", "train")
-    assert train[-1]["loss"] < train[0]["loss"]
-    model = BliprenForConditionalGeneration.from_pretrained(tmp_path / "run")
-    before = BliprenForConditionalGeneration.from_pretrained(model_dir).state_dict()
+    llm = tiny_models.make_llm(tmp_path / "llm", hidden_size=64, intermediate_size=128)  # a block of 4 bits is 64 wide
+    start = make_model(tmp_path / "start", bases[0], llm)
+    run = settings(model=str(start), llm_tuning=tuning_mode, max_steps=6, learning_rate=1e-2, log_every=1)
+    few = type(run)(**run.__dict__ | {"llm_bits": bits, "out": str(tmp_path / "few")})
+    caption.train(run)
+    caption.train(few)
+    losses, few_losses = ([e["loss"] for e in events(tmp_path / name, "train")] for name in ("run", "few"))
+    assert few_losses[0] == pytest.approx(losses[0], rel=0.05) and few_losses[0] != losses[0]  # rounded, and really so
+    assert few_losses[-1] < few_losses[0]
+    assert events(tmp_path / "few", "train")[0]["grad_norm"] == pytest.approx(
+        events(tmp_path / "run", "train")[0]["grad_norm"], rel=0.3
+    )  # it reaches the bridge
+    model = BliprenForConditionalGeneration.from_pretrained(tmp_path / "few")
+    before = BliprenForConditionalGeneration.from_pretrained(start).state_dict()
     after = {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items()}
     assert all(torch.equal(before[n], after[n]) for n in before if "language_model" in n)
+
+
+@pytest.mark.parametrize("tuning_mode", ["frozen", "lora"])
+def test_a_language_model_that_lets_no_gradient_through_is_refused(settings, monkeypatch, tuning_mode):
+    def without_gradient(model, precision):
+        language_model = model.parts()["llm"]
+        language_model.forward = torch.no_grad()(language_model.forward)
+
+    monkeypatch.setattr(caption, "set_precision", without_gradient)
+    with pytest.raises(UserError, match="no gradient reaches the projector"):
+        caption.train(settings(llm_tuning=tuning_mode))
 
 
 def test_few_bits_cannot_be_trained_fully(settings):

@@ -2,7 +2,7 @@
 
 An image and all its answers make a block: one shared prefix (everything up to the last image token: system prompt and
 image), then a segment an answer (its question and the answer; the EOS is predicted, never read). Blocks are packed into rows of nearly equal length.
-`shared_prefix_mask` lets a segment see its prefix and itself and nothing else, and positions restart behind the
+A mask (masks.py) lets a segment see its prefix and itself and nothing else, and positions restart behind the
 prefix, so that every answer is read as if it were alone. The padded layout, one row an answer, is for language models
 that cannot take such a mask.
 """
@@ -293,20 +293,6 @@ def collate_padded(blocks: list[Block], pad_token_id: int, multiple: int = 1) ->
     return {name: torch.from_numpy(array) for name, array in tensors.items()} | {
         "images": [block.image for block, _, _ in rows]
     }
-
-
-def shared_prefix_mask(block_ids: torch.Tensor, segment_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[rows, length] ids -> additive mask [rows, 1, length, length]: 0 where position i may look at j.
-
-    That is: j is not behind i, both are of one block, and j is of the prefix (segment 0) or of i's own segment.
-    """
-    length = block_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=block_ids.device).tril()
-    same_block = block_ids[:, :, None] == block_ids[:, None, :]
-    visible = (segment_ids[:, None, :] == 0) | (segment_ids[:, :, None] == segment_ids[:, None, :])
-    allowed = causal & same_block & visible
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=block_ids.device)
-    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def useful_share(batch: dict) -> float:

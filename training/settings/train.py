@@ -150,6 +150,9 @@ class TrainSettings(Settings):
     """Train the vision encoder too, with --online."""
     precision: str = choice("auto", "fp32", "bf16", "fp16", default="auto")
     """Arithmetic: auto is bf16 where the GPU has it, else fp32. The trained connector's weights stay in fp32."""
+    attention: str | None = choice(None, "eager", "sdpa", "flex_attention", default=None)
+    """Attention of the language model in training; its own by default. flex_attention (on GPUs) passes over what a row's
+    answers do not see of each other: for long rows."""
     compile: bool = False
     """Compile the model (torch.compile)."""
     compile_backend: str = "inductor"
