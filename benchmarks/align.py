@@ -50,6 +50,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+PROBE = 100  # steps of the run that says what a step costs
+
+
 def prepare(options: argparse.Namespace, work: Path) -> None:
     """Draws the scenes where they are the data set, and names their towers."""
     if options.dataset != "scenes":
@@ -70,7 +73,8 @@ def seconds_of(call, *settings) -> tuple[float, float]:
 
 
 def run_arm(options, work: Path, arm: str, seed: int, budget: dict) -> dict:
-    """One arm from new to CIDEr. The first arm sets `budget`: what stage 1 cost, and what a captioning step costs."""
+    """One arm from new to CIDEr. The first arm sets `budget`, the seconds of both stages; the others get steps for as
+    long, by what a step costs in a short run of their own."""
     folder = work / f"{arm.replace(' ', '-')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     made, run = str(folder / "new"), str(folder / "run")
@@ -90,14 +94,18 @@ def run_arm(options, work: Path, arm: str, seed: int, budget: dict) -> dict:
         )  # fmt: skip
         result["stage_1_seconds"], result["stage_1_wall_seconds"] = seconds_of(run_align, settings)
         result["recall"] = json.loads((folder / "aligned" / "finished.json").read_text())["after"]["recall"]
-        budget["stage 1"], model = result["stage_1_seconds"], settings.out
-    else:
-        steps += round(budget["stage 1"] / budget["step"])
-    values = {"model": model, "cache": str(cache), "out": run, "max_steps": steps, "seed": seed, "eval_every": steps}
-    result["train_seconds"], result["train_wall_seconds"] = seconds_of(
-        train, build_settings("train", values | {"generate_samples": 0}, options.recipe)
-    )
-    budget.setdefault("step", result["train_seconds"] / steps)
+        model = settings.out
+
+    def captioning(out: str, steps: int) -> tuple[float, float]:
+        values = {"model": model, "cache": str(cache), "out": out, "max_steps": steps, "eval_every": steps}
+        return seconds_of(
+            train, build_settings("train", values | {"seed": seed, "generate_samples": 0}, options.recipe)
+        )
+
+    if arm != "stage 1":
+        steps = round(budget["seconds"] / (captioning(str(folder / "probe"), PROBE)[0] / PROBE))
+    result["train_seconds"], result["train_wall_seconds"] = captioning(run, steps)
+    budget.setdefault("seconds", result.get("stage_1_seconds", 0.0) + result["train_seconds"])
     result["train_steps"] = steps
     evaluate(
         EvaluateSettings(model=run, dataset=options.dataset, out=str(folder / "results"), report=False, probe=False)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from notebook_rows import padded_with_labels
 from torch import nn
 
 from blipren.training.assemble import new
@@ -70,14 +71,7 @@ class Notebook:
         return found
 
     def tensors(self, rows: list, length: int) -> dict[str, torch.Tensor]:
-        ids = torch.full((len(rows), length), self.processor.tokenizer.pad_token_id)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for r, (_, prompt, answer) in enumerate(rows):
-            end = len(prompt) + len(answer)
-            ids[r, :end] = torch.tensor(prompt + answer)
-            mask[r, :end] = 1
-            labels[r, len(prompt) : end] = torch.tensor(answer)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return padded_with_labels(rows, length, self.processor.tokenizer.pad_token_id)
 
     @torch.no_grad()
     def validation_loss(self) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from notebook_rows import padded_with_labels
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -186,14 +187,7 @@ class Bench:
         rows = [(b.image[1], b.prefix + prompt, answer) for b in self.blocks for prompt, answer in b.segments]
         head = len(rows[0][1])
         length = head + text_length if text_length else max(len(p) + len(a) for _, p, a in rows)
-        ids = torch.full((len(rows), length), PAD)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for r, (_, prompt, answer) in enumerate(rows):
-            end = len(prompt) + len(answer)
-            ids[r, :end] = torch.tensor(prompt + answer)
-            mask[r, :end] = 1
-            labels[r, len(prompt) : end] = torch.tensor(answer)
-        tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        tensors = padded_with_labels(rows, length, PAD)
         return [image for image, _, _ in rows], {k: v.to(self.device) for k, v in tensors.items()}
 
     # ---- arms: each gives its loss and the share of positions that are tokens -------------------------------------

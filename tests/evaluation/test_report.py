@@ -9,7 +9,7 @@ import torch
 
 from blipren.training.evaluation.evaluate import evaluate
 from blipren.training.evaluation.metrics import NO_JAVA
-from blipren.training.evaluation.pictures import map_bytes, overlay, photo_address
+from blipren.training.evaluation.pictures import map_bytes, photo_address
 from blipren.training.evaluation.report import headline_tiles, render_page, training_curves
 from blipren.training.settings import EvaluateSettings
 from tests.evaluation.browser import browse, needs_chromium
@@ -211,5 +211,3 @@ def test_pictures():
     maps = torch.tensor([[[0.1, 0.2], [0.3, 0.5]], [[7.0, 7.0], [7.0, 7.0]]])
     assert list(base64.b64decode(map_bytes(maps))) == [0, 64, 128, 255, 0, 0, 0, 0]
     assert len(photo_address(colour_picture(0, (2000, 1500)))) < 20_000
-    lit = overlay(colour_picture(4, (40, 40)), maps[0], strength=1.0)
-    assert lit.size == (40, 40) and sum(lit.getpixel((38, 38))) > sum(lit.getpixel((1, 1)))

@@ -3,7 +3,7 @@
 import pytest
 
 from blipren.training.quickstart.scenes import Scene, SceneObject
-from blipren.training.quickstart.truth import caption_truth, share_of_truth
+from blipren.training.quickstart.truth import caption_truth
 
 
 def thing(size: str, colour: str, shape: str, row: int, column: int) -> SceneObject:
@@ -138,10 +138,3 @@ def test_long_rambling_is_judged_quickly():
     assert not verdict.true
     assert verdict.mentioned == 60
     assert verdict.hallucinated == 59
-
-
-def test_shares():
-    shares = share_of_truth(["a red circle", "a blue star and a red circle"], [ONE, TWO])
-    assert shares == pytest.approx({"captions_true": 0.5, "attribute_recall": 0.875, "hallucinated_objects": 1 / 3})
-    with pytest.raises(ValueError, match="1 captions for 2 scenes"):
-        share_of_truth(["a red circle"], [ONE, TWO])

@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -32,17 +31,6 @@ def map_bytes(maps: torch.Tensor, lowest_is_zero: bool = True) -> str:
     spread = flat.amax(dim=1, keepdim=True) - low
     scaled = torch.where(spread > 1e-9, (flat - low) / spread.clamp(min=1e-9), torch.zeros_like(flat))
     return base64.b64encode((scaled * 255).round().to(torch.uint8).numpy().tobytes()).decode()
-
-
-def overlay(photo: Image.Image, values: torch.Tensor, strength: float = 0.6) -> Image.Image:
-    """A map [height, width] over a photo, in matplotlib's inferno: for pictures outside the page."""
-    from matplotlib import colormaps
-
-    values = values.float()
-    spread = values.max() - values.min()
-    scaled = (values - values.min()) / spread if spread > 1e-9 else torch.zeros_like(values)
-    heat = Image.fromarray((colormaps["inferno"](scaled.numpy())[..., :3] * 255).astype(np.uint8))
-    return Image.blend(photo.convert("RGB"), heat.resize(photo.size, Image.Resampling.BICUBIC), strength)
 
 
 def sample_grid(path: Path, photos: Sequence[Image.Image], captions: Sequence[str]) -> None:

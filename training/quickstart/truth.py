@@ -287,15 +287,3 @@ def caption_truth(caption: str, scene: Scene) -> CaptionTruth:
         mentioned=len(_expand(mentions)),
         problems=tuple(problems),
     )
-
-
-def share_of_truth(captions: list[str], scenes: list[Scene]) -> dict[str, float]:
-    """Shares over all captions: `captions_true`, `attribute_recall`, and `hallucinated_objects` of those named."""
-    if len(captions) != len(scenes) or not captions:
-        raise ValueError(f"{len(captions)} captions for {len(scenes)} scenes: one each, and at least one")
-    verdicts = [caption_truth(c, s) for c, s in zip(captions, scenes)]
-    return {
-        "captions_true": sum(v.true for v in verdicts) / len(verdicts),
-        "attribute_recall": sum(v.attribute_recall for v in verdicts) / len(verdicts),
-        "hallucinated_objects": sum(v.hallucinated for v in verdicts) / max(1, sum(v.mentioned for v in verdicts)),
-    }
