@@ -419,7 +419,8 @@ def make_critic(settings: TrainSettings, processor, sources, layout: Layout) -> 
 
 
 def try_step(trainer: CaptionTrainer, model) -> None:
-    """The first micro-batch, forward and backward, without an update: counts FLOPs per useful token.
+    """The first micro-batch, forward and backward, without an update: counts FLOPs per useful token. In SDPA where the
+    run takes FlexAttention, whose arithmetic torch cannot count.
 
     Raises:
         UserError: when no gradient reaches the connector, which would then learn nothing from any image.
@@ -439,11 +440,12 @@ def try_step(trainer: CaptionTrainer, model) -> None:
     with dense_attention(model.parts()["llm"]):
         total = flops.count(step)
     trainer.critic, trainer.words = extra
-    trained = [p for p in model.parts()["projector"].parameters() if p.requires_grad]
+    projector = model.parts()["projector"].named_parameters()  # a router has a loss of its own
+    trained = [p for name, p in projector if p.requires_grad and not name.startswith("router")]
     if trained and not any(whole(p.grad).any() for p in trained if p.grad is not None):
         raise UserError(
             "no gradient reaches the projector: the language model lets none through, so that training would ignore "
-            "every image. Leave out what is special about it (quantisation, an attention of its own), or take another"
+            "every image. Leave out what is special about it (such as --llm-bits), or take another, with another OUT"
         )
     model.zero_grad()
     tokens = trainer.window.counts["tokens"]
@@ -539,10 +541,11 @@ def train(settings: TrainSettings) -> int:
         callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience and judge else None,
     )
     checkpoint, damaged = checkpoints.newest_verified(run.checkpoints)
-    for bad in damaged:
-        say(f"passed over a damaged checkpoint, {bad}")
-    if checkpoint is not None:
-        say(f"going on from {checkpoint}")
+    if run.writes:
+        for bad in damaged:
+            say(f"passed over a damaged checkpoint, {bad}")
+        if checkpoint is not None:
+            say(f"going on from {checkpoint}")
     run.rewind(checkpoints.step_of(checkpoint) if checkpoint is not None else -1)
     try_step(trainer, model)
     if checkpoint is None and validation is not None:

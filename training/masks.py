@@ -53,7 +53,7 @@ def shared_prefix_block_mask(
     block_ids: torch.Tensor, segment_ids: torch.Tensor, unseen: torch.Tensor | None = None
 ) -> BlockMask:
     """The same for FlexAttention (https://arxiv.org/abs/2412.05496), which passes over pieces of 128 x 128 positions
-    that nobody looks at, and never holds a mask of all of them."""
+    that nobody looks at."""
     rows, length = block_ids.shape
     sees = who_sees_whom(block_ids, segment_ids, unseen)
     return create_block_mask(sees, rows, None, length, length, device=block_ids.device)

@@ -1,5 +1,6 @@
 """Model, precision and layout of a training run, from its settings."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,13 +12,15 @@ from blipren.training import prefix
 from blipren.training.data.batches import Layout, PromptEncoder
 from blipren.training.errors import UserError
 from blipren.training.loading import load_checkpoint
-from blipren.training.masks import FLEX
+from blipren.training.masks import FLEX, dense_attention
 from blipren.training.settings import TrainSettings
 from blipren.training.trainer import say
 
 
 def choose_device(name: str) -> str:
-    """The device of a run, as torch names it. Raises `UserError` where it is not there."""
+    """The device of a run, as torch names it. Raises `UserError` where it is not there, or launched by DeepSpeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError("launch without DeepSpeed; `blipren train` takes --deepspeed CONFIG (docs/train.md)")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -56,6 +59,10 @@ def load_quantised(settings: TrainSettings, precision: str):
         raise UserError("llm_bits needs bitsandbytes: pip install bitsandbytes") from error
     from transformers import BitsAndBytesConfig
 
+    if (
+        torch.cuda.is_available()
+    ):  # bitsandbytes loads to the current GPU, which is the first one until the Trainer is there
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     few_bits = BitsAndBytesConfig(
         load_in_4bit=settings.llm_bits == 4,
@@ -88,7 +95,8 @@ def layout_for(model, processor, settings: TrainSettings, sources: Sequence) -> 
     """Shared prefixes where the language model takes them; padded rows, and a line that says why, where it does not."""
     shared = settings.shared_prefix
     if shared:
-        reason = prefix.obstacle(model, longest_row(model, processor, sources))
+        with dense_attention(model.parts()["llm"]):
+            reason = prefix.obstacle(model, longest_row(model, processor, sources))
         if reason is not None:
             shared = False
             say(f"padded rows, one an answer, instead of shared prefixes: the language model cannot, {reason}")

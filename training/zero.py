@@ -14,7 +14,15 @@ from accelerate.utils import is_deepspeed_available
 
 from blipren.training.errors import UserError
 
-OURS = {"optimizer": "--learning-rate", "scheduler": "--schedule", "bf16": "--precision", "fp16": "--precision"}
+OURS = {
+    "optimizer": "--learning-rate", "scheduler": "--schedule", "bf16": "--precision", "fp16": "--precision",
+    "gradient_clipping": "--clip", "gradient_accumulation_steps": "--micro-batches",
+    "train_batch_size": "--batch-size", "train_micro_batch_size_per_gpu": "--batch-size",
+}  # fmt: skip
+FILLED = {  # "auto" is what the Trainer fills in from its own arguments
+    "gradient_clipping": "auto", "gradient_accumulation_steps": "auto", "train_micro_batch_size_per_gpu": "auto",
+    "zero_force_ds_cpu_optimizer": False,  # else accelerate replaces our AdamW where its state is offloaded
+}  # fmt: skip
 
 
 def read_config(path: str | None, device: str) -> dict | None:
@@ -24,8 +32,6 @@ def read_config(path: str | None, device: str) -> dict | None:
         UserError: where it says what a run's own settings say, or cannot be used.
     """
     if path is None:
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            raise UserError("launch without DeepSpeed and give `blipren train` --deepspeed CONFIG instead")
         return None
     if "RANK" not in os.environ:
         raise UserError(
@@ -37,7 +43,7 @@ def read_config(path: str | None, device: str) -> dict | None:
         config = json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"deepspeed: {path} cannot be read: {error}") from error
-    if said := sorted(set(config) & set(OURS)):
+    if said := sorted(key for key in set(config) & set(OURS) if config[key] != "auto"):
         raise UserError(f"deepspeed: {path} has {said[0]!r}, which {OURS[said[0]]} decides: take it out")
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2):
@@ -46,7 +52,7 @@ def read_config(path: str | None, device: str) -> dict | None:
         )
     if not is_deepspeed_available():
         raise UserError("deepspeed is not installed: pip install deepspeed")
-    return config
+    return config | FILLED
 
 
 def start(device: str) -> dict:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -193,7 +194,7 @@ def test_wrong_uses_have_one_clear_line(settings):
 def test_deepspeed_that_cannot_work_is_refused(settings, tmp_path, monkeypatch):
     with monkeypatch.context() as launched:
         launched.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what `accelerate launch --use_deepspeed` sets
-        with pytest.raises(UserError, match="--deepspeed CONFIG instead"):
+        with pytest.raises(UserError, match="--deepspeed CONFIG"):
             caption.train(settings())
     config = tmp_path / "zero.json"
     with pytest.raises(UserError, match="needs torchrun"):
@@ -202,6 +203,7 @@ def test_deepspeed_that_cannot_work_is_refused(settings, tmp_path, monkeypatch):
     for text, said in {
         "": "cannot be read",
         '{"zero_optimization": {"stage": 3}}': "stage 3; it must be 1 or 2",
+        '{"gradient_clipping": 0.5}': "has 'gradient_clipping', which --clip decides",
         '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}': "has 'bf16', which --precision decides",
     }.items():
         config.write_text(text)
@@ -209,6 +211,8 @@ def test_deepspeed_that_cannot_work_is_refused(settings, tmp_path, monkeypatch):
             caption.train(settings(deepspeed=str(config)))
     with pytest.raises(UsageError, match="neither fsdp nor compile"):
         settings(deepspeed="x", fsdp=True)
+    with pytest.raises(UsageError, match="llm_bits 8 cannot be sharded"):
+        settings(llm_bits=8, fsdp=True)
 
 
 # ---- tuning -------------------------------------------------------------------------------------------------------
@@ -265,10 +269,16 @@ def test_full_tuning_trains_the_llm_and_saves_everything(settings, tmp_path, mod
     assert all(torch.equal(before[n], after[n]) for n in before if "vision_tower" in n)
 
 
-def test_gradient_checkpointing_gives_the_same_weights(settings, tmp_path, deterministic_model):
+def test_gradient_checkpointing_gives_the_same_weights(settings, tmp_path, deterministic_model, monkeypatch):
     values = dict(model=str(deterministic_model), max_steps=2, keep_best="last")
+    recomputed, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda f, *a, **k: recomputed.append(f) or checkpoint(f, *a, **k)
+    )
     caption.train(settings(**values))
+    assert not recomputed
     caption.train(settings(**values, gradient_checkpointing=True, out=str(tmp_path / "other")))
+    assert recomputed
     for name, tensor in weights(tmp_path / "run").items():
         torch.testing.assert_close(tensor, weights(tmp_path / "other")[name])
 
@@ -403,7 +413,9 @@ def test_fused_loss_is_refused_where_logits_are_capped(plain_two_steps, determin
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_model_trains_to_the_same_loss(plain_two_steps, backend):
+    counters.clear()
     compiled = plain_two_steps(f"compiled-{backend}", compile=True, compile_backend=backend)
+    assert counters["stats"]["unique_graphs"] > 0
     losses = [[e["loss"] for e in events(f, "validation")] for f in (plain_two_steps("plain"), compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -446,15 +458,19 @@ def test_bridge_trains_beside_a_language_model_in_few_bits(settings, tmp_path, t
     assert all(torch.equal(before[n], after[n]) for n in before if "language_model" in n)
 
 
-@pytest.mark.parametrize("tuning_mode", ["frozen", "lora"])
-def test_a_language_model_that_lets_no_gradient_through_is_refused(settings, monkeypatch, tuning_mode):
+@pytest.mark.parametrize("tuning_mode, projector", [("frozen", "mlp"), ("lora", "mlp"), ("frozen", "moe")])
+def test_a_language_model_that_lets_no_gradient_through_is_refused(
+    settings, tmp_path, bases, monkeypatch, tuning_mode, projector
+):
     def without_gradient(model, precision):
         language_model = model.parts()["llm"]
         language_model.forward = torch.no_grad()(language_model.forward)
 
     monkeypatch.setattr(caption, "set_precision", without_gradient)
     with pytest.raises(UserError, match="no gradient reaches the projector"):
-        caption.train(settings(llm_tuning=tuning_mode))
+        caption.train(
+            settings(model=str(make_model(tmp_path / "m", *bases, projector=projector)), llm_tuning=tuning_mode)
+        )
 
 
 def test_few_bits_cannot_be_trained_fully(settings):

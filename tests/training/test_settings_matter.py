@@ -1,4 +1,5 @@
 """Every setting of `blipren train` does something: a changed one changes the weights, the log or the files of a run.
+Those that are other ways to the same weights (`SAME`) leave them; test_caption.py shows that they do what they say.
 
 `pytest -m slow` runs them all; the table itself is checked always, so that a new setting cannot be left out.
 """

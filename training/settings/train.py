@@ -208,6 +208,8 @@ class TrainSettings(Settings):
             raise UsageError("merge_lora needs llm_tuning lora and full: a bridge cannot hold the merged weights")
         if self.llm_bits is not None and self.llm_tuning == "full":
             raise UsageError(f"llm_bits {self.llm_bits} cannot be trained fully; use llm_tuning frozen or lora")
+        if self.llm_bits == 8 and self.fsdp:
+            raise UsageError("llm_bits 8 cannot be sharded by fsdp; take llm_bits 4, or leave fsdp out")
         if self.fused_loss and self.label_smoothing:
             raise UsageError("fused_loss never holds the logits that label_smoothing needs: leave one of them out")
         if self.deepspeed and (self.fsdp or self.compile):
