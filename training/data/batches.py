@@ -7,11 +7,11 @@ prefix, so that every answer is read as if it were alone. The padded layout, one
 that cannot take such a mask.
 """
 
-import math
 from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from heapq import heappop, heappush
 from typing import Protocol
 
 import numpy as np
@@ -189,10 +189,22 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Indices of `lengths` in at most `rows` bins of nearly equal sums: the longest first, each into the emptiest bin
+    (Graham 1969)."""
+    bins: list[list[int]] = [[] for _ in range(rows)]
+    filled = [(0, number) for number in range(rows)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        tokens, number = heappop(filled)
+        bins[number].append(index)
+        heappush(filled, (tokens + lengths[index], number))
+    return [bin for bin in bins if bin]
+
+
 def pack_rows(
     lengths: Sequence[int], row_tokens: int | None = None, attention_cost: float = 1 / 4096
 ) -> list[list[int]]:
-    """Packs blocks into rows of at most `row_tokens`; without it, into rows of the length that costs least.
+    """Packs blocks into rows of at most `row_tokens`; without it, into as many rows as cost least.
 
     A dense mask is paid for on all of a row, so that the cost of R rows of L tokens is taken as R L (1 +
     `attention_cost` L): about right for the shapes of small language models, where long rows only pay while they save
@@ -206,11 +218,9 @@ def pack_rows(
         length = max(sum(lengths[i] for i in bin) for bin in bins)
         return len(bins) * length * (1 + attention_cost * length)
 
-    # rows that share the tokens evenly waste least; a little slack lets the packing find them
-    fewest = sum(lengths) / longest
-    shares = {max(1, round(fewest * (1 / 6) ** (i / 15))) for i in range(16)}  # up to six of the longest in a row
-    candidates = {max(longest, math.ceil(sum(lengths) / k * slack)) for k in shares for slack in (1, 1.02, 1.05)}
-    return min((pack(lengths, c) for c in sorted(candidates)), key=cost)
+    most = sum(lengths) / longest  # rows as short as the longest block
+    counts = {max(1, round(most * (1 / 6) ** (i / 39))) for i in range(40)}  # up to six of the longest in a row
+    return min((spread(lengths, count) for count in sorted(counts)), key=cost)
 
 
 def collate_shared(blocks: list[Block], pad_token_id: int, row_tokens: int | None = None, multiple: int = 1) -> dict:
