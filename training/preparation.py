@@ -59,9 +59,7 @@ def load_quantised(settings: TrainSettings, precision: str):
         raise UserError("llm_bits needs bitsandbytes: pip install bitsandbytes") from error
     from transformers import BitsAndBytesConfig
 
-    if (
-        torch.cuda.is_available()
-    ):  # bitsandbytes loads to the current GPU, which is the first one until the Trainer is there
+    if torch.cuda.is_available():  # bitsandbytes loads to the current GPU, the first one until the Trainer is made
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     few_bits = BitsAndBytesConfig(
