@@ -17,15 +17,17 @@ from pathlib import Path
 
 import torch
 
-from blipren.training.align import run_align
-from blipren.training.assemble import new
-from blipren.training.caption import train
 from blipren.training.cli import build_settings
-from blipren.training.data.embed import embed
+from blipren.training.commands.align import AlignSettings
+from blipren.training.commands.embed import EmbedSettings
+from blipren.training.commands.evaluate import EvaluateSettings
+from blipren.training.data.cache.embed import embed
 from blipren.training.evaluation.evaluate import evaluate
+from blipren.training.hub.assemble import new
 from blipren.training.quickstart.scenes import Split, write_scenes
-from blipren.training.quickstart.words import write_tokenizer
-from blipren.training.settings import AlignSettings, EmbedSettings, EvaluateSettings
+from blipren.training.quickstart.text_tokenizer import write_tokenizer
+from blipren.training.stages.align import run_align
+from blipren.training.stages.train import train
 
 ARMS = {"stage 1": "qformer", "no stage 1": "qformer", "patches": "patches"}
 

@@ -31,13 +31,13 @@ from transformers import (
 from blipren.configuration_blipren import BliprenConfig
 from blipren.image_blipren import with_fast_resize
 from blipren.modeling_blipren import BliprenForConditionalGeneration
-from blipren.training.data.builder import CacheBuilder
+from blipren.training.commands.embed import EmbedSettings
 from blipren.training.data.cache import FeatureCache
-from blipren.training.data.embed import cache_fingerprint, open_source, run_units
-from blipren.training.data.encoder import Encoder
-from blipren.training.data.prepare import PrepareConfig, default_workers
-from blipren.training.memory import keep_freed_memory
-from blipren.training.settings import EmbedSettings
+from blipren.training.data.cache.builder import CacheBuilder
+from blipren.training.data.cache.embed import cache_fingerprint, open_source, run_units
+from blipren.training.data.cache.encoder import Encoder
+from blipren.training.data.cache.prepare import PrepareConfig, default_workers
+from blipren.training.engine.memory import keep_freed_memory
 from blipren.vision_blipren import measure_vision
 
 ENCODERS = {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from blipren.training.data.images import ImageError
+from blipren.training.data.sources.images import ImageError
 from blipren.training.evaluation.captioning import encode_photos, generate_captions, load_model
 from blipren.training.evaluation.examples import open_split
 

@@ -14,10 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from blipren.training.quickstart.run import TOWERS, run_command
+from blipren.training.quickstart.run import TOWERS, run_step
 from blipren.training.quickstart.scenes import Split, draw_scene, make_scene, write_scenes
+from blipren.training.quickstart.text_tokenizer import write_tokenizer
 from blipren.training.quickstart.wording import full_caption
-from blipren.training.quickstart.words import write_tokenizer
 
 TRAINING = (Split("train", "seen", 6000), Split("validation", "seen", 200))
 
@@ -63,10 +63,10 @@ def run(options: argparse.Namespace, work: Path) -> None:
     if not cache.exists():
         write_scenes(scenes, options.seed, TRAINING)
         add_held_out(scenes, options.seed, 500)
-        run_command("new", out=work / "model", vision=TOWERS / "vision", llm=TOWERS / "llm", seed=options.seed)
-        run_command("embed", model=work / "model", dataset=scenes, cache=cache)
+        run_step("new", out=work / "model", vision=TOWERS / "vision", llm=TOWERS / "llm", seed=options.seed)
+        run_step("embed", model=work / "model", dataset=scenes, cache=cache)
     started = time.perf_counter()
-    run_command(
+    run_step(
         "align",
         model=work / "model",
         cache=cache,
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, work: Path) -> None:
         seed=options.seed,
     )
     seconds = time.perf_counter() - started
-    run_command(
+    run_step(
         "evaluate", model=work / "aligned", dataset=scenes, out=work / "results", tasks=["retrieval"], report=False
     )
     metrics = json.loads((work / "results" / "metrics.json").read_text(encoding="utf-8"))

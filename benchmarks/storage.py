@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from blipren.training.data.cache import FeatureCache
-from blipren.training.data.encoder import to_storage
+from blipren.training.data.cache.encoder import to_storage
+from blipren.training.engine.loading import load_checkpoint
 from blipren.training.evaluation.captioning import Features, generate_captions
-from blipren.training.evaluation.metrics import caption_metrics
-from blipren.training.loading import load_checkpoint
+from blipren.training.evaluation.metrics.captions import caption_metrics
 
 
 def as_int8(features: torch.Tensor) -> torch.Tensor:

@@ -21,15 +21,17 @@ import torch
 from notebook_rows import padded_with_labels
 from torch import nn
 
-from blipren.training.assemble import new
-from blipren.training.caption import train
 from blipren.training.cli import build_settings
-from blipren.training.data.batches import PromptEncoder, build_blocks
-from blipren.training.data.embed import embed
-from blipren.training.inputs import open_caches, read_images
-from blipren.training.loading import load_checkpoint
-from blipren.training.memory import keep_freed_memory
-from blipren.training.settings import EmbedSettings, NewSettings, TrainSettings
+from blipren.training.commands.embed import EmbedSettings
+from blipren.training.commands.new import NewSettings
+from blipren.training.commands.train import TrainSettings
+from blipren.training.data.batches.inputs import open_caches, read_images
+from blipren.training.data.batches.rows import PromptEncoder, build_blocks
+from blipren.training.data.cache.embed import embed
+from blipren.training.engine.loading import load_checkpoint
+from blipren.training.engine.memory import keep_freed_memory
+from blipren.training.hub.assemble import new
+from blipren.training.stages.train import train
 
 CAPTION_LENGTH = 64
 

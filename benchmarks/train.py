@@ -37,11 +37,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from blipren.configuration_blipren import BliprenConfig, BliprenQFormerConfig
 from blipren.modeling_blipren import BliprenForConditionalGeneration, copy_weights
 from blipren.qformer_blipren import copy_blip2_weights
-from blipren.training import flops
-from blipren.training.caption import answer_losses
-from blipren.training.data.batches import PromptEncoder, build_blocks, collate_padded, collate_shared, useful_share
-from blipren.training.masks import FLEX, row_mask, shared_prefix_block_mask
-from blipren.training.memory import keep_freed_memory
+from blipren.training.data.batches.masks import FLEX, row_mask, shared_prefix_block_mask
+from blipren.training.data.batches.rows import (
+    PromptEncoder,
+    build_blocks,
+    collate_padded,
+    collate_shared,
+    useful_share,
+)
+from blipren.training.engine import flops
+from blipren.training.engine.memory import keep_freed_memory
+from blipren.training.stages.train import answer_losses
 
 LLAMA_135M = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                   num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)  # fmt: skip

@@ -25,7 +25,7 @@ from blipren.model_card.facts import (
     strictness,
 )
 from blipren.training.errors import UserError
-from blipren.training.package import is_local, read_config
+from blipren.training.hub.package import is_local, read_config
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TASKS = {"captioning": "image-to-text", "vqa": "visual-question-answering", "retrieval": "image-text-to-text"}

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from blipren.training.errors import UserError
-from blipren.training.package import is_local
+from blipren.training.hub.package import is_local
 
 # from the freest to the strictest; what is not listed counts as "other": somebody has to read it
 STRICTNESS = (

@@ -1,4 +1,8 @@
-"""`blipren`: one sub-command per step. Arguments are made from the dataclasses in settings/, nothing is declared twice."""
+"""`blipren`: finds the commands in training/commands/ and makes their flags from their settings.
+
+A command is one file there. Its name is the command's, its first line the help text, and its function `run` takes the
+command's settings and returns the exit status. Nothing here imports torch: `--help` and wrong use answer at once.
+"""
 
 import argparse
 import atexit
@@ -10,13 +14,31 @@ import types
 import typing
 from pathlib import Path
 
-import torch.distributed
-import transformers
 import yaml
 
 from blipren.training.errors import UsageError, UserError
-from blipren.training.memory import keep_freed_memory
-from blipren.training.settings import COMMANDS, Settings, field_docs
+from blipren.training.settings import Settings, field_docs, setting_groups
+
+FOLDER = Path(__file__).parent / "commands"
+RECIPES = Path(__file__).parent / "recipes"
+# the order of `blipren --help`; a command that is not named here comes behind them
+FIRST = ("quickstart", "new", "doctor", "embed", "align", "train", "evaluate", "compare", "caption")
+
+
+def command_names() -> list[str]:
+    """Return the names of all commands. `import` lies in `import_.py`, since Python reserves the word."""
+    names = sorted(path.stem.removesuffix("_") for path in FOLDER.glob("*.py") if path.stem != "__init__")
+    return [name for name in FIRST if name in names] + [name for name in names if name not in FIRST]
+
+
+def command_module(name: str) -> types.ModuleType:
+    """Import the file of a command."""
+    return importlib.import_module(f"blipren.training.commands.{name}{'_' if name == 'import' else ''}")
+
+
+def settings_class(name: str) -> type[Settings]:
+    """Return the settings of a command: the type of the argument of its `run`."""
+    return typing.get_type_hints(command_module(name).run)["settings"]
 
 
 def _plain_type(annotation) -> tuple[type, bool]:
@@ -28,10 +50,16 @@ def _plain_type(annotation) -> tuple[type, bool]:
     return (typing.get_origin(annotation) or annotation), False
 
 
-def _add_arguments(parser: argparse.ArgumentParser, settings_class: type[Settings]) -> None:
-    docs = field_docs(settings_class)
-    hints = typing.get_type_hints(settings_class)
-    for field in dataclasses.fields(settings_class):
+def _add_arguments(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
+    """Add a positional or a flag for every setting, in the groups of the settings' file."""
+    docs = field_docs(settings)
+    hints = typing.get_type_hints(settings)
+    groups = {
+        name: parser.add_argument_group(title) if title else parser
+        for title, names in setting_groups(settings).items()
+        for name in names
+    }
+    for field in dataclasses.fields(settings):
         kind, many = _plain_type(hints[field.name])
         keywords = {"help": docs[field.name].replace("%", "%%"), "default": argparse.SUPPRESS}
         choices = field.metadata.get("choices")
@@ -49,13 +77,13 @@ def _add_arguments(parser: argparse.ArgumentParser, settings_class: type[Setting
             continue
         flag = "--" + field.name.replace("_", "-")
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **keywords)
+            groups[field.name].add_argument(flag, action=argparse.BooleanOptionalAction, **keywords)
         elif kind is dict:
-            parser.add_argument(flag, type=yaml.safe_load, metavar="{KEY: VALUE}", **keywords)
+            groups[field.name].add_argument(flag, type=yaml.safe_load, metavar="{KEY: VALUE}", **keywords)
         else:
             if many:
                 keywords["nargs"] = "+"
-            parser.add_argument(flag, type=kind, **keywords)
+            groups[field.name].add_argument(flag, type=kind, **keywords)
 
 
 def recipe_path(name: str) -> Path:
@@ -63,7 +91,7 @@ def recipe_path(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = Path(__file__).parent / "recipes" / f"{name}.yaml"
+    shipped = RECIPES / f"{name}.yaml"
     if shipped.is_file():
         return shipped
     known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
@@ -81,17 +109,18 @@ def load_recipe(name: str) -> dict[str, dict]:
         raise UsageError(
             f"recipe {path} must be a mapping of commands to their settings, such as 'train: {{steps: 10}}'"
         )
-    unknown = [section for section in recipe if section not in COMMANDS]
+    known = command_names()
+    unknown = [section for section in recipe if section not in known]
     if unknown:
-        raise UsageError(f"recipe {path} has a section {unknown[0]!r}; sections are: {', '.join(COMMANDS)}")
+        raise UsageError(f"recipe {path} has a section {unknown[0]!r}; sections are: {', '.join(known)}")
     return recipe
 
 
 def build_settings(command: str, flags: dict, config: str | None = None) -> Settings:
     """Recipe section, then flags over it, into the command's validated settings."""
-    settings_class = COMMANDS[command].settings
+    chosen = settings_class(command)
     values = dict(load_recipe(config).get(command, {})) if config else {}
-    known = {field.name for field in dataclasses.fields(settings_class)}
+    known = {field.name for field in dataclasses.fields(chosen)}
     for name in values:
         if name not in known:
             raise UsageError(
@@ -100,51 +129,59 @@ def build_settings(command: str, flags: dict, config: str | None = None) -> Sett
     values.update({k: v for k, v in flags.items() if v is not None and v != []})
     missing = [
         f.name
-        for f in dataclasses.fields(settings_class)
+        for f in dataclasses.fields(chosen)
         if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise UsageError(
             f"blipren {command} needs {', '.join(m.upper() for m in missing)}; see blipren {command} --help"
         )
-    return settings_class(**values)
+    return chosen(**values)
+
+
+def run_command(name: str, settings: Settings) -> int:
+    """Run a command in this process. Returns its exit status."""
+    import transformers
+
+    from blipren.training.engine.memory import keep_freed_memory
+
+    keep_freed_memory()
+    # load reports and progress bars of base models say nothing that a user of a command can act on
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return command_module(name).run(settings) or 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the `blipren` command. Returns the exit status: 0 done, 1 failed, 2 wrong use."""
+    """Parse the command line and run the command. Returns the exit status: 0 done, 1 failed, 2 wrong use."""
     parser = argparse.ArgumentParser(prog="blipren", description="Give any language model eyes.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.help, description=command.help)
+    for name in command_names():
+        text = command_module(name).__doc__.splitlines()[0]
+        sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--config", help="recipe: a YAML file, or the name of one that ships (training/recipes)")
-        _add_arguments(sub, command.settings)
+        _add_arguments(sub, settings_class(name))
     flags = vars(parser.parse_args(arguments))
-    command, config = flags.pop("command"), flags.pop("config")
+    name, config = flags.pop("command"), flags.pop("config")
     try:
-        settings = build_settings(command, flags, config)
-        keep_freed_memory()
-        # load reports and bars of base models say nothing that a user of a command can act on
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        module, function = COMMANDS[command].function.rsplit(".", 1)
-        status = getattr(importlib.import_module(module), function)(settings)
+        return run_command(name, build_settings(name, flags, config))
     except UsageError as error:
-        print(f"blipren {command}: {error}", file=sys.stderr)
+        print(f"blipren {name}: {error}", file=sys.stderr)
         return 2
     except UserError as error:
-        print(f"blipren {command}: {error}", file=sys.stderr)
+        print(f"blipren {name}: {error}", file=sys.stderr)
         return 1
-    return status or 0
 
 
 def command() -> None:
-    """The `blipren` command as a process: `main`, then an end that several processes can rely on."""
+    """Run `main` as a process. The end is one that several processes can rely on."""
     status = main()
-    if not torch.distributed.is_initialized():
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
         sys.exit(status)
-    # gloo's threads free the tensors of the last collective under Python's lock; where the interpreter is being torn
-    # down by then, the process aborts and torchrun calls a run failed that has done all its work
-    # (pytorch/pytorch#179291). DDP keeps the group from being destroyed, so we leave without the teardown.
+    # gloo's threads free the tensors of the last collective under Python's lock. Where the interpreter is being torn
+    # down by then, the process aborts, and torchrun reports a failure of a run that has done all its work
+    # (pytorch/pytorch#179291). DDP keeps the group from being destroyed, so the process ends without the teardown.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,8 +8,9 @@ from PIL import Image, ImageDraw
 
 from blipren.modeling_blipren import BliprenForConditionalGeneration
 from blipren.processing_blipren import BliprenProcessor
-from blipren.training.data.embed import embed
-from blipren.training.settings import AlignSettings, EmbedSettings
+from blipren.training.commands.align import AlignSettings
+from blipren.training.commands.embed import EmbedSettings
+from blipren.training.data.cache.embed import embed
 from tests.tiny_models import QFORMER, make_llm, make_vision
 
 WORDS = (

@@ -14,12 +14,12 @@ from transformers import BertConfig, BertModel, TrainerCallback
 
 from blipren.modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
 from blipren.processing_blipren import BliprenProcessor
-from blipren.training import align as stage
-from blipren.training.align_start import starting_point
+from blipren.training.commands.evaluate import EvaluateSettings
+from blipren.training.engine.run_folder import RunFolder
 from blipren.training.errors import UserError
-from blipren.training.evaluation.retrieval import matcher
-from blipren.training.run_folder import RunFolder
-from blipren.training.settings import EvaluateSettings
+from blipren.training.evaluation.metrics.retrieval import matcher
+from blipren.training.stages import align as stage
+from blipren.training.stages.align_start import starting_point
 
 
 def trainer_of(settings):
@@ -261,8 +261,8 @@ def test_matcher_equals_the_model(run, cache):
 
 def test_train_goes_on_from_it(run, cache, tmp_path):
     """`blipren train` takes an align checkpoint as it takes a new one; the connector begins where stage 1 ended."""
-    from blipren.training.caption import train
-    from blipren.training.settings import TrainSettings
+    from blipren.training.commands.train import TrainSettings
+    from blipren.training.stages.train import train
 
     settings, _ = run
     train(

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from blipren.training import objectives
+from blipren.training.objectives import alignment as objectives
 
 QUERIES, WIDTH = 3, 5
 IMAGE_IDS = [7, 7, 8, 9, 10, 11]  # rows 0 and 1 show one image

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from blipren.training import align as stage
+from blipren.training.engine.run_folder import RunFolder
 from blipren.training.quickstart.scenes import draw_scene, make_scene
+from blipren.training.quickstart.text_tokenizer import write_tokenizer
 from blipren.training.quickstart.wording import write_captions
-from blipren.training.quickstart.words import write_tokenizer
-from blipren.training.run_folder import RunFolder
+from blipren.training.stages import align as stage
 from tests.conftest import SHARED_DATA
 from tests.tiny_models import make_llm, make_vision
 

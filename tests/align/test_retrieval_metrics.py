@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blipren.training.evaluation import retrieval
+from blipren.training.evaluation.metrics import retrieval
 
 
 def plain_ranks(scores, image_of_text):

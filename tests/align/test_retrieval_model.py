@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer, Blip2Config, Blip2ForImageTextRetrieval
 
 from blipren.modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
-from blipren.training import objectives
+from blipren.training.objectives import alignment as objectives
 from tests.tiny_models import QFORMER, random_image
 
 

@@ -5,8 +5,8 @@ import random
 from transformers import AutoTokenizer
 
 from blipren.training.quickstart.scenes import make_scene
+from blipren.training.quickstart.text_tokenizer import write_tokenizer
 from blipren.training.quickstart.wording import write_captions
-from blipren.training.quickstart.words import write_tokenizer
 
 
 def test_every_caption_is_whole_words(tmp_path):

@@ -5,9 +5,9 @@ import sys
 
 import torch
 
-from blipren.training import align as stage
-from blipren.training.run_folder import RunFolder
-from blipren.training.settings import AlignSettings
+from blipren.training.commands.align import AlignSettings
+from blipren.training.engine.run_folder import RunFolder
+from blipren.training.stages import align as stage
 
 
 def main(out: str, save_to: str, values: dict) -> None:

@@ -78,8 +78,8 @@ def tiny_llm(tmp_path_factory):
 
 def make_model(folder, vision, llm, **options):
     """An untrained checkpoint as `blipren new` writes it."""
-    from blipren.training.assemble import new
-    from blipren.training.settings import NewSettings
+    from blipren.training.commands.new import NewSettings
+    from blipren.training.hub.assemble import new
     from tests.tiny_models import QFORMER
 
     new(NewSettings(out=str(folder), vision=str(vision), llm=str(llm), queries=4, qformer=QFORMER, **options))
@@ -94,9 +94,9 @@ def tiny_model(tmp_path_factory, tiny_vision, tiny_llm):
 
 def run_embed(model, dataset, cache, **options):
     """`blipren embed` in this process, without workers unless asked for; gives the opened cache."""
+    from blipren.training.commands.embed import EmbedSettings
     from blipren.training.data.cache import FeatureCache
-    from blipren.training.data.embed import embed
-    from blipren.training.settings import EmbedSettings
+    from blipren.training.data.cache.embed import embed
 
     settings = {"workers": 0, "batch_size": 4, "rows_per_shard": 8, "device": "cpu"} | options
     assert not embed(EmbedSettings(model=str(model), dataset=str(dataset), cache=str(cache), **settings))

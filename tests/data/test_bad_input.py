@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from blipren.training.data.images import Folder, ImageError, decode_image, image_bytes
-from blipren.training.data.sources import open_rows
-from blipren.training.loading import load_checkpoint
+from blipren.training.data.sources.images import Folder, ImageError, decode_image, image_bytes
+from blipren.training.data.sources.rows import open_rows
+from blipren.training.engine.loading import load_checkpoint
 
 from .conftest import encoded, picture, run_embed, write_folder
 

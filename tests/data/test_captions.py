@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, SiglipConfig, SiglipModel, ViTImageProcessorPil
 
-from blipren.training.data.captions import CaptionFilter, count_captions, filter_texts
-from blipren.training.data.similarity import judge
-from blipren.training.data.sources import open_rows
+from blipren.training.data.cache.similarity_filter import judge
+from blipren.training.data.sources.caption_filter import CaptionFilter, count_captions, filter_texts
+from blipren.training.data.sources.rows import open_rows
 from blipren.training.errors import UserError
 from tests.tiny_models import make_tokenizer
 

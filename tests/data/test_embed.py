@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from blipren.training.data.cache import FeatureCache
-from blipren.training.data.shards import CacheDamage
-from blipren.training.data.sources import open_rows
+from blipren.training.data.cache.shards import CacheDamage
+from blipren.training.data.sources.rows import open_rows
+from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
-from blipren.training.loading import load_checkpoint
 from tests.tiny_models import make_llm, make_vision
 
 from .conftest import encoded, make_model, picture, run_embed, write_folder
@@ -173,8 +173,8 @@ def flip(path, place):
 
 
 def test_a_flipped_byte_is_found_when_read_and_by_verify(tmp_path, tiny_model, folder, capsys):
-    from blipren.training.data.embed import embed
-    from blipren.training.settings import EmbedSettings
+    from blipren.training.commands.embed import EmbedSettings
+    from blipren.training.data.cache.embed import embed
 
     cache = run_embed(tiny_model, folder, tmp_path / "c", rows_per_shard=40)
     settings = EmbedSettings(model=str(tiny_model), dataset=str(folder), cache=str(tmp_path / "c"), verify=True)
@@ -255,8 +255,8 @@ def test_another_filter_rebuilds_texts_and_leaves_features(tmp_path, tiny_model,
 
 
 def test_dry_run_shows_and_writes_nothing(tmp_path, tiny_model, folder, capsys):
-    from blipren.training.data.embed import embed
-    from blipren.training.settings import EmbedSettings
+    from blipren.training.commands.embed import EmbedSettings
+    from blipren.training.data.cache.embed import embed
 
     path = tmp_path / "c"
     options = {"model": str(tiny_model), "dataset": str(folder), "cache": str(path), "workers": 0, "min_words": 5}

@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from blipren.training.data import ray_engine
-from blipren.training.data.cache import FeatureCache
-from blipren.training.data.embed import embed
-from blipren.training.settings import EmbedSettings
+from blipren.training.commands.embed import EmbedSettings
+from blipren.training.data.cache import FeatureCache, ray_engine
+from blipren.training.data.cache.embed import embed
 
 from .conftest import encoded, picture, run_embed
 

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, Siglip2ImageProcessorPil, SiglipImageProcessorPil
 
 from blipren.image_blipren import with_fast_resize
-from blipren.training.loading import load_checkpoint
+from blipren.training.engine.loading import load_checkpoint
 
 from .conftest import picture
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from blipren.training.data.builder import CacheLock
 from blipren.training.data.cache import FeatureCache
+from blipren.training.data.cache.builder import CacheLock
 from blipren.training.errors import UserError
 
 from .conftest import encoded, picture, run_embed, write_folder
@@ -103,7 +103,7 @@ def test_kill_at_twenty_random_moments(tmp_path, tiny_model, folder, reference, 
 @pytest.mark.parametrize("place", ["_take_out", "write_dataset_files", "remaining"])
 def test_kill_at_the_end_is_taken_up_too(tmp_path, tiny_model, folder, reference, monkeypatch, place):
     """The moments that random kills seldom hit: while duplicates are taken out, before the last files."""
-    from blipren.training.data import builder
+    from blipren.training.data.cache import builder
 
     class Killed(BaseException):
         pass

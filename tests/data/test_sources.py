@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from blipren.training.data.sources import open_rows, split_weights
+from blipren.training.data.sources.rows import open_rows, split_weights
 from blipren.training.errors import UserError
 
 from .conftest import encoded, picture, write_folder, write_tar

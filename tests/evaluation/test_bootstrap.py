@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from blipren.training.evaluation.bootstrap import (
+from blipren.training.evaluation.metrics.bootstrap import (
     Statistic,
     grouped_statistic,
     interval,

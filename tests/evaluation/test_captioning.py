@@ -7,7 +7,7 @@ import torch
 
 from blipren.training.cli import main
 from blipren.training.evaluation.captioning import encode_photos, generate_captions, load_model, pad_left, pad_right
-from blipren.training.evaluation.grounding import answer_losses
+from blipren.training.evaluation.image_use import answer_losses
 from tests.evaluation.conftest import QUESTION, colour_picture, new_model
 
 

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from blipren.training.cli import main
+from blipren.training.commands.compare import CompareSettings
+from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.errors import UserError
-from blipren.training.evaluation.compare import compare, paired_statistics, read_run, verdict
 from blipren.training.evaluation.evaluate import evaluate
-from blipren.training.settings import CompareSettings, EvaluateSettings
+from blipren.training.evaluation.report.compare import compare, paired_statistics, read_run, verdict
 from tests.evaluation.browser import browse, needs_chromium
 
 

@@ -6,8 +6,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.evaluation.evaluate import evaluate
-from blipren.training.settings import EvaluateSettings
 
 
 def test_easy_vqa(shared_data, seeing, tmp_path):

@@ -6,14 +6,14 @@ import json
 import pytest
 
 from blipren.training.cli import main
-from blipren.training.data.splits import split_by_hash
+from blipren.training.commands.evaluate import EvaluateSettings
+from blipren.training.data.sources.splits import split_by_hash
 from blipren.training.errors import UsageError, UserError
-from blipren.training.evaluation import sweep
+from blipren.training.evaluation import inference as sweep
 from blipren.training.evaluation.captioning import load_model
 from blipren.training.evaluation.evaluate import evaluate
 from blipren.training.evaluation.examples import open_split
-from blipren.training.evaluation.grounding import HARDLY, IGNORES, USES, image_use, other_images, verdict
-from blipren.training.settings import EvaluateSettings
+from blipren.training.evaluation.image_use import HARDLY, IGNORES, USES, image_use, other_images, verdict
 from tests.evaluation.conftest import colour_picture
 
 

@@ -5,11 +5,11 @@ from collections import Counter
 
 import pytest
 
+from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.evaluation.evaluate import evaluate
-from blipren.training.evaluation.hallucination import COCO_WORDS, chair, coco_objects, scene_truth, singular
-from blipren.training.evaluation.pope import PopeQuestion, pope_questions, pope_scores, scene_objects
+from blipren.training.evaluation.metrics.hallucination import COCO_WORDS, chair, coco_objects, scene_truth, singular
+from blipren.training.evaluation.metrics.pope import PopeQuestion, pope_questions, pope_scores, scene_objects
 from blipren.training.quickstart.scenes import make_scene
-from blipren.training.settings import EvaluateSettings
 
 
 @pytest.mark.parametrize(

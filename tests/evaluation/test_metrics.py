@@ -7,15 +7,15 @@ import evaluate as hf_evaluate
 import pytest
 
 from blipren.training.errors import UserError
-from blipren.training.evaluation.metrics import (
+from blipren.training.evaluation.metrics.captions import (
     CAPTION_METRICS,
     caption_metrics,
     meteor_formula,
     score_captions,
     text_statistics,
 )
-from blipren.training.evaluation.modules import MODULES, module_path
-from blipren.training.evaluation.tokenizer import java_available
+from blipren.training.evaluation.metrics.modules import MODULES, module_path
+from blipren.training.evaluation.metrics.tokenizer import java_available
 
 TOKENIZERS = [
     pytest.param("java", marks=pytest.mark.skipif(not java_available(), reason="there is no java on the PATH")),

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
+from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.evaluation.evaluate import evaluate
-from blipren.training.evaluation.metrics import NO_JAVA
-from blipren.training.evaluation.pictures import map_bytes, photo_address
-from blipren.training.evaluation.report import headline_tiles, render_page, training_curves
-from blipren.training.settings import EvaluateSettings
+from blipren.training.evaluation.metrics.captions import NO_JAVA
+from blipren.training.evaluation.report.page import headline_tiles, render_page, training_curves
+from blipren.training.evaluation.report.pictures import map_bytes, photo_address
 from tests.evaluation.browser import browse, needs_chromium
 from tests.evaluation.conftest import colour_picture, colour_rows, learn, new_model, save
 

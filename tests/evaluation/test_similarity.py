@@ -7,9 +7,9 @@ import torch
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, ViTImageProcessor
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
+from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.evaluation.evaluate import evaluate
-from blipren.training.evaluation.similarity import CLIP_PROMPT, TwoTowers, caption_scores, towers_beside
-from blipren.training.settings import EvaluateSettings
+from blipren.training.evaluation.metrics.clip_score import CLIP_PROMPT, TwoTowers, caption_scores, towers_beside
 from tests.evaluation.conftest import colour_picture
 from tests.tiny_models import QFORMER, make_llm, make_tokenizer
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from blipren.training.errors import UserError
-from blipren.training.evaluation.tokenizer import choose_tokenizer, java_available, ptb_tokens, tokenize
+from blipren.training.evaluation.metrics.tokenizer import choose_tokenizer, java_available, ptb_tokens, tokenize
 
 needs_java = pytest.mark.skipif(not java_available(), reason="there is no java on the PATH to compare with")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from blipren.training.errors import UserError
-from blipren.training.evaluation.vqa import answer_table, exact_match, normalize_answer, soft_score, vqa_scores
+from blipren.training.evaluation.metrics.vqa import answer_table, exact_match, normalize_answer, soft_score, vqa_scores
 
 
 @pytest.mark.parametrize(

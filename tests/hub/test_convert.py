@@ -18,9 +18,9 @@ from transformers import (
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.cli import main
-from blipren.training.convert import convert_folder
 from blipren.training.errors import UserError
-from blipren.training.importers import from_blip2
+from blipren.training.hub.convert import convert_folder
+from blipren.training.hub.import_blip2 import from_blip2
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 32, "patch_size": 8}

@@ -13,8 +13,8 @@ from tiny import TINY_QFORMER, picture, tiny_llm_config, write_llm, write_model,
 from transformers.utils import is_flash_attn_2_available
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
-from blipren.training.publish import push
-from blipren.training.settings import PushSettings
+from blipren.training.commands.push import PushSettings
+from blipren.training.hub.publish import push
 
 REPO = "user/blipren-tiny"
 

@@ -9,11 +9,11 @@ import pytest
 from checkpoint import write_checkpoint, write_evaluation, write_run
 from huggingface_hub import HfApi, snapshot_download
 
-from blipren.training import publish as publishing
+from blipren.training.commands.push import PushSettings
 from blipren.training.errors import UsageError, UserError
-from blipren.training.package import is_local
-from blipren.training.publish import make_plan, push
-from blipren.training.settings import PushSettings
+from blipren.training.hub import publish as publishing
+from blipren.training.hub.package import is_local
+from blipren.training.hub.publish import make_plan, push
 
 REPO = "user/blipren-tiny"
 LICENSES = {"vision_license": "apache-2.0", "llm_license": "apache-2.0"}
@@ -270,7 +270,7 @@ def test_the_trainers_push_is_ours(hub, model):
     """`Trainer.push_to_hub` of transformers would send everything in the folder, `training_args.bin` among it."""
     from types import SimpleNamespace
 
-    from blipren.training.trainer import SafeTrainer
+    from blipren.training.engine.trainer import SafeTrainer
 
     trainer = SimpleNamespace(run_folder=SimpleNamespace(path=model))
     trainer.args = SimpleNamespace(hub_model_id=REPO, hub_private_repo=None)

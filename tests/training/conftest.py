@@ -2,8 +2,9 @@
 
 import pytest
 
-from blipren.training.data.embed import embed
-from blipren.training.settings import EmbedSettings, TrainSettings
+from blipren.training.commands.embed import EmbedSettings
+from blipren.training.commands.train import TrainSettings
+from blipren.training.data.cache.embed import embed
 from tests import tiny_models
 from tests.training.tools import draw_dataset, make_model
 

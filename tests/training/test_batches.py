@@ -7,10 +7,10 @@ import transformers
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 
-from blipren.training import masks
-from blipren.training.data import batches
-from blipren.training.data.batches import BatchPlan, Layout, PromptEncoder, TrainBatches
-from blipren.training.data.tokens import build_table
+from blipren.training.data.batches import masks
+from blipren.training.data.batches import rows as batches
+from blipren.training.data.batches.rows import BatchPlan, Layout, PromptEncoder, TrainBatches
+from blipren.training.data.cache.tokens import build_table
 
 IMAGE, EOS, PAD, VOCABULARY, VISUAL = 3, 2, 0, 60, 4
 

@@ -10,12 +10,14 @@ from torch.nn.attention import flex_attention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor, modeling_blipren
-from blipren.training import caption, checkpoints, tuning
+from blipren.training.commands.train import TrainSettings
+from blipren.training.data.batches.inputs import CacheSource
+from blipren.training.data.batches.masks import shared_prefix_mask
+from blipren.training.engine import checkpoints
+from blipren.training.engine import trained_parts as tuning
+from blipren.training.engine.model_setup import set_attention
 from blipren.training.errors import UsageError, UserError
-from blipren.training.inputs import CacheSource
-from blipren.training.masks import shared_prefix_mask
-from blipren.training.preparation import set_attention
-from blipren.training.settings import TrainSettings
+from blipren.training.stages import train as caption
 from tests import tiny_models
 from tests.training.tools import events, make_model, weights
 

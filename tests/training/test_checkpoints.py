@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from blipren.training import checkpoints
+from blipren.training.engine import checkpoints
 
 
 def write(parent, step, content=b"weights"):
@@ -87,7 +87,7 @@ def test_prune_keeps_the_newest(tmp_path):
 
 WRITER = """
 import sys, pathlib
-from blipren.training import checkpoints
+from blipren.training.engine import checkpoints
 parent = pathlib.Path(sys.argv[1])
 for step in range(1, 100000):
     with checkpoints.complete_or_absent(parent / f"checkpoint-{step}") as staging:

@@ -8,9 +8,9 @@ import yaml
 from tiny_models import make_llm, make_vision
 
 from blipren import BliprenForConditionalGeneration
-from blipren.training.cli import build_settings, load_recipe, main
+from blipren.training.cli import build_settings, command_names, load_recipe, main, settings_class
 from blipren.training.errors import UsageError
-from blipren.training.settings import COMMANDS, field_docs
+from blipren.training.settings import field_docs
 
 QFORMER = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 64}"
 
@@ -26,9 +26,9 @@ def new(bases, out, *more):
     return main(["new", str(out), "--vision", str(vision), "--llm", str(llm), "--qformer", QFORMER, *more])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", command_names())
 def test_every_setting_is_documented_and_helped(command, capsys):
-    settings = COMMANDS[command].settings
+    settings = settings_class(command)
     assert all(field_docs(settings).values())
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -3,12 +3,18 @@
 import pytest
 import torch
 
-from blipren.training.caption import train
-from blipren.training.consensus import RIDGE, caption_scores, consensus_captions, foretold, teach_each_other
+from blipren.training.data.batches.inputs import open_sources
+from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UsageError, UserError
-from blipren.training.inputs import open_sources
-from blipren.training.loading import load_checkpoint
-from blipren.training.self_critical import CiderReward
+from blipren.training.objectives.experiments.consensus import (
+    RIDGE,
+    caption_scores,
+    consensus_captions,
+    foretold,
+    teach_each_other,
+)
+from blipren.training.objectives.experiments.self_critical import CiderReward
+from blipren.training.stages.train import train
 
 REFERENCES = [
     ["A black dog runs on the grass.", "One dog is running through a green field."],
@@ -88,7 +94,7 @@ def test_captions_come_from_images_with_like_features(source, monkeypatch):
     monkeypatch.setattr(source, "references", lambda: references)
     monkeypatch.setattr(source, "inputs", inputs)
     assert all(texts[0] in words[kinds[image]] for image, texts in consensus_captions(source, 1).items())
-    monkeypatch.setattr("blipren.training.consensus.MOST_IMAGES", 5)
+    monkeypatch.setattr("blipren.training.objectives.experiments.consensus.MOST_IMAGES", 5)
     with pytest.raises(UserError, match=f"2 to 5; .* has {len(kinds)} with captions: leave the setting out"):
         consensus_captions(source, 1)
 

@@ -8,7 +8,8 @@ from tiny_models import QFORMER, make_llm, make_vision
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.cli import main
-from blipren.training.doctor import (
+from blipren.training.commands.doctor import DoctorSettings
+from blipren.training.doctor.checks import (
     CHECKS,
     Illness,
     Patient,
@@ -21,7 +22,6 @@ from blipren.training.doctor import (
     check_sees_image,
     draw_patients,
 )
-from blipren.training.settings import DoctorSettings
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,6 @@ def test_exit_status_1_with_the_reason(bases, tmp_path, capsys, monkeypatch):
     model.generation_config.eos_token_id = 77
     model.save_pretrained(tmp_path)
     BliprenProcessor.from_vision_text_pretrained(*bases, num_queries=4).save_pretrained(tmp_path)
-    monkeypatch.setattr("blipren.training.doctor.CHECKS", {"end of sequence": check_end_of_sequence})
+    monkeypatch.setattr("blipren.training.doctor.checks.CHECKS", {"end of sequence": check_end_of_sequence})
     assert main(["doctor", str(tmp_path)]) == 1
     assert "FAIL end of sequence" in capsys.readouterr().out

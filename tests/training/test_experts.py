@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from blipren.training import caption
-from blipren.training.loading import load_checkpoint
+from blipren.training.engine.loading import load_checkpoint
+from blipren.training.stages import train as caption
 from tests.training.tools import events, make_model
 
 

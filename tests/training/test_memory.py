@@ -9,7 +9,7 @@ import pytest
 COUNT_FAULTS = """
 import resource
 import torch
-from blipren.training.memory import keep_freed_memory
+from blipren.training.engine.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

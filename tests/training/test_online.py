@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from blipren import BliprenForConditionalGeneration
-from blipren.training import caption
-from blipren.training.inputs import ImageSource, read_images
-from blipren.training.loading import load_checkpoint
+from blipren.training.data.batches.inputs import ImageSource, read_images
+from blipren.training.engine.loading import load_checkpoint
+from blipren.training.stages import train as caption
 from tests.training.tools import events, weights
 
 

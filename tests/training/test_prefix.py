@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from blipren.training import caption, prefix
+from blipren.training.data.batches import shared_prefix as prefix
+from blipren.training.stages import train as caption
 from tests import tiny_models
 from tests.training.tools import events, make_model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import blipren
-from blipren.training import caption
+from blipren.training.stages import train as caption
 from tests.training.tools import events, run_command, weights
 
 

@@ -12,12 +12,11 @@ import blipren
 from blipren.configuration_blipren import BliprenConfig, BliprenQFormerConfig
 from blipren.modeling_blipren import build_projector
 from blipren.qformer_blipren import BliprenQFormer
-from blipren.training.align import align
-from blipren.training.assemble import new
-from blipren.training.caption import train
-from blipren.training.cli import build_settings, load_recipe
-from blipren.training.data.embed import embed
-from blipren.training.settings import COMMANDS
+from blipren.training.cli import build_settings, load_recipe, settings_class
+from blipren.training.data.cache.embed import embed
+from blipren.training.hub.assemble import new
+from blipren.training.stages.align import align
+from blipren.training.stages.train import train
 from tests import tiny_models
 from tests.training.tools import draw_dataset, events
 
@@ -154,7 +153,7 @@ def test_recipe_names_only_known_settings(recipe):
         positionals = dict.fromkeys(("out", "model", "cache", "dataset"), "x")
         if command == "new":
             positionals |= {name: values.get(name, "x") for name in ("vision", "llm")}
-        names = {f.name for f in dataclasses.fields(COMMANDS[command].settings)}
+        names = {f.name for f in dataclasses.fields(settings_class(command))}
         build_settings(command, {k: v for k, v in positionals.items() if k in names}, recipe)
         assert set(values) <= names
 

@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from blipren.training import caption, checkpoints
+from blipren.training.engine import checkpoints
+from blipren.training.stages import train as caption
 from tests.training.tools import events, run_command, weights
 
 SAVE = 3

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-from blipren.training.caption import train
 from blipren.training.errors import UsageError
-from blipren.training.evaluation.tokenizer import tokenize
-from blipren.training.self_critical import CiderReward
+from blipren.training.evaluation.metrics.tokenizer import tokenize
+from blipren.training.objectives.experiments.self_critical import CiderReward
+from blipren.training.stages.train import train
 from tests.training.tools import events
 
 REFERENCES = {
@@ -47,7 +47,9 @@ def test_rewards_alone_train_and_are_logged(settings, monkeypatch):
         reward_max_tokens=6,
         keep_best="last",
     )
-    monkeypatch.setattr("blipren.training.self_critical.ENDED_ONLY", False)  # a random model hardly ever ends
+    monkeypatch.setattr(
+        "blipren.training.objectives.experiments.self_critical.ENDED_ONLY", False
+    )  # a random model hardly ever ends
     assert train(run) == 0
     rewards = [event["reward"] for event in events(Path(run.out), "train")]
     assert len(rewards) == 7 and sum(rewards[-2:]) > 1.2 * sum(rewards[:2])

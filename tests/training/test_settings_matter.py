@@ -10,8 +10,8 @@ import json
 
 import pytest
 
-from blipren.training import caption
-from blipren.training.settings import TrainSettings
+from blipren.training.commands.train import TrainSettings
+from blipren.training.stages import train as caption
 from tests.training.tools import make_model
 
 CHANGES = {

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
-from blipren.training.bag_of_words import BagOfWords
-from blipren.training.caption import train
+from blipren.training.data.batches.inputs import CacheSource
 from blipren.training.data.cache import FeatureCache
 from blipren.training.errors import UserError
-from blipren.training.inputs import CacheSource
+from blipren.training.objectives.experiments.bag_of_words import BagOfWords
+from blipren.training.stages.train import train
 from tests.training.tools import events
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
-from blipren.training.settings import TrainSettings
+from blipren.training.commands.train import TrainSettings
 from tests import tiny_models
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 180, 30)}

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from blipren.training.data.images import ImageError, decode_image, read_file
+from blipren.training.commands.caption import CaptionSettings
+from blipren.training.data.sources.images import ImageError, decode_image, read_file
+from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
-from blipren.training.loading import load_checkpoint
-from blipren.training.settings import CaptionSettings
 
 
 @dataclass

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 
 from blipren.base_blipren import hash_weights, weight_files
+from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.errors import UserError
 from blipren.training.evaluation.captioning import Features, choose_device, encode_photos, load_model
 from blipren.training.evaluation.examples import Split, open_split
-from blipren.training.evaluation.pope import pope_questions, pope_scores, scene_objects
+from blipren.training.evaluation.inference import SweepPlan, batches_of_photos, fixed_answers, sweep, sweep_pope
+from blipren.training.evaluation.metrics.pope import pope_questions, pope_scores, scene_objects
 from blipren.training.evaluation.results import (
     Evaluation,
     add_answers,
@@ -31,8 +33,6 @@ from blipren.training.evaluation.results import (
     write_predictions,
     write_whole,
 )
-from blipren.training.evaluation.sweep import SweepPlan, batches_of_photos, fixed_answers, sweep, sweep_pope
-from blipren.training.settings import EvaluateSettings
 
 NO_TEXT_TOWER = "No image-text similarity: the vision encoder has no text tower, or is not here."
 VERSIONS = ("blipren", "torch", "transformers", "datasets", "pycocoevalcap", "numpy", "pillow")
@@ -117,13 +117,13 @@ def _check_texts(settings: EvaluateSettings, split: Split) -> None:
 def _retrieval(settings: EvaluateSettings, split: Split, result: Evaluation) -> torch.Tensor:
     """Recall of all images and captions. Returns their similarities, of which the report shows a grid."""
     from blipren import BliprenForImageTextRetrieval
-    from blipren.training.evaluation.retrieval import (
+    from blipren.training.engine.loading import load_checkpoint
+    from blipren.training.evaluation.metrics.retrieval import (
         evaluate_retrieval,
         first_grid,
         ranks_of_images,
         zero_shot_beside,
     )
-    from blipren.training.loading import load_checkpoint
 
     model, processor = load_checkpoint(settings.model, BliprenForImageTextRetrieval)
     model = model.to(choose_device(settings.device)).eval()
@@ -160,7 +160,7 @@ def _retrieval(settings: EvaluateSettings, split: Split, result: Evaluation) -> 
 
 def _similarity(settings: EvaluateSettings, result: Evaluation, model) -> None:
     """CLIPScore or SigLIPScore, where the encoder has a text tower."""
-    from blipren.training.evaluation.similarity import caption_scores, towers_beside
+    from blipren.training.evaluation.metrics.clip_score import caption_scores, towers_beside
 
     towers = towers_beside(model, choose_device(settings.device))
     if towers is None:
@@ -292,7 +292,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     write_whole(out / "metrics.json", json.dumps(result.metrics, indent=1, ensure_ascii=False) + "\n")
     print("\n".join(_headline(result.metrics)))
     if settings.report:
-        from blipren.training.evaluation.report import write_report
+        from blipren.training.evaluation.report.page import write_report
 
         write_report(out, result, settings, model, processor, before=before, similarities=similarities)
     partial.unlink(missing_ok=True)  # not before: a run killed while the report is made keeps its answers

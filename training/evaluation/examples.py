@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from blipren.training.data.images import ImageError
-from blipren.training.data.sources import Row, Source, open_rows
-from blipren.training.data.splits import normalize_split, split_by_hash
+from blipren.training.data.sources.images import ImageError
+from blipren.training.data.sources.rows import Row, Source, open_rows
+from blipren.training.data.sources.splits import normalize_split, split_by_hash
 from blipren.training.errors import UserError
 
 logger = logging.getLogger(__name__)

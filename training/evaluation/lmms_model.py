@@ -9,7 +9,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from blipren.training.data.images import to_rgb
+from blipren.training.data.sources.images import to_rgb
 from blipren.training.evaluation.captioning import encode_photos, end_ids, load_model, pad_id, pad_left
 
 IMAGE_MARKS = ("<image>", "<IMAGE>", "<img>")

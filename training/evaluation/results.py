@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from blipren.training.evaluation.bootstrap import Statistic, grouped_statistic, interval, mean_statistic
 from blipren.training.evaluation.examples import Example, Split
-from blipren.training.evaluation.grounding import image_use
-from blipren.training.evaluation.hallucination import Hallucination, chair, scene_truth
-from blipren.training.evaluation.metrics import CaptionScores, score_captions
-from blipren.training.evaluation.pope import PopeQuestion
-from blipren.training.evaluation.retrieval import RECALL_AT
-from blipren.training.evaluation.vqa import answer_table, vqa_scores
+from blipren.training.evaluation.image_use import image_use
+from blipren.training.evaluation.metrics.bootstrap import Statistic, grouped_statistic, interval, mean_statistic
+from blipren.training.evaluation.metrics.captions import CaptionScores, score_captions
+from blipren.training.evaluation.metrics.hallucination import Hallucination, chair, scene_truth
+from blipren.training.evaluation.metrics.pope import PopeQuestion
+from blipren.training.evaluation.metrics.retrieval import RECALL_AT
+from blipren.training.evaluation.metrics.vqa import answer_table, vqa_scores
 
 SIMILARITIES = ("CLIPScore", "RefCLIPScore", "SigLIPScore", "RefSigLIPScore")
 PER_IMAGE = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", *SIMILARITIES)

@@ -7,19 +7,18 @@ of the training), `before/` and `after/` (evaluations), `model/` (the full check
 """
 
 import dataclasses
-import importlib
 import json
 import shutil
 import textwrap
 import time
 from pathlib import Path
 
-from blipren.training.cli import build_settings
+from blipren.training.cli import build_settings, run_command
+from blipren.training.commands.quickstart import QuickstartSettings
 from blipren.training.errors import UserError
 from blipren.training.quickstart.scenes import Scene, draw_scene, write_scenes
+from blipren.training.quickstart.text_tokenizer import write_tokenizer
 from blipren.training.quickstart.truth import caption_truth
-from blipren.training.quickstart.words import write_tokenizer
-from blipren.training.settings import COMMANDS, QuickstartSettings
 
 TOWERS = Path(__file__).parent / "towers"
 RECIPE = "quickstart"
@@ -27,14 +26,13 @@ MARK = ".blipren-quickstart"  # a folder that holds this file is one of ours and
 PICTURES = 12
 
 
-def run_command(command: str, **values) -> None:
+def run_step(command: str, **values) -> None:
     """One `blipren` command with the recipe's section and these values over it, as the command line would run it."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     settings = build_settings(command, flags, RECIPE)
     shown = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name in flags}
     print(f"\n== blipren {command} {' '.join(f'{k}={v}' for k, v in shown.items())}", flush=True)
-    module, function = COMMANDS[command].function.rsplit(".", 1)
-    status = getattr(importlib.import_module(module), function)(settings)
+    status = run_command(command, settings)
     if status:
         raise UserError(f"blipren {command} failed with exit status {status}; what it found is above")
 
@@ -64,21 +62,21 @@ def quickstart(settings: QuickstartSettings) -> None:
     scenes, untrained, cache, run, model = (out / n for n in ("scenes", "untrained", "cache", "run", "model"))
     count = write_scenes(scenes, settings.seed)
     print(f"drew {count} scenes in {scenes} ({time.perf_counter() - started:.0f} s)")
-    run_command("new", out=untrained, vision=TOWERS / "vision", llm=TOWERS / "llm", seed=settings.seed)
-    run_command("doctor", model=untrained)
-    run_command("embed", model=untrained, dataset=scenes, cache=cache)
+    run_step("new", out=untrained, vision=TOWERS / "vision", llm=TOWERS / "llm", seed=settings.seed)
+    run_step("doctor", model=untrained)
+    run_step("embed", model=untrained, dataset=scenes, cache=cache)
     plain = {"probe": False, "report": False, "meteor": False, "resamples": 100}  # only to be compared with
-    run_command("evaluate", model=untrained, dataset=scenes, out=out / "before", **plain)
+    run_step("evaluate", model=untrained, dataset=scenes, out=out / "before", **plain)
     start = untrained
     if settings.align:
         words, start = write_tokenizer(out / "words"), out / "aligned"
-        run_command("align", model=untrained, cache=cache, out=start, tokenizer=words, seed=settings.seed)
-    run_command("train", model=start, cache=cache, out=run, seed=settings.seed)
+        run_step("align", model=untrained, cache=cache, out=start, tokenizer=words, seed=settings.seed)
+    run_step("train", model=start, cache=cache, out=run, seed=settings.seed)
     export_model(run, model)
-    run_command("evaluate", model=model, dataset=scenes, out=out / "after", before=out / "before", run=run)
+    run_step("evaluate", model=model, dataset=scenes, out=out / "after", before=out / "before", run=run)
     rows = read_rows(scenes)
     shown = pick_shown(rows)
-    run_command("caption", model=model, images=[str(scenes / name) for name in shown[:3]])
+    run_step("caption", model=model, images=[str(scenes / name) for name in shown[:3]])
     draw_grid(out, rows, shown)
     summary = summarise(out, seconds=time.perf_counter() - started)
     partial = out / "summary.json.partial"

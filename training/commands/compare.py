@@ -1,0 +1,30 @@
+"""Compare two evaluations, paired."""
+
+from dataclasses import dataclass
+
+from blipren.training.settings import Settings, positional
+
+
+@dataclass(kw_only=True)
+class CompareSettings(Settings):
+    """`blipren compare`: paired comparison of two evaluation folders."""
+
+    run_a: str = positional()
+    """Evaluation folder of the first run."""
+    run_b: str = positional()
+    """Evaluation folder of the second run."""
+    out: str | None = None
+    """Folder for compare.json and compare.html; by default they lie in RUN_B."""
+    resamples: int = 2000
+    """Draws of the paired bootstrap."""
+    images: int = 40
+    """Photos in the page: those whose captions changed most."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+
+def run(settings: CompareSettings) -> int | None:
+    """Run the command. Returns the exit status."""
+    from blipren.training.evaluation.report.compare import compare
+
+    return compare(settings)

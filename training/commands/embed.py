@@ -1,0 +1,124 @@
+"""Embed a data set once into a feature cache."""
+
+from dataclasses import dataclass, field
+
+from blipren.training.errors import UsageError
+from blipren.training.settings import Settings, choice, positional
+
+
+@dataclass(kw_only=True)
+class EmbedSettings(Settings):
+    """`blipren embed`: runs the frozen encoder once on every image and writes the feature cache."""
+
+    model: str = positional()
+    """Checkpoint folder or Hub id whose vision encoder embeds."""
+    dataset: str = positional()
+    """Anything that datasets.load_dataset reads: Hub id, folder with metadata.jsonl, Parquet, WebDataset tars; several
+    as A,B (all rows of both) or A=2,B=1 (drawn in these proportions)."""
+    cache: str = positional()
+    """Folder of the feature cache."""
+    image_column: str | None = None
+    """Column with the images; found by name (image, jpg, file_name, ...) when not given."""
+    caption_columns: list[str] = field(default_factory=list)
+    """Columns with captions, texts or lists of texts: all of them are used. short_caption/caption takes the first that
+    holds text, json.caption looks inside. Found by name when not given."""
+    question_column: str | None = None
+    """Column with questions (prompts); found by name when not given."""
+    answer_column: str | None = None
+    """Column with the answers to the questions; found by name when not given."""
+    id_column: str | None = None
+    """Column with the rows' ids; id, key or the file's name when not given."""
+    split_column: str | None = None
+    """Column that says train, validation or test; split when there is one."""
+    status_column: str | None = None
+    """Column of img2dataset that says whether the download succeeded; found by name when not given."""
+    dataset_config: str | None = None
+    """Configuration of a data set on the Hub."""
+    streaming: bool | None = None
+    """Read as a stream, without a copy of the data set on disk; by default local Parquet and tars only."""
+    validation_share: float = 0.05
+    """Share of images for validation, where neither a column nor the data set has splits."""
+    test_share: float = 0.05
+    """Share of images for the test split, likewise."""
+    near_duplicates: str = choice("drop", "keep", default="drop")
+    """Training images that are nearly a validation or test image: left out, or kept and only counted."""
+    dtype: str = choice("float16", "float32", "int8", default="float16")
+    """Type of the stored features; int8 has a scale for each token."""
+    views: int = 1
+    """Views of each image to embed: the image itself and deterministic random crops, among which training draws."""
+    view_scale: float = 0.6
+    """Least share of the image's area in a view."""
+    view_flip: bool = True
+    """Mirror half of the views, unless the image's texts name sides or digits."""
+    min_words: int = 1
+    """Caption filter: fewest words."""
+    max_words: int | None = 256
+    """Caption filter: most words; null switches off."""
+    max_chars: int | None = 2000
+    """Caption filter: most characters; null switches off."""
+    max_repetition: float | None = 0.5
+    """Caption filter: largest share of repeated three-word sequences; null switches off."""
+    markup: bool = True
+    """Caption filter: refuse HTML tags, entities, URLs and file names."""
+    boilerplate: bool = True
+    """Caption filter: refuse credits, shop words, camera file names, refusals of other models."""
+    script: str | None = None
+    """Caption filter: script of the letters, as Unicode names it (LATIN, CYRILLIC, CJK, ...)."""
+    min_script_share: float = 0.9
+    """Caption filter: least share of letters in that script."""
+    tidy: bool = False
+    """Captions: take away doubled white space and spaces before punctuation marks, as in "a dog runs ."."""
+    duplicates: bool = True
+    """Caption filter: keep one of equal captions of an image."""
+    max_images_per_caption: int | None = None
+    """Caption filter: refuse a caption that more images than this have word for word."""
+    min_similarity: float | None = None
+    """Caption filter, for SigLIP and CLIP: least cosine between image and caption in the encoder's own space."""
+    keep_best: int | None = None
+    """Caption filter, for SigLIP and CLIP: keep the k captions of an image that are most similar to it."""
+    batch_size: int = 32
+    """Views that the encoder takes at a time."""
+    workers: int | None = None
+    """Processes that decode; one less than the cores when not given, 0 for none."""
+    rows_per_shard: int = 1024
+    """Rows that are redone at most after a crash, and at most in an Arrow file."""
+    device: str = "auto"
+    """Where the encoder runs: auto, cpu, cuda, cuda:1, mps."""
+    precision: str = choice("auto", "float32", "bfloat16", "float16", default="auto")
+    """Precision that the encoder computes in: the checkpoint's own by default, float32 on a CPU."""
+    engine: str = choice("local", "ray", default="local")
+    """local: this machine; ray: Ray Data on a cluster (pip install blipren[ray]), where DATASET and CACHE may be on any
+    file system that fsspec knows."""
+    actors: int | None = None
+    """Ray: encoders at work at the same time; one a GPU, or one for four cores, when not given."""
+    limit: int | None = None
+    """Take only the first rows."""
+    seed: int = 0
+    """Seed of a weighted mixture's order."""
+    dry_run: bool = False
+    """Only show what would be cached and what would be rejected; nothing is embedded or written."""
+    verify: bool = False
+    """Check every byte of a finished cache against its checksums, and write nothing."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("views", "batch_size", "rows_per_shard"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("validation_share", "test_share", "view_scale", "min_script_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.validation_share + self.test_share >= 1:
+            raise UsageError(
+                f"validation_share {self.validation_share} and test_share {self.test_share} leave nothing for training"
+            )
+        for name in ("workers", "limit", "keep_best", "actors"):
+            if (getattr(self, name) or 0) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+def run(settings: EmbedSettings) -> int | None:
+    """Run the command. Returns the exit status."""
+    from blipren.training.data.cache.embed import embed
+
+    return embed(settings)

@@ -1,0 +1,65 @@
+"""Publish a checkpoint on the Hub."""
+
+import re
+from dataclasses import dataclass
+
+from blipren.training.errors import UsageError
+from blipren.training.settings import Settings, positional
+
+
+@dataclass(kw_only=True)
+class PushSettings(Settings):
+    """`blipren push`: publishes a checkpoint on the Hub."""
+
+    model: str = positional()
+    """Checkpoint folder."""
+    repo: str = positional()
+    """Hub repository: user/name."""
+    full: bool = True
+    """Publish a full checkpoint, which loads with nothing else."""
+    bridge: bool = False
+    """Publish only what was trained; others load the bases from the Hub. Refused where a base is a local folder."""
+    private: bool = False
+    """Make the repository private when it is created."""
+    revision: str = "main"
+    """Branch that receives the files once they are verified."""
+    tag: str | None = None
+    """Tag of the published commit, such as v1."""
+    dry_run: bool = False
+    """Print the files with their sizes, and send nothing."""
+    run: str | None = None
+    """Run folder with settings, curves and environment for the card; by default MODEL itself."""
+    evaluation: str | None = None
+    """Folder of `blipren evaluate`: metrics, limits and samples for the card."""
+    cache: str | None = None
+    """Feature cache that was trained on: data and filter counts for the card."""
+    pictures: bool = True
+    """Publish curves and the sample grid. Say --no-pictures where the photographs must not be passed on."""
+    license: str | None = None
+    """Licence of the published weights, as the Hub names it; by default the strictest of the parts."""
+    vision_license: str | None = None
+    """Licence of the vision encoder, where its own card does not say it."""
+    llm_license: str | None = None
+    """Licence of the language model, where its own card does not say it."""
+    attempts: int = 3
+    """Times that a failing Hub is tried before giving up; running the command again goes on from there."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo):
+            raise UsageError(f"repo is {self.repo!r}; it must be user/name")
+        if self.bridge:
+            self.full = False
+        elif not self.full:
+            raise UsageError("--no-full publishes nothing: say --bridge for the bridge alone")
+        if self.attempts < 1:
+            raise UsageError(f"attempts is {self.attempts}; it must be at least 1")
+        if self.revision.startswith("refs/"):
+            raise UsageError(f"revision is {self.revision!r}; it must be the name of a branch")
+
+
+def run(settings: PushSettings) -> int | None:
+    """Run the command. Returns the exit status."""
+    from blipren.training.hub.publish import push
+
+    return push(settings)

@@ -1,0 +1,1 @@
+"""What a batch looks like: rows, prompts, packing, masks."""

@@ -1,0 +1,228 @@
+"""`blipren embed --engine ray`: the units of a cache as a Ray data set, embedded by a pool of actors.
+
+A row of the Ray data set is the number of a unit. Each actor opens data and model by the same settings and embeds whole
+units with the code of the local engine, so that the cache is the same byte for byte. The marks of finished units are
+the checkpoint: a killed actor's unit is given to another one, a killed driver's rerun takes up what has no mark.
+
+DATASET and CACHE may be on any file system that fsspec knows. A remote cache is written through a scratch folder: a
+unit's files are put first and its mark last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from blipren.training.commands.embed import EmbedSettings
+from blipren.training.data.cache.builder import CacheBuilder, CacheLock, refuse_difference
+from blipren.training.data.cache.embed import Job, reuse, run_units
+from blipren.training.engine.memory import keep_freed_memory
+from blipren.training.errors import UserError
+
+
+class CachePlace:
+    """A cache folder by path or URL, with a local scratch folder where it is remote."""
+
+    def __init__(self, url: str, scratch: Path | None = None):
+        import fsspec
+
+        self.url = url
+        self.fs, self.root = fsspec.core.url_to_fs(url)
+        self.local = "local" in self.fs.protocol or "file" in self.fs.protocol
+        self.folder = Path(self.root) if self.local else (scratch or Path(tempfile.mkdtemp(prefix="blipren-embed-")))
+
+    def exists(self, name: str) -> bool:
+        return self.fs.exists(f"{self.root}/{name}")
+
+    def pull(self, pattern: str) -> None:
+        """Copies remote files into the scratch folder, those that are not there."""
+        if self.local:
+            return
+        for remote in self.fs.glob(f"{self.root}/{pattern}"):
+            target = self.folder / str(remote).removeprefix(str(self.root)).lstrip("/")
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.fs.get_file(remote, str(target))
+
+    def push(self, path: Path) -> None:
+        """Copies a file of the scratch folder to the cache: beside, then under its name."""
+        if self.local:
+            return
+        name = path.relative_to(self.folder).as_posix()
+        self.fs.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
+        self.fs.put_file(str(path), f"{self.root}/{name}.tmp")
+        self.fs.mv(f"{self.root}/{name}.tmp", f"{self.root}/{name}")
+
+    def clean(self) -> None:
+        if not self.local:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class RemoteCacheBuilder(CacheBuilder):
+    """The end of a cache that is elsewhere: shards are fetched only to take rows out of them."""
+
+    place: CachePlace
+
+    def _check_newest(self) -> None:
+        """Nothing to check: a mark is put when its files are there."""
+
+    def _take_out(self, record: dict[str, Any], rows: dict[int, tuple[str, str]]) -> dict[str, Any]:
+        before = {split: shard["file"] for split, shard in record["shards"].items()}
+        for split, name in before.items():
+            self.place.pull(f"{split}/{name}*")
+        record = super()._take_out(record, rows)
+        for path in self.unit_files(record):
+            if path.parent.name != "index" and path.name != before.get(path.parent.name):
+                self.place.push(path.with_name(path.name + ".sums"))
+                self.place.push(path)
+        self.place.push(self.unit_path(record["unit"]))
+        for split, name in before.items():
+            if record["shards"].get(split, {}).get("file") != name:
+                for file in (name, f"{name}.sums"):
+                    self.place.fs.rm_file(f"{self.place.root}/{split}/{file}")
+        return record
+
+
+class EmbedUnits:
+    """Actor: a model on its device, to which unit numbers are given."""
+
+    def __init__(self, settings: dict[str, Any]):
+        keep_freed_memory()  # an actor is a process of its own
+        self.s = EmbedSettings(**settings)
+        self.place = CachePlace(self.s.cache)
+        if not self.place.local:  # goes with the actor
+            self._scratch = weakref.finalize(self, self.place.clean)
+        with contextlib.redirect_stdout(None):
+            self.job = Job.make(self.s)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        for number in batch["unit"]:
+            self.embed(int(number))
+        return batch
+
+    def embed(self, number: int) -> None:
+        """A unit with its mark, unless another actor marked it before it died."""
+        mark = f"units/{number:05d}.json"
+        if self.place.exists(mark):
+            return
+        builder = self.job.builder(self.s, self.place.folder)
+        (builder.folder / "units").mkdir(parents=True, exist_ok=True)
+        run_units(self.s, self.job.source, self.job.encoder, builder, self.job.config, self.job.scorer, only=number)
+        path = builder.unit_path(number)
+        if self.place.local or not path.exists():
+            return
+        files = builder.unit_files(json.loads(path.read_text()))
+        for file in files:
+            self.place.push(file.with_name(file.name + ".sums"))
+            self.place.push(file)
+        self.place.push(path)
+        for file in files:
+            file.unlink()
+            file.with_name(file.name + ".sums").unlink()
+
+
+@contextlib.contextmanager
+def ray_session() -> Iterator[Any]:
+    """Ray, on the cluster of `RAY_ADDRESS` or on this machine."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UserError("--engine ray needs Ray: pip install 'blipren[ray]'") from error
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+    try:
+        yield ray
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def embed_with_ray(s: EmbedSettings, job: Job) -> int | None:
+    """Embeds with a pool of actors. Raises `UserError` as the local engine does."""
+    if "://" not in s.cache:
+        s = dataclasses.replace(s, cache=os.path.abspath(s.cache))
+    if "://" not in s.dataset and Path(s.dataset).exists():
+        s = dataclasses.replace(s, dataset=os.path.abspath(s.dataset))
+    if Path(s.model).exists():
+        s = dataclasses.replace(s, model=os.path.abspath(s.model))
+    place = CachePlace(s.cache)
+    lock = CacheLock(place.folder) if place.local else contextlib.nullcontext()
+    try:
+        with lock:
+            return _embed(s, job, place)
+    finally:
+        place.clean()
+
+
+def _embed(s: EmbedSettings, job: Job, place: CachePlace) -> int | None:
+    if place.exists("cache.json"):
+        if place.local:
+            return reuse(s, place.folder, job.fingerprint, job.config.rules)
+        stored = json.loads(place.fs.cat_file(f"{place.root}/cache.json"))
+        refuse_difference(stored["fingerprint"], job.fingerprint, Path(s.cache))
+        print(f"{s.cache} is complete: nothing to embed")
+        return None
+    place.pull("units/*")
+    builder = job.builder(s, place.folder, CacheBuilder if place.local else RemoteCacheBuilder)
+    builder.start()
+    if not place.local:
+        builder.place = place
+        place.push(place.folder / "units" / "fingerprint.json")
+    rows = job.source.count_rows() if s.limit is None else min(s.limit, job.source.count_rows())
+    units = [number for number in range(-(-rows // s.rows_per_shard)) if not builder.is_done(number)]
+    if units:
+        _run(s, job, units)
+    place.pull("units/*")
+    missing = [number for number in units if not builder.is_done(number)]
+    if missing:
+        raise UserError(f"{len(missing)} units were not embedded, such as {missing[0]}: run the same command again")
+    place.pull("index/*")
+    cache = job.finish(s, builder)
+    if not place.local:
+        for path in sorted(place.folder.rglob("*")):
+            small = path.suffix in (".json", ".jsonl") or path.name.startswith("data-empty")
+            if path.is_file() and path.name != "cache.json" and small:
+                place.push(path)
+        place.push(place.folder / "cache.json")
+        print(f"{s.cache}: content {cache['content_hash'][:16]}; copy it to a local disk to train from it")
+    return None
+
+
+def _run(s: EmbedSettings, job: Job, units: list[int]) -> None:
+    """The Ray data set of unit numbers through the actors."""
+    with ray_session() as ray:
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0)) if s.device in ("auto", "cuda") else 0
+        cores = int(resources.get("CPU", 1))
+        actors = min(len(units), s.actors or gpus or max(1, cores // 4))
+        share = {"num_gpus": 1} if gpus else {"num_cpus": max(0.5, min(4.0, cores / actors / 2))}
+        print(f"ray: {len(units)} units of {s.rows_per_shard} rows, {actors} actors with {share}")
+        settings = dataclasses.asdict(dataclasses.replace(s, workers=0 if s.workers is None else s.workers))
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        data = ray.data.from_items([{"unit": number} for number in units], override_num_blocks=len(units))
+        done = data.map_batches(
+            EmbedUnits,
+            fn_constructor_args=(settings,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            **share,
+        )
+        try:
+            for number, _ in enumerate(done.iter_batches(batch_size=1), 1):
+                print(f"ray: {number}/{len(units)} units", flush=True)
+        except ray.exceptions.RayError as error:
+            text = " ".join(str(error).split())
+            raise UserError(f"ray: {text[-500:]}") from error
+
+
+__all__ = ["CachePlace", "EmbedUnits", "embed_with_ray"]

@@ -1,0 +1,193 @@
+"""Token ids beside the features: built in seconds, one folder for each tokenizer, template and caption filter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from blipren.training.data.cache.shards import (
+    CacheDamage,
+    file_checksum,
+    write_atomic,
+    write_dataset_files,
+    write_table,
+)
+from blipren.training.errors import UserError
+
+if TYPE_CHECKING:
+    from blipren.training.data.cache.reader import FeatureCache
+
+FORMAT = 1
+COLUMNS = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "prompt": datasets.List(datasets.Value("int32")),
+        "answer_ids": datasets.List(datasets.List(datasets.Value("int32"))),
+    }
+)
+
+
+@dataclass
+class TokenTable:
+    """Answers of a split as token ids in flat arrays; image i owns answers `first[i]` to `first[i + 1]`.
+
+    The arrays are memory-mapped files.
+    """
+
+    first: np.ndarray
+    """`[num_images + 1]`"""
+    starts: np.ndarray
+    """`[num_answers + 1]`, where each answer begins in `ids`."""
+    ids: np.ndarray
+    """`[num_tokens]`, each answer with its one end token."""
+    prompt_of: np.ndarray
+    """`[num_answers]`, index into `prompts`."""
+    prompts: list[str | None]
+    """Prompts as text; None is the default caption prompt."""
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def answers(self, image: int) -> list[tuple[str | None, list[int]]]:
+        """The (prompt, answer ids with the end token) pairs of an image."""
+        return [
+            (self.prompts[self.prompt_of[a]], self.ids[self.starts[a] : self.starts[a + 1]].tolist())
+            for a in range(self.first[image], self.first[image + 1])
+        ]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of what a tokenizer does to text: its whole backend, or vocabulary and special tokens of a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        state.pop("truncation", None)  # of the latest call, not of the tokenizer
+        state.pop("padding", None)
+    else:
+        state = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def token_fingerprint(processor: Any, captions: Any) -> dict[str, Any]:
+    """What decides token ids: tokenizer, template, the end of an answer, and which texts were left by the filter."""
+    return {
+        "format": FORMAT,
+        "tokenizer": tokenizer_hash(processor.tokenizer),
+        "template": hashlib.sha256(str(processor.chat_template).encode()).hexdigest()[:32],
+        "answer_start": processor.answer_start,
+        "answer_end": processor.answer_end,
+        "prompted": any(processor.prompts),  # an answer behind no prompt at all starts otherwise
+        "captions": captions,
+    }
+
+
+def name_of_tokens(info: dict[str, Any], processor: Any) -> tuple[str, dict[str, Any]]:
+    """Folder name and fingerprint of a processor's token ids in a cache with this `cache.json`."""
+    captions = info.get("captions")
+    fingerprint = token_fingerprint(processor, captions["fingerprint"] if captions else info["content_hash"])
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16], fingerprint
+
+
+def encode_answers(processor: Any, answers: Sequence[str], batch: int = 1000) -> list[list[int]]:
+    """`processor.encode_answer` of many answers: equal ids, a thousand at a time. Raises `UserError`.
+
+    Equal answers are encoded once.
+    """
+    unique = list(dict.fromkeys(answers))
+    encoded: list[list[int]] = []
+    for begin in range(0, len(unique), batch):
+        part = unique[begin : begin + batch]
+        try:
+            encoded += processor.encode_answers(part)
+        except ValueError as error:
+            raise UserError(f"captions cannot be tokenised: {error}") from error
+    ids = dict(zip(unique, encoded))
+    return [ids[text] for text in answers]
+
+
+def build_table(
+    prompts: Sequence[Sequence[str | None]], answers: Sequence[Sequence[str]], processor: Any
+) -> TokenTable:
+    """Texts of a split as a table of token ids."""
+    counts = [len(row) for row in answers]
+    flat = [text for row in answers for text in row]
+    index: dict[str | None, int] = {}
+    prompt_of = [index.setdefault(prompt, len(index)) for row in prompts for prompt in row]
+    if len(prompt_of) != len(flat):
+        raise CacheDamage(f"{len(prompt_of)} prompts and {len(flat)} answers in a cache: embed again")
+    ids = encode_answers(processor, flat)
+    return TokenTable(
+        first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        starts=np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64),
+        ids=np.array([token for row in ids for token in row], dtype=np.int32),
+        prompt_of=np.array(prompt_of, dtype=np.int32),
+        prompts=list(index),
+    )
+
+
+def _load(folder: Path, rows: list[str]) -> TokenTable:
+    """A saved table, proved against its checksum and against the ids of the rows."""
+    record = json.loads((folder / "table.json").read_text())
+    file = folder / record["shard"]["file"]
+    if file_checksum(file) != record["shard"]["xxh3_128"]:
+        raise CacheDamage(f"{file} is damaged; remove {folder.parent} and it is built again")
+    if record["rows"] != _hash_ids(rows):
+        raise UserError(f"token ids in {folder} belong to other rows; remove {folder.parent} and they are built again")
+    table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    # a split without images has a table without batches
+    batch = table.to_batches()[0] if len(table) else pa.RecordBatch.from_pylist([], schema=table.schema)
+    answers = batch.column("answer_ids")
+    return TokenTable(
+        first=answers.offsets.to_numpy(),
+        starts=answers.values.offsets.to_numpy(),
+        ids=answers.values.values.to_numpy(),
+        prompt_of=batch.column("prompt").values.to_numpy(),
+        prompts=record["prompts"],
+    )
+
+
+def _hash_ids(ids: list[str]) -> str:
+    digest = hashlib.sha256()
+    for row_id in ids:
+        digest.update(row_id.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def load_or_build_tokens(cache: FeatureCache, split: str, processor: Any) -> TokenTable:
+    """The table of a split for a processor, from `tokens/FINGERPRINT/SPLIT`; built there when it is not yet.
+
+    The folder opens with `datasets.load_from_disk` too: `id`, `prompt` (number in `table.json`), `answer_ids`.
+    """
+    from blipren.training.data.cache.builder import CacheLock, as_json
+
+    name, fingerprint = name_of_tokens(cache.info, processor)
+    folder = cache.folder / "tokens" / name / split
+    light = cache.split(split)
+    rows = list(light["id"])
+    if (folder / "table.json").exists():
+        return _load(folder, rows)
+    with CacheLock(cache.folder / "tokens"):
+        if (folder / "table.json").exists():  # another process built it meanwhile
+            return _load(folder, rows)
+        table = build_table(light["prompts"], light["answers"], processor)
+        starts = pa.array(table.starts, pa.int32())
+        ids = pa.ListArray.from_arrays(starts, pa.array(table.ids, pa.int32()))
+        first = pa.array(table.first, pa.int32())
+        columns = [
+            pa.array(rows, pa.string()),
+            pa.ListArray.from_arrays(first, pa.array(table.prompt_of, pa.int32())),
+            pa.ListArray.from_arrays(first, ids),
+        ]
+        shard = write_table(folder / "data.arrow", COLUMNS, columns)
+        write_dataset_files(folder.parent, COLUMNS, {split: [shard["file"]]}, name, dict_file=False)
+        record = {"fingerprint": fingerprint, "rows": _hash_ids(rows), "prompts": table.prompts, "shard": shard}
+        write_atomic(folder / "table.json", as_json(record))
+    return _load(folder, rows)

@@ -1,0 +1,1 @@
+"""Rows from anywhere: files, columns, pictures, texts, splits."""

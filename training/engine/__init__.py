@@ -1,0 +1,1 @@
+"""What all training stages share: trainer, checkpoints, run folder, sharding."""

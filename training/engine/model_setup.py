@@ -1,0 +1,150 @@
+"""Model, precision and layout of a training run, from its settings."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from blipren.modeling_blipren import summed_cross_entropy
+from blipren.training.commands.train import TrainSettings
+from blipren.training.data.batches import shared_prefix as prefix
+from blipren.training.data.batches.masks import FLEX, dense_attention
+from blipren.training.data.batches.rows import Layout, PromptEncoder
+from blipren.training.engine.loading import load_checkpoint
+from blipren.training.engine.trainer import say
+from blipren.training.errors import UserError
+
+
+def choose_device(name: str) -> str:
+    """The device of a run, as torch names it. Raises `UserError` where it is not there, or launched by DeepSpeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError("launch without DeepSpeed; `blipren train` takes --deepspeed CONFIG (docs/train.md)")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not available[name]:
+        raise UserError(f"device {name} is not there; give --device auto or cpu")
+    return name
+
+
+def choose_precision(name: str, device: str) -> str:
+    if name == "auto":
+        return "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if name == "fp16" and device != "cuda":
+        raise UserError(f"precision fp16 needs a CUDA GPU, not {device}; give --precision bf16 or fp32")
+    return name
+
+
+def load(settings: TrainSettings):
+    """Model and processor as the checkpoint has them, which is what a cache was made with."""
+    model, processor = load_checkpoint(settings.model)
+    set_router(model, settings)
+    return model, processor
+
+
+def set_router(model, settings: TrainSettings) -> None:
+    """The MoE projector's losses and noise, where the settings say something else than the checkpoint."""
+    for name in ("router_balance_weight", "router_z_weight", "router_noise"):
+        if getattr(settings, name) is not None:
+            setattr(model.config, name, getattr(settings, name))
+
+
+def load_quantised(settings: TrainSettings, precision: str):
+    """The same with the language model in few bits; connector, head and vision tower as they are."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError("llm_bits needs bitsandbytes: pip install bitsandbytes") from error
+    from transformers import BitsAndBytesConfig
+
+    if torch.cuda.is_available():  # bitsandbytes loads to the current GPU, the first one until the Trainer is made
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    few_bits = BitsAndBytesConfig(
+        load_in_4bit=settings.llm_bits == 4,
+        load_in_8bit=settings.llm_bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=["model.vision_tower"],
+    )
+    model, processor = load_checkpoint(settings.model, quantization_config=few_bits)
+    set_router(model, settings)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # its packed kernel for CPUs lets no gradient through
+    model.is_quantized = False  # the Trainer would refuse to train a connector beside a quantised language model
+    return model, processor
+
+
+def set_precision(model, precision: str) -> None:
+    """Frozen parts in the arithmetic's precision, what is trained in float32."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    for part in ("qformer", "projector"):
+        if part in model.parts():
+            model.parts()[part].float()
+
+
+def layout_for(model, processor, settings: TrainSettings, sources: Sequence) -> Layout:
+    """Shared prefixes where the language model takes them; padded rows, and a line that says why, where it does not."""
+    shared = settings.shared_prefix
+    if shared:
+        with dense_attention(model.parts()["llm"]):
+            reason = prefix.obstacle(model, longest_row(model, processor, sources))
+        if reason is not None:
+            shared = False
+            say(f"padded rows, one an answer, instead of shared prefixes: the language model cannot, {reason}")
+    pad = processor.tokenizer.pad_token_id
+    return Layout(
+        pad_token_id=pad if pad is not None else 0,
+        shared_prefix=shared,
+        row_tokens=settings.row_tokens,
+        answers_per_image=settings.answers_per_image,
+        max_answer_tokens=settings.max_answer_tokens,
+        multiple=8 if torch.cuda.is_available() else 1,
+    )
+
+
+def longest_row(model, processor, sources: Sequence) -> int:
+    """Tokens of the longest prompt and the longest answer together; only asked where a window could be shorter."""
+    if prefix.attention_window(model.config.text_config) is None:
+        return 0
+    prompts, longest = PromptEncoder(processor), 0
+    for source in sources:
+        visual = max(source.visual_tokens(i) for i in range(len(source.texts)))
+        texts = [p for p in source.texts.prompts if p is not None] + prompts.caption_prompts
+        longest_prompt = max(
+            sum(map(len, prompts.encode(prompt, system, visual)))
+            for prompt in texts
+            for system in prompts.system_prompts
+        )
+        longest = max(longest, longest_prompt + int(np.diff(source.texts.starts).max()))
+    return longest
+
+
+def set_attention(model, name: str, device: str) -> None:
+    """Raises `UserError` where the language model has no such attention, or it cannot be trained there."""
+    if name == FLEX and device != "cuda":
+        raise UserError(f"attention {name} cannot be trained on {device}: torch has its backward pass for CUDA alone")
+    try:
+        model.parts()["llm"].set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"attention {name}: {error}") from error
+
+
+def check_fused_loss(model) -> None:
+    """Tries the fused loss on one position. Raises `UserError` where torch or the language model's head cannot."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise UserError(f"fused_loss needs torch 2.13 or newer; this is {torch.__version__}")
+    weight = model.get_output_embeddings().weight
+    position = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    try:
+        summed_cross_entropy(
+            model.lm_head, position, torch.zeros(1, dtype=torch.long, device=weight.device), model.config.text_config
+        )
+    except ValueError as error:
+        raise UserError(f"fused_loss: {error}") from error

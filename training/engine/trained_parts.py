@@ -1,0 +1,172 @@
+"""What of a model is trained, and how each part is: LoRA, parts, learning-rate groups, an average of the weights."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from blipren.training.commands.train import TrainSettings
+from blipren.training.engine.fsdp import whole
+from blipren.training.errors import UserError
+
+
+def linear_names(module: nn.Module) -> list[str]:
+    """Last names of all linear layers below `module`, such as q_proj; GPT-2's are `Conv1D`s."""
+    from transformers.pytorch_utils import Conv1D
+
+    return sorted({name.rsplit(".", 1)[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+
+
+def add_lora(model: nn.Module, settings: TrainSettings) -> None:
+    """Adds LoRA (https://arxiv.org/abs/2106.09685) to the language model, or goes on with the checkpoint's own."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return
+    from peft import LoraConfig
+
+    language_model = model.parts()["llm"]
+    known = linear_names(language_model)
+    targets = settings.lora_targets or known
+    if unknown := [name for name in targets if name not in known]:
+        raise UserError(f"lora_targets has {unknown[0]!r}; the language model's linear layers are {', '.join(known)}")
+    prefix = next(name for name, module in model.named_modules() if module is language_model)
+    names = "|".join(map(re.escape, targets))
+    model.add_adapter(
+        LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=rf"{re.escape(prefix)}\.(?:.*\.)?(?:{names})",
+            init_lora_weights=True,
+        )
+    )
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Adds each LoRA into the weight that it adapts and removes it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in adapted:
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+def choose_trained(model: nn.Module, settings: TrainSettings) -> None:
+    """Freezes everything but what the settings name; the model's `freeze` decides alone."""
+    if settings.llm_tuning == "lora":
+        add_lora(model, settings)
+    train = []
+    if settings.train_connector:
+        train += ["projector"] + (["qformer"] if settings.train_qformer else [])
+    train += {"frozen": [], "lora": ["lora"], "full": ["llm"]}[settings.llm_tuning]
+    train += ["vision"] if settings.train_vision else []
+    model.freeze([part for part in train if part != "qformer" or part in model.parts()])
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("nothing is trained: train the connector, the Q-Former or the language model")
+
+
+def part_of(model: nn.Module) -> dict[str, str]:
+    """Part name of every parameter name; a tied head belongs to the part that comes first."""
+    modules = {id(module): part for part, module in model.parts().items()}
+    owner = {}
+    for name, module in model.named_modules():
+        if id(module) in modules:
+            part = "llm" if modules[id(module)] == "head" else modules[id(module)]
+            for inner, _ in module.named_parameters(prefix=name):
+                owner.setdefault(inner, part)
+    return owner
+
+
+def without_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay would only harm: norms, biases, embeddings, queries."""
+    names = set()
+    for name, module in model.named_modules():
+        for inner, parameter in module.named_parameters(prefix=name, recurse=False):
+            norm = "norm" in type(module).__name__.lower()
+            if parameter.ndim < 2 or norm or isinstance(module, nn.Embedding) or "query_tokens" in inner:
+                names.add(inner)
+    return names
+
+
+def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
+    """Optimizer groups, one a (part, decayed or not), each with its learning rate, its part and its names."""
+    owner, bare = part_of(model), without_decay(model)
+    groups: dict[tuple[str, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        # a head that serves training alone (bag of words) is no part of the model
+        part, decayed = owner.get(name, "projector"), name not in bare
+        group = groups.setdefault(
+            (part, decayed),
+            {
+                "params": [],
+                "names": [],
+                "part": part,
+                "lr": float(settings.learning_rates.get(part, settings.learning_rate)),
+                "weight_decay": settings.weight_decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+class Average:
+    """Exponential moving average of the trained weights, in float32. Young averages follow faster: the decay of step n
+    is at most (1 + n) / (10 + n)."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().float().clone() for name, p in self.trained.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, parameter in self.trained.items():
+            self.weights[name].lerp_(parameter.float(), 1 - decay)
+        self.updates += 1
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """By name, whole and on the CPU; every process must call it."""
+        return {name: whole(tensor).cpu() for name, tensor in self.weights.items()}
+
+    @contextmanager
+    @torch.no_grad()
+    def in_place(self) -> Iterator[None]:
+        """The model has the averaged weights inside the block, and its own again behind it."""
+        own = {name: p.detach().clone() for name, p in self.trained.items()}
+        for name, parameter in self.trained.items():
+            parameter.copy_(self.weights[name])
+        try:
+            yield
+        finally:
+            for name, parameter in self.trained.items():
+                parameter.copy_(own[name])
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Every transformer layer recomputes its activations in the backward pass.
+
+    transformers' own switch leaves out layers in eval mode, which is what a frozen language model is in.
+    """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    def recomputed(forward):
+        def call(*args, **keywords):
+            if torch.is_grad_enabled():
+                return checkpoint(forward, *args, use_reentrant=False, **keywords)
+            return forward(*args, **keywords)
+
+        return call
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.forward = recomputed(module.forward)

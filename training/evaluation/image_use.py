@@ -1,0 +1,135 @@
+"""Does the model look at its image? Losses and scores with the right image, another one, a black one and none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from blipren.training.evaluation.captioning import Features, pad_id, pad_right
+from blipren.training.evaluation.metrics.bootstrap import Statistic, interval, mean_statistic, paired_difference
+
+CONDITIONS = ("right", "shuffled", "black", "none")
+IGNORES, HARDLY, USES = "ignores its image", "hardly uses its image", "looks at its image"
+IGNORES_BELOW, HARDLY_BELOW = 0.005, 0.03
+"""Loss gap between another image and the right one, as shares of the loss, below which the verdict falls."""
+KEPT_ABOVE = 0.5
+"""Share of the score left with another image, above which a small loss gap means that the image is hardly used."""
+
+
+@torch.no_grad()
+def answer_losses(
+    model,
+    processor,
+    features: Features | None,
+    prompts: Sequence[str | None],
+    answers: Sequence[str],
+    batch_size: int = 32,
+) -> list[tuple[float, int]]:
+    """Negative log-likelihood (nats, summed) and number of tokens of each answer, its end token among them.
+
+    `features` None leaves the image out of the prompt; the rest of the prompt stays the same.
+    """
+    counts = [None] * len(answers) if features is None else features.visual_tokens(model.config)
+    rows = []
+    for prompt, count, answer in zip(prompts, counts, answers):
+        prompt_ids = processor.encode_prompt(prompt, num_visual_tokens=[] if count is None else [count])
+        rows.append((list(prompt_ids), list(processor.encode_answer(answer))))
+    results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, mask = pad_right([rows[i][0] + rows[i][1] for i in chosen], pad_id(model, processor))
+        inputs = {} if features is None else features[chosen].model_inputs(model.device)
+        # token t is predicted at t - 1; only those logits are computed
+        spans = [(row, len(rows[i][0]), len(rows[i][1])) for row, i in enumerate(chosen)]
+        at = torch.cat([row * ids.shape[1] + torch.arange(p - 1, p + n - 1) for row, p, n in spans])
+        logits = model(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_at=at.to(model.device),
+            **inputs,
+        ).logits
+        losses = F.cross_entropy(logits.float().cpu(), ids.flatten()[at + 1], reduction="none")
+        for i, own in zip(chosen, losses.split([n for _, _, n in spans])):
+            results[i] = (float(own.sum()), len(own))
+    return results
+
+
+def other_images(count: int, seed: int) -> list[int]:
+    """For each of `count` images another one of them: a rotation, so that none keeps its own. Empty for one image."""
+    if count < 2:
+        return []
+    shift = 1 + int(np.random.default_rng(seed).integers(count - 1))
+    return [(i + shift) % count for i in range(count)]
+
+
+def loss_statistic(losses: Sequence[tuple[float, int]]) -> Statistic:
+    """Loss per answer token over images, as training measures it."""
+    return Statistic(np.array(losses, dtype=np.float64), lambda sums: sums[..., 0] / sums[..., 1])
+
+
+def verdict(right: float, gap: float, gap_low: float, score_kept: float | None = None) -> str:
+    """One of `IGNORES`, `HARDLY`, `USES`.
+
+    Args:
+        right: loss with the right image. gap, gap_low: what another image adds to it, and the interval's lower end.
+        score_kept: share of the caption or answer score that is left with another image. A reference's loss moves little
+            even where captions are good, since most of its words are grammar: a score that falls by half speaks louder.
+    """
+    if gap_low <= 0 or gap < IGNORES_BELOW * right:
+        return IGNORES
+    if gap < HARDLY_BELOW * right and (score_kept is None or score_kept > KEPT_ABOVE):
+        return HARDLY
+    return USES
+
+
+def image_use(
+    losses: Mapping[str, Sequence[tuple[float, int]]],
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict:
+    """The table of conditions and the verdict.
+
+    Args:
+        losses: condition -> (summed loss, tokens) of each image, `right` and `shuffled` at least.
+        scores: metric -> condition -> score of each image.
+
+    Returns:
+        `loss` and each metric by condition, `loss_gap` (another image minus the right one, with its interval),
+        `loss_gap_to_none`, `verdict` (a few words) and `because` (a sentence).
+    """
+    statistics = {name: loss_statistic(values) for name, values in losses.items()}
+    result: dict = {"loss": {name: s.value for name, s in statistics.items()}}
+    result["loss_intervals"] = {name: interval(s, resamples, seed) for name, s in statistics.items()}
+    right = statistics["right"].value
+    if "shuffled" not in statistics:
+        return result | {"verdict": "unknown", "because": "One image alone cannot be exchanged for another."}
+    pair = paired_difference(statistics["right"], statistics["shuffled"], resamples, seed)
+    result["loss_gap"] = {"value": pair.difference, "low": pair.low, "high": pair.high}
+    if "none" in statistics:
+        gap = paired_difference(statistics["right"], statistics["none"], resamples, seed)
+        result["loss_gap_to_none"] = {"value": gap.difference, "low": gap.low, "high": gap.high}
+    for metric, by_condition in scores.items():
+        result[metric] = {name: mean_statistic(values).value for name, values in by_condition.items()}
+    result["images"] = len(losses["right"])
+    kept = [
+        result[m]["shuffled"] / result[m]["right"]
+        for m in scores
+        if "shuffled" in scores[m] and result[m]["right"] > 0
+    ]
+    result["verdict"] = verdict(right, pair.difference, pair.low, min(kept, default=None))
+    result["because"] = (
+        f"Another image in place of the right one changes the loss of the reference from {right:.3f} to "
+        f"{statistics['shuffled'].value:.3f} nats a token: {pair.difference:+.3f}, {100 * pair.difference / right:+.1f}% "
+        f"(95% interval {pair.low:+.3f} to {pair.high:+.3f})"
+    )
+    for metric, by_condition in scores.items():
+        if "shuffled" in by_condition:
+            values = result[metric]
+            result["because"] += f"; {metric} from {values['right']:.3f} to {values['shuffled']:.3f}"
+    result["because"] += "."
+    return result

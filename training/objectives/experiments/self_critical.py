@@ -1,0 +1,151 @@
+"""Self-critical training: captions that the model samples itself, rewarded by CIDEr-D against the photo's captions.
+
+Rennie et al. 2017 (arXiv 1612.00563), with the mean of the other samples as baseline (Luo 2020, arXiv 2003.09971).
+Likelihood alone teaches the average caption, rare details included; the reward teaches what the references agree on.
+"""
+
+import math
+from collections import Counter, defaultdict
+
+import torch
+
+from blipren.training.data.batches.rows import Block, PromptEncoder, collate_padded, collate_shared
+from blipren.training.evaluation.metrics.tokenizer import tokenize
+from blipren.training.objectives.experiments.sampling import sample_answers
+
+NGRAMS, SIGMA = 4, 6.0  # as coco-caption's CIDEr-D
+ENDED_ONLY = True  # a caption that does not stop earns nothing, however good its beginning
+
+
+class CiderReward:
+    """CIDEr-D of one caption against its photo's references, document frequencies from all photos.
+
+    pycocoevalcap's scorer gives the same numbers, but weighs every reference anew at each call; here that is done once,
+    since a run asks for hundreds of thousands of rewards.
+    """
+
+    def __init__(self, references: dict[str, list[str]]):
+        flat = tokenize([text for texts in references.values() for text in texts], "python")
+        counted, position = {}, 0
+        for image, texts in references.items():
+            counted[image] = [self._count(text) for text in flat[position : position + len(texts)]]
+            position += len(texts)
+        self.frequency: Counter = Counter()
+        for counts in counted.values():
+            self.frequency.update({ngram for count in counts for ngram in count})
+        self.log_images = math.log(len(references))
+        self.references = {image: [self._weigh(c) for c in counts] for image, counts in counted.items()}
+
+    @staticmethod
+    def _count(text: str) -> Counter:
+        words = text.split()
+        return Counter(tuple(words[i : i + n]) for n in range(1, NGRAMS + 1) for i in range(len(words) - n + 1))
+
+    def _weigh(self, count: Counter) -> tuple[list[dict], list[float], int]:
+        """tf-idf vectors and their norms by n-gram order, and the number of bigrams, which CIDEr-D takes as length."""
+        vectors: list[dict] = [defaultdict(float) for _ in range(NGRAMS)]
+        for ngram, times in count.items():
+            vectors[len(ngram) - 1][ngram] = times * (self.log_images - math.log(max(1, self.frequency[ngram])))
+        norms = [math.sqrt(sum(v * v for v in vector.values())) for vector in vectors]
+        return vectors, norms, sum(times for ngram, times in count.items() if len(ngram) == 2)
+
+    def __call__(self, images: list[str], captions: list[str]) -> list[float]:
+        """The reward of each caption for its image, between 0 and 10."""
+        rewards = []
+        for image, text in zip(images, tokenize(captions, "python"), strict=True):
+            vectors, norms, length = self._weigh(self._count(text))
+            total = 0.0
+            for theirs, their_norms, their_length in self.references[image]:
+                penalty = math.exp(-((length - their_length) ** 2) / (2 * SIGMA**2))
+                for mine, other, norm, their_norm in zip(vectors, theirs, norms, their_norms):
+                    shared = sum(min(v, other[g]) * other[g] for g, v in mine.items() if g in other)
+                    if norm and their_norm:
+                        total += penalty * shared / (norm * their_norm)
+            rewards.append(10 * total / NGRAMS / len(self.references[image]))
+        return rewards
+
+
+class SelfCritical:
+    """Samples captions for the photos of a batch and weighs them by how much better than their fellows they are.
+
+    Args:
+        sources: where photos and references come from.
+        samples: captions a photo. temperature: of sampling. max_new_tokens: longest sample; one that has not ended by
+            then is rewarded with 0.
+    """
+
+    def __init__(self, processor, sources, samples: int, temperature: float, max_new_tokens: int, shared_prefix: bool):
+        self.processor, self.prompts = processor, PromptEncoder(processor)
+        self.samples, self.temperature, self.max_new_tokens = samples, temperature, max_new_tokens
+        self.shared_prefix = shared_prefix
+        references = {source.ids[i]: texts for source in sources for i, texts in source.references().items()}
+        self.reward = CiderReward(references)
+
+    @torch.no_grad()
+    def batch(self, model, batch: dict) -> dict | None:
+        """A batch of sampled captions as the collate functions give it, with `weights` [targets] (the advantage of the
+        caption that a target belongs to, in standard deviations) and the mean `reward`; None where no photo of the
+        batch has captions.
+
+        Sampling is without dropout: what is rewarded is what the model would say.
+        """
+        chosen = [i for i, image in enumerate(batch["ids"]) if image in self.reward.references]
+        chosen = list({batch["ids"][i]: i for i in reversed(chosen)}.values())[::-1]  # a photo's first block
+        if not chosen:
+            return None
+        features = {name: tensor[chosen] for name, tensor in batch["inputs"].items()}
+        device = features["patch_features"].device
+        pieces = [
+            self.prompts.encode(self.prompts.caption_prompts[0], self.prompts.system_prompts[0], n)
+            for n in self._visual_tokens(model, features)
+        ]
+        longest = max(len(prefix) + len(rest) for prefix, rest in pieces)
+        pad = self.processor.tokenizer.pad_token_id
+        rows = [[pad] * (longest - len(p) - len(r)) + p + r for p, r in pieces]
+        mask = [[0] * (longest - len(p) - len(r)) + [1] * (len(p) + len(r)) for p, r in pieces]
+        training = model.training
+        model.eval()
+        made = sample_answers(
+            model,
+            torch.tensor(rows, device=device),
+            torch.tensor(mask, device=device),
+            features,
+            self.processor.answer_end_id,
+            samples=self.samples,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+        )
+        model.train(training)
+        images = [batch["ids"][i] for i in chosen for _ in range(self.samples)]
+        rewards = torch.tensor(self.reward(images, [self.processor.decode_answer(ids) for ids in made]))
+        if ENDED_ONLY:
+            rewards *= torch.tensor([float(ids[-1] == self.processor.answer_end_id) for ids in made])
+        rewards = rewards.view(len(chosen), self.samples)
+        others = (rewards.sum(dim=1, keepdim=True) - rewards) / (self.samples - 1)
+        advantages = rewards - others
+        advantages = advantages / advantages.std().clamp_min(1e-6)
+        blocks = [
+            Block((0, n), prefix, [(rest, ids) for ids in made[n * self.samples : (n + 1) * self.samples]])
+            for n, (prefix, rest) in enumerate(pieces)
+        ]
+        collate = collate_shared if self.shared_prefix else collate_padded
+        sampled = collate(blocks, pad)
+        order = [image for _, image in sampled.pop("images")]
+        sampled = {name: tensor.to(device) for name, tensor in sampled.items()}
+        # collate keeps a photo's captions together, in order: padded rows repeat the photo, packed ones do not
+        photos = list(dict.fromkeys(order))
+        weights = [
+            advantages[photo, k].repeat(len(made[photo * self.samples + k]))
+            for photo in photos
+            for k in range(self.samples)
+        ]
+        sampled["weights"] = torch.cat(weights).to(device)
+        sampled["inputs"] = {name: tensor[order] for name, tensor in features.items()}
+        sampled["reward"] = rewards.mean().item()
+        sampled["ids"] = [batch["ids"][chosen[n]] for n in photos]
+        return sampled
+
+    def _visual_tokens(self, model, features: dict) -> list[int]:
+        if model.config.num_visual_tokens is not None:
+            return [model.config.num_visual_tokens] * len(features["patch_features"])
+        return features["patch_attention_mask"].sum(dim=1).tolist()

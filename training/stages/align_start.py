@@ -1,0 +1,138 @@
+"""What stage 1 starts from: any BLIPren checkpoint with a Q-Former, a WordPiece tokenizer, perhaps BERT's weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from blipren.configuration_blipren import split_revision
+from blipren.modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
+from blipren.processing_blipren import BliprenProcessor
+from blipren.qformer_blipren import copy_bert_weights
+from blipren.training.commands.align import AlignSettings
+from blipren.training.engine.loading import load_checkpoint, load_config
+from blipren.training.errors import UserError
+
+START_TOKENS = ("[DEC]", "[unused0]")  # LAVIS adds the first to BERT's vocabulary; the second lies there unused
+SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # SigLIP's initial values
+
+
+def starting_point(settings: AlignSettings):
+    """(model, processor, tokenizer of the text side), the model with what stage 1 trains unfrozen."""
+    aligned = "BliprenForImageTextRetrieval" in (load_config(settings.model).architectures or [])
+    kind = BliprenForImageTextRetrieval if aligned else BliprenForConditionalGeneration
+    generator, processor = load_checkpoint(settings.model, kind)
+    tokenizer = text_tokenizer(settings, processor)
+    # BERT fills the text side too: what an earlier checkpoint knew of another vocabulary is not kept
+    bert = settings.qformer_init and bert_weights(settings.qformer_init)
+    if isinstance(generator, BliprenForImageTextRetrieval):
+        model = generator
+        check_vocabulary(model, tokenizer, settings)
+    else:
+        try:
+            model = BliprenForImageTextRetrieval.from_generator(
+                generator, text_side(settings, tokenizer, bert), settings.embedding_width, settings.pooling
+            )
+        except ValueError as error:
+            raise UserError(f"{settings.model}: {error}") from error
+        check_vocabulary(model, tokenizer, settings)
+        with torch.no_grad():
+            model.logit_scale.fill_(math.log(1 / settings.temperature))
+            if settings.itc == "sigmoid":
+                model.logit_scale.fill_(math.log(SIGMOID_SCALE))
+                model.logit_bias.fill_(SIGMOID_BIAS)
+    model.config.itc_pooling = settings.pooling
+    text_config = model.config.qformer_config
+    if text_config.decoder_start_token_id is None:
+        text_config.decoder_start_token_id = start_token(tokenizer)
+    if bert is not None:
+        try:
+            copied = copy_bert_weights(model.model.qformer, bert)
+        except ValueError as error:
+            raise UserError(
+                f"the Q-Former of {settings.model} cannot start from {settings.qformer_init}: {error}"
+            ) from error
+        print(f"{len(copied)} weights of the Q-Former from {settings.qformer_init}")
+    processor.qformer_tokenizer = tokenizer
+    unused(model, settings)
+    return model, processor, tokenizer
+
+
+def text_tokenizer(settings: AlignSettings, processor: BliprenProcessor):
+    """The one that is asked for, else BERT's, else the checkpoint's."""
+    wanted = settings.tokenizer or settings.qformer_init
+    if wanted is None:
+        if processor.qformer_tokenizer is None:
+            raise UserError(
+                f"{settings.model} has no tokenizer for the Q-Former's text side: name a WordPiece one by --tokenizer "
+                "(such as bert-base-uncased), or a BERT to start from by --qformer-init"
+            )
+        return processor.qformer_tokenizer
+    name, revision = split_revision(wanted)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer in {wanted}: {error}") from error
+    missing = [kind for kind in ("cls", "sep", "pad") if getattr(tokenizer, f"{kind}_token_id") is None]
+    if missing:
+        raise UserError(f"the tokenizer of {wanted} has no {missing[0]}_token: the text side needs BERT's WordPiece")
+    return tokenizer
+
+
+def bert_weights(name: str):
+    name, revision = split_revision(name)
+    try:
+        return AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no BERT or DistilBERT in {name}: {error}") from error
+
+
+def start_token(tokenizer) -> int:
+    """What generation begins with: a token that contrast and matching never see first, where the vocabulary has one."""
+    vocabulary = tokenizer.get_vocab()
+    return next((vocabulary[token] for token in START_TOKENS if token in vocabulary), tokenizer.cls_token_id)
+
+
+def text_side(settings: AlignSettings, tokenizer, bert) -> dict:
+    """Sizes of a text side that begins here."""
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "decoder_start_token_id": start_token(tokenizer),
+        "max_position_embeddings": settings.max_text_tokens,
+    }
+    if bert is not None:
+        sizes["vocab_size"] = bert.config.vocab_size
+        sizes["max_position_embeddings"] = bert.config.max_position_embeddings
+    return sizes
+
+
+def check_vocabulary(model, tokenizer, settings: AlignSettings) -> None:
+    config = model.config.qformer_config
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the Q-Former of {settings.model} embeds {config.vocab_size}: "
+            "take the tokenizer that it was made with"
+        )
+    if settings.max_text_tokens > config.max_position_embeddings:
+        raise UserError(
+            f"max_text_tokens is {settings.max_text_tokens}, the Q-Former has {config.max_position_embeddings} positions"
+        )
+
+
+def unused(model, settings: AlignSettings) -> None:
+    """Freezes what no chosen loss reads: a distributed run would wait for its gradient."""
+    model.freeze()
+    frozen = []
+    if not settings.itc_weight:
+        frozen += [*model.vision_proj.parameters(), *model.text_proj.parameters(), model.logit_scale]
+    if not settings.itc_weight or settings.itc == "softmax":
+        frozen.append(model.logit_bias)
+    if not settings.itm_weight:
+        frozen += model.itm_head.parameters()
+    if not settings.itg_weight:
+        frozen += model.text_head.parameters()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
