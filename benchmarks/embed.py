@@ -28,9 +28,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from blipren.configuration_blipren import BliprenConfig
+from blipren import BliprenConfig, BliprenForConditionalGeneration
 from blipren.image_blipren import with_fast_resize
-from blipren.modeling_blipren import BliprenForConditionalGeneration
 from blipren.training.commands.embed import EmbedSettings
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.builder import CacheBuilder

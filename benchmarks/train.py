@@ -34,8 +34,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from blipren.configuration_blipren import BliprenConfig, BliprenQFormerConfig
-from blipren.modeling_blipren import BliprenForConditionalGeneration, copy_weights
+from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenQFormerConfig
+from blipren.modeling_blipren import copy_weights
 from blipren.qformer_blipren import copy_blip2_weights
 from blipren.training.data.batches.masks import FLEX, row_mask, shared_prefix_block_mask
 from blipren.training.data.batches.rows import (

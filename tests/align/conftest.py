@@ -6,8 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from blipren.modeling_blipren import BliprenForConditionalGeneration
-from blipren.processing_blipren import BliprenProcessor
+from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.commands.align import AlignSettings
 from blipren.training.commands.embed import EmbedSettings
 from blipren.training.data.cache.embed import embed

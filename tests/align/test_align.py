@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, TrainerCallback
 
-from blipren.modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
-from blipren.processing_blipren import BliprenProcessor
+from blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval, BliprenProcessor
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.engine.run_folder import RunFolder
 from blipren.training.errors import UserError

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from blipren.configuration_blipren import BliprenQFormerConfig
-from blipren.qformer_blipren import BliprenQFormer
+from blipren import BliprenQFormer, BliprenQFormerConfig
 
 QUERIES, LENGTH, PATCHES = 4, 6, 5
 

@@ -83,8 +83,7 @@ def flickr_cache(folder):
 
 def first_losses(make, folder) -> dict[str, list[float]]:
     """Losses and gradient norms of the first steps, computed in float64 so that machines agree."""
-    from blipren.modeling_blipren import BliprenForConditionalGeneration
-    from blipren.processing_blipren import BliprenProcessor
+    from blipren import BliprenForConditionalGeneration, BliprenProcessor
 
     vision, llm, words, cache = make(folder)
     torch.manual_seed(0)

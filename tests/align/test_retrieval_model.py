@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer, Blip2Config, Blip2ForImageTextRetrieval
 
-from blipren.modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
+from blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
 from blipren.training.objectives import alignment as objectives
 from tests.tiny_models import QFORMER, random_image
 

@@ -6,8 +6,13 @@ import torch.nn.functional as F
 from tiny_models import QFORMER, random_image
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
 
-from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProcessor, BliprenQFormer
-from blipren.configuration_blipren import BliprenQFormerConfig
+from blipren import (
+    BliprenConfig,
+    BliprenForConditionalGeneration,
+    BliprenProcessor,
+    BliprenQFormer,
+    BliprenQFormerConfig,
+)
 from blipren.modeling_blipren import BliprenMoeProjector
 from blipren.qformer_blipren import copy_bert_weights, copy_blip2_weights
 

@@ -9,9 +9,8 @@ import torch
 from transformers import BertTokenizerFast, DistilBertConfig, DistilBertModel
 
 import blipren
-from blipren.configuration_blipren import BliprenConfig, BliprenQFormerConfig
+from blipren import BliprenConfig, BliprenQFormer, BliprenQFormerConfig
 from blipren.modeling_blipren import build_projector
-from blipren.qformer_blipren import BliprenQFormer
 from blipren.training.cli import build_settings, load_recipe, settings_class
 from blipren.training.data.cache.embed import embed
 from blipren.training.hub.assemble import new

@@ -13,8 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import set_seed
 
-from blipren.modeling_blipren import BliprenForConditionalGeneration
-from blipren.processing_blipren import BliprenProcessor
+from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.commands.doctor import DoctorSettings
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
+from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProcessor
 from blipren.base_blipren import BliprenPreTrainedModel
-from blipren.configuration_blipren import BliprenConfig
-from blipren.modeling_blipren import BliprenForConditionalGeneration
-from blipren.processing_blipren import BliprenProcessor
 from blipren.training.errors import UserError
 
 

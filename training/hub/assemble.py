@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, set_seed
 
-from blipren.configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_revision
-from blipren.modeling_blipren import BliprenForConditionalGeneration
-from blipren.processing_blipren import BliprenProcessor
+from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProcessor, BliprenQFormerConfig
+from blipren.configuration_blipren import split_revision
 from blipren.training.commands.new import NewSettings
 from blipren.training.errors import UsageError, UserError
 

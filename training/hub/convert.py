@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel
 
-from blipren.processing_blipren import BliprenProcessor
+from blipren import BliprenProcessor
 from blipren.training.commands.convert import ConvertSettings
 from blipren.training.commands.import_ import ImportSettings
 from blipren.training.errors import UserError

@@ -11,9 +11,9 @@ from transformers import (
     InstructBlipForConditionalGeneration,
 )
 
-from blipren.configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_revision
-from blipren.modeling_blipren import BliprenForConditionalGeneration
-from blipren.processing_blipren import BliprenProcessor, end_of_answer_id, pick_image_token
+from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProcessor, BliprenQFormerConfig
+from blipren.configuration_blipren import split_revision
+from blipren.processing_blipren import end_of_answer_id, pick_image_token
 from blipren.qformer_blipren import copy_blip2_weights
 from blipren.training.errors import UserError
 

@@ -7,9 +7,8 @@ import math
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval, BliprenProcessor
 from blipren.configuration_blipren import split_revision
-from blipren.modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
-from blipren.processing_blipren import BliprenProcessor
 from blipren.qformer_blipren import copy_bert_weights
 from blipren.training.commands.align import AlignSettings
 from blipren.training.engine.loading import load_checkpoint, load_config
