@@ -7,12 +7,13 @@ What is read is verified against the manifest first: a damaged checkpoint is nam
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from blipren.training.files import flush_to_disk
 
 MANIFEST = "manifest.json"
 
@@ -32,15 +33,6 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync of a file or folder, so that a rename after it cannot overtake its content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(folder: Path) -> None:

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import yaml
 
-from blipren.training.engine.checkpoints import clear_unfinished, flush_to_disk
+from blipren.training.engine.checkpoints import clear_unfinished
 from blipren.training.errors import UserError
+from blipren.training.files import write_atomically
 from blipren.training.settings import Settings
 
 # Settings that may differ between a run and its continuation, since the weights do not depend on them.
@@ -28,14 +29,6 @@ FREE = {
     "out", "device", "workers", "log_every", "save_every", "keep_checkpoints", "report_to", "full", "fsdp", "deepspeed",
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, whenever the process is killed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    flush_to_disk(temporary)
-    os.replace(temporary, path)
 
 
 def environment() -> dict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from blipren.training.evaluation.metrics.hallucination import Hallucination, cha
 from blipren.training.evaluation.metrics.pope import PopeQuestion
 from blipren.training.evaluation.metrics.retrieval import RECALL_AT
 from blipren.training.evaluation.metrics.vqa import answer_table, vqa_scores
+from blipren.training.files import write_atomically
 
 SIMILARITIES = ("CLIPScore", "RefCLIPScore", "SigLIPScore", "RefSigLIPScore")
 PER_IMAGE = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", *SIMILARITIES)
@@ -272,16 +272,6 @@ def prediction_rows(result: Evaluation, prompt: str | None) -> list[dict]:
     return rows
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A file that is the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _safe_cell(value):
     """Spreadsheets run cells that begin with = + - @; captions are foreign text."""
     if isinstance(value, list):
@@ -305,10 +295,10 @@ def write_predictions(folder: Path, rows: Sequence[Mapping]) -> None:
     """predictions.jsonl and predictions.csv."""
     import io
 
-    write_whole(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, columns)
     writer.writeheader()
     writer.writerows({name: _safe_cell(value) for name, value in row.items()} for row in rows)
-    write_whole(folder / "predictions.csv", buffer.getvalue())
+    write_atomically(folder / "predictions.csv", buffer.getvalue())

@@ -1,7 +1,6 @@
 """`blipren new`: vision encoder + language model -> an untrained checkpoint."""
 
 import inspect
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProce
 from blipren.configuration_blipren import split_revision
 from blipren.training.commands.new import NewSettings
 from blipren.training.errors import UsageError, UserError
+from blipren.training.files import check_new_folder, complete_or_absent_folder
 
 
 def _check_names(given: dict, config_class: type, allowed_prefixes: tuple[str, ...], setting: str) -> None:
@@ -38,8 +38,7 @@ def new(settings: NewSettings) -> None:
         "projector_options",
     )
     out = Path(settings.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; choose another OUT or remove it")
+    check_new_folder(out)
     for name in filter(None, (settings.vision, settings.llm, settings.qformer_init)):
         if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
             raise UserError(f"there is no folder {name}")
@@ -84,16 +83,12 @@ def new(settings: NewSettings) -> None:
         raise UserError(
             f"cannot join {settings.vision} and {settings.llm}: {' '.join(str(error).split())[:600]}"
         ) from error
-    unfinished = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if settings.full:
-        model.save_pretrained(unfinished)
-    else:
-        model.save_bridge(unfinished)
-    processor.save_pretrained(unfinished)
-    if out.exists():
-        out.rmdir()
-    unfinished.rename(out)
+    with complete_or_absent_folder(out) as folder:
+        if settings.full:
+            model.save_pretrained(folder)
+        else:
+            model.save_bridge(folder)
+        processor.save_pretrained(folder)
     print(model.describe_trainable())
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     grid = "x".join(map(str, model.config.vision_grid)) if model.config.vision_grid else "variable"

@@ -2,10 +2,6 @@
 `blipren import`: a BLIP-2 or InstructBLIP model of transformers into ours.
 """
 
-import contextlib
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,24 +11,8 @@ from blipren import BliprenProcessor
 from blipren.training.commands.convert import ConvertSettings
 from blipren.training.commands.import_ import ImportSettings
 from blipren.training.errors import UserError
+from blipren.training.files import complete_or_absent_folder
 from blipren.training.hub.import_blip2 import from_blip2
-
-
-@contextlib.contextmanager
-def finished_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that takes the name `out` when all went well, and is removed when not."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; choose another OUT or remove it")
-    unfinished = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if out.exists():
-            out.rmdir()
-        os.replace(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def convert(settings: ConvertSettings) -> None:
@@ -49,7 +29,7 @@ def convert_folder(model_path: str | Path, out: Path, kind: str) -> None:
         UserError: when it does not load, knows no base models, or a bridge would lose weights that were trained.
     """
     model, processor = _load(model_path)
-    with finished_folder(out) as folder:
+    with complete_or_absent_folder(out) as folder:
         try:
             model.save_pretrained(folder) if kind == "full" else model.save_bridge(folder)
         except ValueError as error:
@@ -75,7 +55,7 @@ def _load(path: str | Path):
 def import_model(settings: ImportSettings) -> None:
     """Writes a transformers BLIP-2 or InstructBLIP model (folder or Hub id) as a full checkpoint of ours."""
     print(f"import: {settings.source} -> {settings.out}")
-    with finished_folder(Path(settings.out)) as folder:
+    with complete_or_absent_folder(Path(settings.out)) as folder:
         model, processor = from_blip2(settings.source)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

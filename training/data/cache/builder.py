@@ -25,16 +25,14 @@ from blipren.training.data.cache.encoder import first_difference, library_versio
 from blipren.training.data.cache.prepare import Prepared
 from blipren.training.data.cache.shards import (
     ShardWriter,
-    disk_full,
     feature_columns,
     file_checksum,
     iter_rows,
-    sync,
-    write_atomic,
     write_dataset_files,
 )
 from blipren.training.data.sources.splits import SPLITS, THUMB, NearIndex
 from blipren.training.errors import UserError
+from blipren.training.files import flush_to_disk, write_atomically
 
 FORMAT = 1
 INDEX_COLUMNS = datasets.Features(
@@ -149,10 +147,10 @@ class UnitWriter:
                 "index": index,
                 "rejected": self.rejected,
             }
-            write_atomic(self.builder.unit_path(self.number), as_json(record), synced=False)
-        except OSError as error:
+            write_atomically(self.builder.unit_path(self.number), as_json(record), flush=False)
+        except OSError:
             self.abandon()
-            raise disk_full(error, self.builder.folder) from error
+            raise
         return [*self.builder.unit_files(record), self.builder.unit_path(self.number)]
 
     def abandon(self) -> None:
@@ -205,7 +203,7 @@ class CacheBuilder:
             raise UserError(f"{self.folder} is not empty and is no feature cache (it holds {sorted(others)[0]})")
         else:
             begun.parent.mkdir(parents=True)
-            write_atomic(begun, as_json(self.fingerprint))
+            write_atomically(begun, as_json(self.fingerprint))
         for path in self.folder.rglob("*.tmp"):
             path.unlink()
         self._check_newest()
@@ -228,21 +226,22 @@ class CacheBuilder:
         """Marks a unit, and waits for the disk in the background, while the encoder goes on."""
         self.wait()
         files = unit.finish()
-        self._finishing = self._finisher.submit(self._sync, files)
+        self._finishing = self._finisher.submit(self._flush_to_disk, files)
 
-    def _sync(self, files: list[Path]) -> None:
+    def _flush_to_disk(self, files: list[Path]) -> None:
+        """Flush the files of a unit. If that fails, the unit is unmarked and removed."""
         try:
             for path in files:
-                sync(path)
+                flush_to_disk(path)
                 if path.suffix == ".arrow":
-                    sync(path.with_name(path.name + ".sums"))
+                    flush_to_disk(path.with_name(path.name + ".sums"))
             for folder in {path.parent for path in files}:
-                sync(folder)
-        except OSError as error:  # the disk could not take what it had accepted
+                flush_to_disk(folder)
+        except OSError:  # the disk could not take what it had accepted
             for path in reversed(files):  # the mark first
                 path.unlink(missing_ok=True)
                 path.with_name(path.name + ".sums").unlink(missing_ok=True)
-            raise disk_full(error, self.folder) from error
+            raise
 
     def wait(self) -> None:
         """Raises what the disk raised in the background."""
@@ -370,7 +369,7 @@ class CacheBuilder:
                 writer.abandon()
                 del record["shards"][split]
         record["taken_out"] = sorted(rows)
-        write_atomic(self.unit_path(record["unit"]), as_json(record))
+        write_atomically(self.unit_path(record["unit"]), as_json(record))
         return record
 
     def finalize(self, described: dict[str, Any]) -> dict[str, Any]:
@@ -409,7 +408,7 @@ class CacheBuilder:
         if cached + rejected_rows != total_rows:
             raise RuntimeError(f"{total_rows} rows went in, {cached} cached and {rejected_rows} rejected came out")
         rejected = "".join(line + "\n" for line in lines).encode()
-        write_atomic(self.folder / "rejected.jsonl", rejected)
+        write_atomically(self.folder / "rejected.jsonl", rejected)
         content = hashlib.sha256(rejected)
         for split in SPLITS:
             for shard in shards[split]:
@@ -439,5 +438,5 @@ class CacheBuilder:
         names = {split: [shard["file"] for shard in shards[split]] for split in SPLITS}
         write_dataset_files(self.folder, self.columns, names, cache["content_hash"])
         cache["finalize_seconds"] = round(time.time() - started, 2)
-        write_atomic(self.folder / "cache.json", as_json(cache))
+        write_atomically(self.folder / "cache.json", as_json(cache))
         return cache

@@ -29,7 +29,6 @@ from blipren.training.data.cache.prepare import (
 )
 from blipren.training.data.cache.reader import FeatureCache
 from blipren.training.data.cache.refilter import refilter
-from blipren.training.data.cache.shards import disk_full, write_atomic
 from blipren.training.data.cache.similarity_filter import SimilarityScorer, judge
 from blipren.training.data.cache.tokens import name_of_tokens
 from blipren.training.data.sources.caption_filter import CaptionFilter, count_captions, summary_table
@@ -37,6 +36,7 @@ from blipren.training.data.sources.rows import Row, Source, open_rows
 from blipren.training.data.sources.splits import SPLITS
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
+from blipren.training.files import report_full_disk, write_atomically
 
 
 def open_source(s: EmbedSettings) -> Source:
@@ -217,7 +217,10 @@ def run_units(
     workers = default_workers() if s.workers is None else s.workers
     unit: UnitWriter | None = None
     try:
-        with Workers(config, workers, pixel_bytes(config, rows_per_batch * s.views)) as pool:
+        with (
+            report_full_disk(builder.folder),
+            Workers(config, workers, pixel_bytes(config, rows_per_batch * s.views)) as pool,
+        ):
             tasks = make_tasks(source, builder, rows_per_batch, s.limit, notes, only)
             for number, batch in enumerate(pool.map(tasks)):
                 which, last = notes[number]
@@ -237,8 +240,6 @@ def run_units(
                     builder.finish(unit)
                     unit = None
             builder.wait()
-    except OSError as error:
-        raise disk_full(error, builder.folder) from error
     finally:
         if unit is not None:
             unit.abandon()
@@ -415,7 +416,7 @@ def tokenize(folder: Path, processor: Any) -> None:
     name, fingerprint = name_of_tokens(cache.info, processor)
     if name not in cache.info.get("tokens", {}):
         cache.info.setdefault("tokens", {})[name] = fingerprint
-        write_atomic(folder / "cache.json", as_json(cache.info))
+        write_atomically(folder / "cache.json", as_json(cache.info))
         print(f"{tokens:,} token ids in {folder / 'tokens' / name} ({time.monotonic() - started:.1f} s)")
 
 

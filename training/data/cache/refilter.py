@@ -11,11 +11,12 @@ import datasets
 import pyarrow as pa
 
 from blipren.training.data.cache.builder import as_json
-from blipren.training.data.cache.shards import write_atomic, write_dataset_files, write_table
+from blipren.training.data.cache.shards import write_dataset_files, write_table
 from blipren.training.data.cache.similarity_filter import judge
 from blipren.training.data.sources.caption_filter import CaptionFilter, count_captions, filter_texts, summary_table
 from blipren.training.data.sources.splits import SPLITS
 from blipren.training.errors import UserError
+from blipren.training.files import write_atomically
 
 COLUMNS = datasets.Features(
     {
@@ -51,7 +52,7 @@ def refilter(folder: Path, info: dict[str, Any], settings: dict[str, Any], rules
     """
     if settings == info["fingerprint"]["captions"]:
         info.pop("captions", None)
-        write_atomic(folder / "cache.json", as_json(info))
+        write_atomically(folder / "cache.json", as_json(info))
         print("captions: as they were embedded")
         return
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -96,9 +97,9 @@ def refilter(folder: Path, info: dict[str, Any], settings: dict[str, Any], rules
         left[split] = len(ids)
     write_dataset_files(folder / place, COLUMNS, files, name)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rejected)
-    write_atomic(folder / place / "rejected.jsonl", lines.encode())
+    write_atomically(folder / place / "rejected.jsonl", lines)
     info["captions"] = {"folder": str(place), "fingerprint": name, "settings": settings, "counts": left}
-    write_atomic(folder / "cache.json", as_json(info))
+    write_atomically(folder / "cache.json", as_json(info))
     print(summary_table(rejected, sum(map(len, source.values())), texts))
     print(
         f"captions filtered again: {sum(left.values()):,} of {info['counts']['cached']:,} rows have texts; the features "

@@ -6,7 +6,6 @@ so that a reader can prove exactly the pages that it touches.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator
@@ -20,10 +19,10 @@ import pyarrow as pa
 import xxhash
 
 from blipren.training.errors import UserError
+from blipren.training.files import flush_to_disk, write_atomically
 
 BLOCK = 1 << 20  # bytes behind one checksum
 FLUSH_BYTES = 32 << 20  # features of a record batch
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CacheDamage(UserError):
@@ -119,40 +118,6 @@ class _SummedFile:
         return self.whole.hexdigest(), np.array(self.blocks, dtype="<u8")
 
 
-def disk_full(error: OSError, folder: Path) -> UserError | OSError:
-    """A full disk as a clear message; any other error as it is."""
-    if error.errno in _FULL:
-        return UserError(
-            f"no space left for {folder} ({error.strerror}): free some and run the same command again, which goes on "
-            "behind the last finished shard"
-        )
-    return error
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, data: bytes, synced: bool = True) -> None:
-    """A whole file or none: written beside, synced, renamed."""
-    apart = path.with_name(path.name + ".tmp")
-    try:
-        with open(apart, "wb") as file:
-            file.write(data)
-            file.flush()
-            if synced:
-                os.fsync(file.fileno())
-        os.replace(apart, path)
-    except OSError as error:
-        apart.unlink(missing_ok=True)
-        raise disk_full(error, path.parent) from error
-
-
 class ShardWriter:
     """One shard, written row by row. `finish` makes it exist; without it nothing is left under its name."""
 
@@ -196,8 +161,8 @@ class ShardWriter:
         self._stream.close()
         checksum, blocks = self._file.finish()
         if synced:
-            sync(self._apart)
-        write_atomic(self.path.with_name(self.path.name + ".sums"), blocks.tobytes(), synced)
+            flush_to_disk(self._apart)
+        write_atomically(self.path.with_name(self.path.name + ".sums"), blocks.tobytes(), flush=synced)
         os.replace(self._apart, self.path)
         return {"file": self.path.name, "rows": self.rows, "bytes": self._file.size, "xxh3_128": checksum}
 
@@ -330,11 +295,11 @@ def write_dataset_files(
             "_output_all_columns": False,
             "_split": split,
         }
-        write_atomic(folder / split / "state.json", json.dumps(state, indent=1).encode())
+        write_atomically(folder / split / "state.json", json.dumps(state, indent=1))
         content = {name: value for name, value in asdict(datasets.DatasetInfo(features=features)).items() if value}
-        write_atomic(folder / split / "dataset_info.json", json.dumps(content, indent=1).encode())
+        write_atomically(folder / split / "dataset_info.json", json.dumps(content, indent=1))
     if dict_file:
-        write_atomic(folder / "dataset_dict.json", json.dumps({"splits": list(shards)}).encode())
+        write_atomically(folder / "dataset_dict.json", json.dumps({"splits": list(shards)}))
 
 
 def iter_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -13,14 +13,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from blipren.training.data.cache.shards import (
-    CacheDamage,
-    file_checksum,
-    write_atomic,
-    write_dataset_files,
-    write_table,
-)
+from blipren.training.data.cache.shards import CacheDamage, file_checksum, write_dataset_files, write_table
 from blipren.training.errors import UserError
+from blipren.training.files import write_atomically
 
 if TYPE_CHECKING:
     from blipren.training.data.cache.reader import FeatureCache
@@ -189,5 +184,5 @@ def load_or_build_tokens(cache: FeatureCache, split: str, processor: Any) -> Tok
         shard = write_table(folder / "data.arrow", COLUMNS, columns)
         write_dataset_files(folder.parent, COLUMNS, {split: [shard["file"]]}, name, dict_file=False)
         record = {"fingerprint": fingerprint, "rows": _hash_ids(rows), "prompts": table.prompts, "shard": shard}
-        write_atomic(folder / "table.json", as_json(record))
+        write_atomically(folder / "table.json", as_json(record))
     return _load(folder, rows)

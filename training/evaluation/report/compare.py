@@ -22,7 +22,8 @@ from blipren.training.evaluation.metrics.captions import CaptionScores, score_ca
 from blipren.training.evaluation.metrics.hallucination import image_statistics
 from blipren.training.evaluation.report.page import embedded_data, render_page, training_curves
 from blipren.training.evaluation.report.pictures import photo_address
-from blipren.training.evaluation.results import SIMILARITIES, is_caption, read_lines, recall_statistics, write_whole
+from blipren.training.evaluation.results import SIMILARITIES, is_caption, read_lines, recall_statistics
+from blipren.training.files import write_atomically
 
 LOWER_IS_BETTER = ("hallucinated_objects", "CHAIR_i", "CHAIR_s", "repetition", "cut_off")
 NEITHER = ("length",)
@@ -236,7 +237,7 @@ def compare(settings: CompareSettings) -> None:
         ],
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "compare.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(out / "compare.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     photos = _photos(b, [item["id"] for item in result["changed_most"]])
     for item in result["changed_most"]:
         item["photo"] = photos.get(item["id"])
@@ -244,7 +245,7 @@ def compare(settings: CompareSettings) -> None:
     looks = {label: run.metrics.get("image_use", {}).get("verdict") for label, run in (("a", a), ("b", b))}
     page = result | {"verdicts": looks, "explained": _explained(a, b), "curves": _curves(a, b)}
     subtitle = f"A: {a.path}; B: {b.path}; {counts['images']:,} images in common"
-    write_whole(out / "compare.html", render_page(page, "compare.js", f"{a.name} and {b.name}", subtitle))
+    write_atomically(out / "compare.html", render_page(page, "compare.js", f"{a.name} and {b.name}", subtitle))
     for name, row in table.items():
         print(
             f"{name:>22}: {row['a']:.4f} -> {row['b']:.4f}, difference {row['difference']:+.4f} "

@@ -17,7 +17,8 @@ from blipren.training.data.sources.images import ImageError
 from blipren.training.evaluation.attention import Explained, explain, query_statistics
 from blipren.training.evaluation.metrics.hallucination import COCO_WORDS, singular
 from blipren.training.evaluation.report.pictures import map_bytes, photo_address, sample_grid
-from blipren.training.evaluation.results import PER_IMAGE, SIMILARITIES, Evaluation, write_whole
+from blipren.training.evaluation.results import PER_IMAGE, SIMILARITIES, Evaluation
+from blipren.training.files import write_atomically
 
 HERE = Path(__file__).parent
 SHOWN_SETTINGS = (
@@ -370,5 +371,5 @@ def write_report(
     subtitle = f"{counts['images']:,} images of split {counts['split']!r} of {settings.dataset}"
     write_samples(out / "samples.png", result)
     path = out / "report.html"
-    write_whole(path, render_page(data, "report.js", title, subtitle))
+    write_atomically(path, render_page(data, "report.js", title, subtitle))
     return path
