@@ -31,8 +31,8 @@ from blipren.training.evaluation.results import (
     read_lines,
     split_counts,
     write_predictions,
-    write_whole,
 )
+from blipren.training.files import write_atomically
 
 NO_TEXT_TOWER = "No image-text similarity: the vision encoder has no text tower, or is not here."
 VERSIONS = ("blipren", "torch", "transformers", "datasets", "pycocoevalcap", "numpy", "pillow")
@@ -289,7 +289,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     result.metrics["seconds"] = round(time.perf_counter() - begin, 2)
     prompt = settings.prompt if settings.prompt is not None or processor is None else processor.prompts[0]
     write_predictions(out, prediction_rows(result, prompt))
-    write_whole(out / "metrics.json", json.dumps(result.metrics, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(out / "metrics.json", json.dumps(result.metrics, indent=1, ensure_ascii=False) + "\n")
     print("\n".join(_headline(result.metrics)))
     if settings.report:
         from blipren.training.evaluation.report.page import write_report
