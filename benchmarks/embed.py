@@ -33,9 +33,10 @@ from blipren.image_blipren import with_fast_resize
 from blipren.training.commands.embed import EmbedSettings
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.builder import CacheBuilder
-from blipren.training.data.cache.embed import cache_fingerprint, open_source, run_units
+from blipren.training.data.cache.embed import cache_fingerprint, run_units
 from blipren.training.data.cache.encoder import Encoder
 from blipren.training.data.cache.prepare import PrepareConfig, default_workers
+from blipren.training.data.sources.rows import open_rows
 from blipren.training.engine.memory import keep_freed_memory
 from blipren.vision_blipren import measure_vision
 
@@ -109,7 +110,7 @@ def plain_loop(encoder: Encoder, processor, photos: list[Path], batch: int) -> f
 def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dict) -> float:
     """Images/s of all that `blipren embed` does once the model is loaded: rows to a finished cache."""
     s = EmbedSettings(model="benchmark", dataset=str(photos), cache=str(cache), **settings)
-    source = open_source(s)
+    source = open_rows(s.dataset)
     config = PrepareConfig(image_processor=encoder.image_processor)
     patches = encoder.measure()
     cache.mkdir()

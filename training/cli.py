@@ -54,11 +54,9 @@ def _add_arguments(parser: argparse.ArgumentParser, settings: type[Settings]) ->
     """Add a positional or a flag for every setting, in the groups of the settings' file."""
     docs = field_docs(settings)
     hints = typing.get_type_hints(settings)
-    groups = {
-        name: parser.add_argument_group(title) if title else parser
-        for title, names in setting_groups(settings).items()
-        for name in names
-    }
+    groups = {}
+    for title, names in setting_groups(settings).items():
+        groups |= dict.fromkeys(names, parser.add_argument_group(title) if title else parser)
     for field in dataclasses.fields(settings):
         kind, many = _plain_type(hints[field.name])
         keywords = {"help": docs[field.name].replace("%", "%%"), "default": argparse.SUPPRESS}

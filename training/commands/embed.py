@@ -1,13 +1,14 @@
 """Embed a data set once into a feature cache."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.errors import UsageError
-from blipren.training.settings import Settings, choice, positional
+from blipren.training.settings import choice, positional
 
 
 @dataclass(kw_only=True)
-class EmbedSettings(Settings):
+class EmbedSettings(SourceSettings):
     """`blipren embed`: runs the frozen encoder once on every image and writes the feature cache."""
 
     model: str = positional()
@@ -17,29 +18,6 @@ class EmbedSettings(Settings):
     as A,B (all rows of both) or A=2,B=1 (drawn in these proportions)."""
     cache: str = positional()
     """Folder of the feature cache."""
-    image_column: str | None = None
-    """Column with the images; found by name (image, jpg, file_name, ...) when not given."""
-    caption_columns: list[str] = field(default_factory=list)
-    """Columns with captions, texts or lists of texts: all of them are used. short_caption/caption takes the first that
-    holds text, json.caption looks inside. Found by name when not given."""
-    question_column: str | None = None
-    """Column with questions (prompts); found by name when not given."""
-    answer_column: str | None = None
-    """Column with the answers to the questions; found by name when not given."""
-    id_column: str | None = None
-    """Column with the rows' ids; id, key or the file's name when not given."""
-    split_column: str | None = None
-    """Column that says train, validation or test; split when there is one."""
-    status_column: str | None = None
-    """Column of img2dataset that says whether the download succeeded; found by name when not given."""
-    dataset_config: str | None = None
-    """Configuration of a data set on the Hub."""
-    streaming: bool | None = None
-    """Read as a stream, without a copy of the data set on disk; by default local Parquet and tars only."""
-    validation_share: float = 0.05
-    """Share of images for validation, where neither a column nor the data set has splits."""
-    test_share: float = 0.05
-    """Share of images for the test split, likewise."""
     near_duplicates: str = choice("drop", "keep", default="drop")
     """Training images that are nearly a validation or test image: left out, or kept and only counted."""
     dtype: str = choice("float16", "float32", "int8", default="float16")
@@ -105,13 +83,9 @@ class EmbedSettings(Settings):
         for name in ("views", "batch_size", "rows_per_shard"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("validation_share", "test_share", "view_scale", "min_script_share"):
+        for name in ("view_scale", "min_script_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if self.validation_share + self.test_share >= 1:
-            raise UsageError(
-                f"validation_share {self.validation_share} and test_share {self.test_share} leave nothing for training"
-            )
         for name in ("workers", "limit", "keep_best", "actors"):
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must not be negative")

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass, field
 
+from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.errors import UsageError
-from blipren.training.settings import Settings, choice, positional
+from blipren.training.settings import choice, positional
 
 EVALUATION_TASKS = ("captioning", "vqa", "retrieval", "pope")
 
 
 @dataclass(kw_only=True)
-class EvaluateSettings(Settings):
+class EvaluateSettings(SourceSettings):
     """`blipren evaluate`: metrics, predictions and a report on a held-out split. Run again, it goes on where it stopped."""
 
     model: str = positional()
@@ -29,25 +30,6 @@ class EvaluateSettings(Settings):
     """Score these captions instead of generating any: JSON lines with id and caption, or one JSON object."""
     before: str | None = None
     """An untrained or earlier checkpoint, or its evaluation folder: its captions stand beside in the report."""
-    image_column: str | None = None
-    """Column with the images; by default one that is known by its name."""
-    caption_columns: list[str] = field(default_factory=list)
-    """Columns with captions; by default those that are known by name."""
-    question_column: str | None = None
-    """Column with questions."""
-    answer_column: str | None = None
-    """Column with their answers."""
-    id_column: str | None = None
-    """Column with the rows' ids."""
-    split_column: str | None = None
-    """Column that says train, validation or test; split when there is one."""
-    dataset_config: str | None = None
-    """Configuration of a data set on the Hub."""
-    validation_share: float = 0.05
-    """Share of images for validation, where neither a column nor the data set has splits: as `embed` was told."""
-    test_share: float = 0.05
-    """Share of images for the test split, likewise."""
-
     prompt: str | None = None
     """Caption prompt; by default the model's own."""
     max_new_tokens: int = 64

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 
+from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.errors import UsageError
-from blipren.training.settings import Settings, choice, positional
+from blipren.training.settings import choice, positional
 
 
 @dataclass(kw_only=True)
-class TrainSettings(Settings):
+class TrainSettings(SourceSettings):
     """`blipren train`: captioning through the LLM. Steps are optimizer updates everywhere."""
 
     model: str = positional()
@@ -131,19 +132,8 @@ class TrainSettings(Settings):
     """Trackers: trackio, tensorboard, wandb, mlflow."""
 
     online: bool = False
-    """Read images instead of cached features: CACHE is then a dataset, decoded and encoded as it is needed."""
-    image_column: str | None = None
-    """Column with the images, with --online; found by name when not given."""
-    caption_columns: list[str] = field(default_factory=list)
-    """Columns with captions, with --online; found by name when not given."""
-    question_column: str | None = None
-    """Column with questions, with --online; found by name when not given."""
-    answer_column: str | None = None
-    """Column with their answers, with --online; found by name when not given."""
-    validation_share: float = 0.05
-    """Share of images for validation where the data set says nothing, with --online."""
-    test_share: float = 0.05
-    """Share of images that are left out for a test, likewise."""
+    """Read images instead of cached features: CACHE is then a dataset, decoded and encoded as it is needed. The
+    settings of columns and splits are for it alone."""
     augment: bool = False
     """Train on random crops, mirrored unless the texts name sides, with --online."""
     train_vision: bool = False

@@ -51,17 +51,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-SPLIT_OPTIONS = (
-    "image_column", "caption_columns", "question_column", "answer_column", "id_column", "split_column", "dataset_config",
-    "validation_share", "test_share",
-)  # fmt: skip
-
-
-def split_options(settings: EvaluateSettings) -> dict:
-    """What decides which images are held out and where their texts are: the same as `embed` was told."""
-    return {name: getattr(settings, name) for name in SPLIT_OPTIONS}
-
-
 def generation_settings(settings: EvaluateSettings) -> dict:
     generation = {"max_new_tokens": settings.max_new_tokens, "num_beams": settings.num_beams}
     if settings.num_beams > 1:
@@ -227,7 +216,7 @@ def _headline(metrics: dict) -> list[str]:
 def evaluate(settings: EvaluateSettings) -> None:
     """The `evaluate` command. Raises `UserError` for what the user can repair."""
     begin = time.perf_counter()
-    split = open_split(settings.dataset, settings.split, settings.limit, **split_options(settings))
+    split = open_split(settings.dataset, settings.split, settings.limit, **settings.source_options())
     _check_texts(settings, split)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -129,7 +129,7 @@ def open_split(
     limit: int | None = None,
     validation_share: float = 0.05,
     test_share: float = 0.05,
-    **columns: Any,
+    **options: Any,
 ) -> Split:
     """The examples to evaluate on.
 
@@ -137,13 +137,13 @@ def open_split(
         dataset: anything that `open_rows` takes.
         split: `train`, `validation` or `test`; None takes test, else validation, else everything, and says so.
         limit: only the first so many images.
-        columns: column names for `open_rows`.
+        options: columns and the rest of what `open_rows` takes.
 
     Raises:
         UserError: there is no such split, or it has no image.
     """
-    source = open_rows(dataset, **columns)
     shares = (validation_share, test_share)
+    source = open_rows(dataset, **options)
     wanted = (normalize_split(split),) if split is not None else ("test", "validation")
     if wanted[0] is None:
         raise UserError(f"split {split!r} is none of train, validation, test")

@@ -112,15 +112,7 @@ def may_mirror(prepared: Prepared) -> bool:
 def read_images(settings: TrainSettings, processor) -> dict[str, list[Prepared]]:
     """The rows of a data set by split, filtered as `embed` filters them; training images that are nearly a held-out
     one are left out. Every image is decoded once for that."""
-    source = open_rows(
-        settings.cache,
-        settings.image_column,
-        settings.caption_columns,
-        settings.question_column,
-        settings.answer_column,
-        validation_share=settings.validation_share,
-        test_share=settings.test_share,
-    )
+    source = open_rows(settings.cache, **settings.source_options())
     config = PrepareConfig(
         image_processor=processor.image_processor,
         validation_share=settings.validation_share,

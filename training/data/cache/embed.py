@@ -39,25 +39,6 @@ from blipren.training.errors import UserError
 from blipren.training.files import report_full_disk, write_atomically
 
 
-def open_source(s: EmbedSettings) -> Source:
-    """The rows that the settings name."""
-    return open_rows(
-        s.dataset,
-        s.image_column,
-        s.caption_columns,
-        s.question_column,
-        s.answer_column,
-        id_column=s.id_column,
-        split_column=s.split_column,
-        status_column=s.status_column,
-        dataset_config=s.dataset_config,
-        streaming=s.streaming,
-        validation_share=s.validation_share,
-        test_share=s.test_share,
-        seed=s.seed,
-    )
-
-
 def caption_filter(s: EmbedSettings) -> CaptionFilter:
     """The rules that the settings switch on."""
     return CaptionFilter(**{name: getattr(s, name) for name in CaptionFilter.__dataclass_fields__})
@@ -325,7 +306,7 @@ class Job:
     @classmethod
     def make(cls, s: EmbedSettings) -> Job:
         """Opens data and model. Raises `UserError`."""
-        source = open_source(s)
+        source = open_rows(s.dataset, seed=s.seed, **s.source_options())
         rules = caption_filter(s)
         counts = None
         if rules.max_images_per_caption:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from blipren.training.commands.compare import CompareSettings
 from blipren.training.data.sources.images import ImageError
+from blipren.training.data.sources.settings import SOURCE_OPTIONS
 from blipren.training.errors import UserError
-from blipren.training.evaluation.evaluate import SPLIT_OPTIONS
 from blipren.training.evaluation.examples import open_split
 from blipren.training.evaluation.metrics.bootstrap import (
     Statistic,
@@ -163,7 +163,7 @@ def _photos(run: Run, ids: list[str]) -> dict[str, str]:
     """Photos of some images as data addresses; without those that cannot be opened any more."""
     found: dict[str, str] = {}
     settings = run.metrics.get("settings", {})
-    options = {name: settings[name] for name in SPLIT_OPTIONS if name in settings}
+    options = {name: settings[name] for name in SOURCE_OPTIONS if name in settings}
     try:
         split = open_split(run.metrics["dataset"], run.metrics["split"], settings.get("limit"), **options)
     except UserError as error:

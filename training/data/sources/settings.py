@@ -1,0 +1,53 @@
+"""Settings of the commands that read a data set: embed, evaluate, train --online."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from blipren.training.errors import UsageError
+from blipren.training.settings import Settings
+
+
+@dataclass(kw_only=True)
+class SourceSettings(Settings):
+    """Columns and splits of the data set."""
+
+    image_column: str | None = None
+    """Column with the images; found by name (image, jpg, file_name, ...) when not given."""
+    caption_columns: list[str] = field(default_factory=list)
+    """Columns with captions, texts or lists of texts: all of them are used. short_caption/caption takes the first that
+    holds text, json.caption looks inside. Found by name when not given."""
+    question_column: str | None = None
+    """Column with questions (prompts); found by name when not given."""
+    answer_column: str | None = None
+    """Column with the answers to the questions; found by name when not given."""
+    id_column: str | None = None
+    """Column with the rows' ids; id, key or the file's name when not given."""
+    split_column: str | None = None
+    """Column that says train, validation or test; split when there is one."""
+    status_column: str | None = None
+    """Column of img2dataset that says whether the download succeeded; found by name when not given."""
+    dataset_config: str | None = None
+    """Configuration of a data set on the Hub."""
+    streaming: bool | None = None
+    """Read as a stream, without a copy of the data set on disk; by default local Parquet and tars only."""
+    validation_share: float = 0.05
+    """Share of images for validation, where neither a column nor the data set has splits."""
+    test_share: float = 0.05
+    """Share of images for the test split, likewise."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("validation_share", "test_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.validation_share + self.test_share >= 1:
+            raise UsageError(
+                f"validation_share {self.validation_share} and test_share {self.test_share} leave nothing for training"
+            )
+
+    def source_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `open_rows` that these settings give."""
+        return {name: getattr(self, name) for name in SOURCE_OPTIONS}
+
+
+SOURCE_OPTIONS = tuple(setting.name for setting in fields(SourceSettings))
