@@ -270,13 +270,13 @@ def test_the_trainers_push_is_ours(hub, model):
     """`Trainer.push_to_hub` of transformers would send everything in the folder, `training_args.bin` among it."""
     from types import SimpleNamespace
 
-    from blipren.training.engine.trainer import SafeTrainer
+    from blipren.training.engine.trainer import StageTrainer
 
     trainer = SimpleNamespace(run_folder=SimpleNamespace(path=model))
     trainer.args = SimpleNamespace(hub_model_id=REPO, hub_private_repo=None)
-    commit = SafeTrainer.push_to_hub(trainer)
+    commit = StageTrainer.push_to_hub(trainer)
     assert commit == hub.repository(REPO).resolve("main")
     assert "model.safetensors" in published(hub) and "training_args.bin" not in published(hub)
     trainer.args.hub_model_id = None
     with pytest.raises(UserError, match="hub_model_id"):
-        SafeTrainer.push_to_hub(trainer)
+        StageTrainer.push_to_hub(trainer)

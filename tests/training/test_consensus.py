@@ -10,8 +10,8 @@ from blipren.training.objectives.experiments.consensus import (
     RIDGE,
     caption_scores,
     consensus_captions,
-    foretold,
-    teach_each_other,
+    predicted_scores,
+    replace_captions_by_consensus,
 )
 from blipren.training.objectives.experiments.self_critical import CiderReward
 from blipren.training.stages.train import train
@@ -32,11 +32,11 @@ def test_scores_are_the_rewards_of_self_critical_training():
     assert image_of.tolist() == [0, 0, 1, 1, 2, 2, 2] and captions[3] == "Kids playing on the beach."
 
 
-def test_what_is_foretold_is_the_regression_without_the_image():
+def test_predicted_scores_are_the_regression_without_the_image():
     torch.manual_seed(0)
     images, image_of = 6, torch.arange(6).repeat_interleave(2)
     scores, features = torch.rand(12, images), torch.randn(images, 4)
-    found = foretold(scores, image_of, features)
+    found = predicted_scores(scores, image_of, features)
     standard = ((features - features.mean(dim=0)) / features.std(dim=0)).double()
     squares = ((standard[:, None] - standard[None]) ** 2).sum(dim=2)
     kernel = torch.exp(-squares / squares.median())
@@ -68,7 +68,7 @@ def test_images_learn_captions_of_images_alike_and_keep_their_questions(source):
     everything = {text for texts in own.values() for text in texts}
     assert chosen.keys() == own.keys() and all(len(set(texts)) == 2 for texts in chosen.values())
     assert all(text in everything for texts in chosen.values() for text in texts)
-    line = teach_each_other(source, 2, processor)
+    line = replace_captions_by_consensus(source, 2, processor)
     assert line.startswith(f"consensus: {len(own)} images learn 2 captions of other images each")
     for image in range(len(source.ids)):
         after = source.texts.answers(image)

@@ -30,13 +30,13 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def whole(tensor):
-    """All of a tensor on this process, where every process calls it; anything else as it is."""
+def full_tensor(tensor):
+    """Return all of a sharded tensor on this process; every process must call it. Anything else comes back as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, cut as `parameter` is."""
+def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return the share of a whole tensor that this process holds of `parameter`."""
     if not isinstance(parameter, DTensor):
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
@@ -44,7 +44,7 @@ def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 def optimizer_state(optimizer) -> dict:
     """The optimizer's state with whole tensors; every process must call it."""
-    return tree_map(whole, optimizer.state_dict())
+    return tree_map(full_tensor, optimizer.state_dict())
 
 
 def load_optimizer_state(optimizer, state: dict) -> None:
@@ -53,5 +53,5 @@ def load_optimizer_state(optimizer, state: dict) -> None:
     for index, values in state["state"].items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameters[index].shape:
-                values[name] = like(value, parameters[index])
+                values[name] = shard_like(value, parameters[index])
     optimizer.load_state_dict(state)

@@ -9,24 +9,12 @@ from torch.nn import functional as F
 
 from blipren.modeling_blipren import summed_cross_entropy
 from blipren.training.commands.train import TrainSettings
+from blipren.training.console import print_line
 from blipren.training.data.batches import shared_prefix as prefix
 from blipren.training.data.batches.masks import FLEX, dense_attention
 from blipren.training.data.batches.rows import Layout, PromptEncoder
 from blipren.training.engine.loading import load_checkpoint
-from blipren.training.engine.trainer import say
 from blipren.training.errors import UserError
-
-
-def choose_device(name: str) -> str:
-    """The device of a run, as torch names it. Raises `UserError` where it is not there, or launched by DeepSpeed."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError("launch without DeepSpeed; `blipren train` takes --deepspeed CONFIG (docs/train.md)")
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not available[name]:
-        raise UserError(f"device {name} is not there; give --device auto or cpu")
-    return name
 
 
 def choose_precision(name: str, device: str) -> str:
@@ -97,7 +85,7 @@ def layout_for(model, processor, settings: TrainSettings, sources: Sequence) -> 
             reason = prefix.obstacle(model, longest_row(model, processor, sources))
         if reason is not None:
             shared = False
-            say(f"padded rows, one an answer, instead of shared prefixes: the language model cannot, {reason}")
+            print_line(f"padded rows, one an answer, instead of shared prefixes: the language model cannot, {reason}")
     pad = processor.tokenizer.pad_token_id
     return Layout(
         pad_token_id=pad if pad is not None else 0,

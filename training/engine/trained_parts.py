@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from blipren.training.commands.train import TrainSettings
-from blipren.training.engine.fsdp import whole
+from blipren.training.engine.fsdp import full_tensor
 from blipren.training.errors import UserError
 
 
@@ -133,9 +133,9 @@ class Average:
             self.weights[name].lerp_(parameter.float(), 1 - decay)
         self.updates += 1
 
-    def whole(self) -> dict[str, torch.Tensor]:
-        """By name, whole and on the CPU; every process must call it."""
-        return {name: whole(tensor).cpu() for name, tensor in self.weights.items()}
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """Return the averaged weights by name, unsharded and on the CPU; every process must call it."""
+        return {name: full_tensor(tensor).cpu() for name, tensor in self.weights.items()}
 
     @contextmanager
     @torch.no_grad()

@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
+from blipren.training.console import print_line
 from blipren.training.engine import checkpoints
 from blipren.training.engine import deepspeed as zero
-from blipren.training.engine.fsdp import is_sharded, like, load_optimizer_state, optimizer_state, whole
+from blipren.training.engine.fsdp import full_tensor, is_sharded, load_optimizer_state, optimizer_state, shard_like
 from blipren.training.engine.run_folder import RunFolder
 from blipren.training.engine.trained_parts import Average
 from blipren.training.errors import UserError
@@ -46,7 +47,7 @@ def seed_of(run_seed: int, item: int) -> int:
     return (value ^ (value >> 31)) >> 1
 
 
-class SafeTrainer(Trainer, abc.ABC):
+class StageTrainer(Trainer, abc.ABC):
     """Trainer over finished micro-batches: dicts with `item` (their number in the run) and `ids` (of their images).
 
     A subclass writes `compute_loss`, whose loss is already divided by what `count_step` counted over all processes.
@@ -105,7 +106,7 @@ class SafeTrainer(Trainer, abc.ABC):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
+        norm = full_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
         self._refuse_broken_step(norm)
         return norm
 
@@ -134,7 +135,9 @@ class SafeTrainer(Trainer, abc.ABC):
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """By name, whole and on the CPU; every process must call it."""
-        return {n: whole(p.detach()).contiguous().cpu() for n, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            n: full_tensor(p.detach()).contiguous().cpu() for n, p in self.model.named_parameters() if p.requires_grad
+        }
 
     def load_trained_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Raises `UserError` naming a weight that is there and not here, or the other way round."""
@@ -143,7 +146,7 @@ class SafeTrainer(Trainer, abc.ABC):
             raise UserError(f"the checkpoint trains other weights than this run, such as {differing[0]}")
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(like(weights[name], parameter))
+                parameter.copy_(shard_like(weights[name], parameter))
 
     def _save_checkpoint(self, model, trial) -> None:
         with self.clock:
@@ -158,7 +161,7 @@ class SafeTrainer(Trainer, abc.ABC):
         self._save_optimizer_and_scheduler(str(staging))
         self._save_scaler(str(staging))
         weights = self.trained_weights()
-        average = self.average.whole() if self.average is not None else None
+        average = self.average.full_weights() if self.average is not None else None
         if self.args.should_save:
             save_file(weights, staging / WEIGHTS)
             if average is not None:
@@ -192,7 +195,7 @@ class SafeTrainer(Trainer, abc.ABC):
 
     def chosen_weights(self) -> dict[str, torch.Tensor]:
         """What is validated and kept: the average of the weights where there is one."""
-        return self.average.whole() if self.average is not None else self.trained_weights()
+        return self.average.full_weights() if self.average is not None else self.trained_weights()
 
     def load_best(self) -> int | None:
         """Puts the best model's weights in place. Returns its step, or None when the last weights are kept."""
@@ -203,7 +206,7 @@ class SafeTrainer(Trainer, abc.ABC):
                 raise UserError(f"the best model, {folder}, is damaged: {reason}")
             self.load_trained_weights(load_file(folder / WEIGHTS))
         elif self.average is not None:
-            self.load_trained_weights(self.average.whole())
+            self.load_trained_weights(self.average.full_weights())
         return step or None
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
@@ -211,7 +214,7 @@ class SafeTrainer(Trainer, abc.ABC):
         self.load_trained_weights(load_file(folder / WEIGHTS))
         if self.average is not None:
             for name, tensor in load_file(folder / AVERAGE).items():
-                self.average.weights[name].copy_(like(tensor, self.average.weights[name]))
+                self.average.weights[name].copy_(shard_like(tensor, self.average.weights[name]))
             self.average.updates = json.loads((folder / STATE).read_text())["global_step"]
 
     def restore(self, checkpoint: Path) -> None:
@@ -297,11 +300,11 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.set_postfix_str(speed)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         if self.bar is not None:
             self.bar.write(text)
         else:
-            say(text)
+            print_line(text)
 
 
 class Averaging(TrainerCallback):
@@ -317,7 +320,7 @@ class Averaging(TrainerCallback):
 class Interrupts(TrainerCallback):
     """Ctrl-C and SIGTERM end training behind the step under way, with a checkpoint; a second Ctrl-C ends at once."""
 
-    def __init__(self, trainer: SafeTrainer):
+    def __init__(self, trainer: StageTrainer):
         self.trainer, self.previous = trainer, {}
 
     def _asked(self, number, frame) -> None:
@@ -408,7 +411,3 @@ def training_arguments(settings, run: RunFolder, max_steps: int, accumulation: i
         ignore_data_skip=False,
         **changes,
     )
-
-
-def say(text: str) -> None:
-    print(text, flush=True, file=sys.stdout)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from blipren.training.commands.caption import CaptionSettings
 from blipren.training.data.sources.images import ImageError, decode_image, read_file
+from blipren.training.engine.device import choose_device
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
 
@@ -151,13 +152,6 @@ def generate_captions(
         if progress is not None:
             progress(len(rows))
     return results
-
-
-def choose_device(name: str = "auto") -> str:
-    """`auto` -> the best device there is."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def load_model(path: str, device: str = "auto"):

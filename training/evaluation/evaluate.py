@@ -13,8 +13,9 @@ import torch
 
 from blipren.base_blipren import hash_weights, weight_files
 from blipren.training.commands.evaluate import EvaluateSettings
+from blipren.training.engine.device import choose_device
 from blipren.training.errors import UserError
-from blipren.training.evaluation.captioning import Features, choose_device, encode_photos, load_model
+from blipren.training.evaluation.captioning import Features, encode_photos, load_model
 from blipren.training.evaluation.examples import Split, open_split
 from blipren.training.evaluation.inference import SweepPlan, batches_of_photos, fixed_answers, sweep, sweep_pope
 from blipren.training.evaluation.metrics.pope import pope_questions, pope_scores, scene_objects

@@ -20,13 +20,15 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from blipren.training.commands.align import AlignSettings
+from blipren.training.console import print_line
 from blipren.training.data.batches.rows import VIEW, BatchPlan, generator
 from blipren.training.data.cache import FeatureCache
 from blipren.training.engine import checkpoints
-from blipren.training.engine.model_setup import choose_device
+from blipren.training.engine import deepspeed as zero
+from blipren.training.engine.device import choose_device
 from blipren.training.engine.run_folder import RunFolder
 from blipren.training.engine.trained_parts import Average, without_decay
-from blipren.training.engine.trainer import SafeTrainer, say, seed_of, training_arguments
+from blipren.training.engine.trainer import StageTrainer, seed_of, training_arguments
 from blipren.training.errors import UserError
 from blipren.training.evaluation.metrics.retrieval import evaluate_retrieval
 from blipren.training.objectives import alignment as objectives
@@ -124,7 +126,7 @@ def gather_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # -------------------------------------------------------------------------------------------------------- the trainer
-class AlignTrainer(SafeTrainer):
+class AlignTrainer(StageTrainer):
     """The three losses, two learning rates, and validation by recall."""
 
     def __init__(self, *, settings: AlignSettings, validate, timer: Timer, **keywords):
@@ -284,7 +286,7 @@ class AlignTrainer(SafeTrainer):
             if self.args.should_save:
                 shown = ("loss", "itc", "itm", "itg", "itc_accuracy", "itm_accuracy", "temperature", "learning_rate")
                 text = "  ".join(f"{name} {logs[name]:.4g}" for name in shown if name in logs)
-                self.progress.say(f"step {self.state.global_step}  {text}  {logs['seconds']:.0f} s")
+                self.progress.print_line(f"step {self.state.global_step}  {text}  {logs['seconds']:.0f} s")
         super().log(logs, start_time)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -317,7 +319,7 @@ class AlignTrainer(SafeTrainer):
         self.run_folder.log("validation", self.state.global_step, **found)
         if self.args.should_save:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
-            self.progress.say(f"step {self.state.global_step}  {shown}")
+            self.progress.print_line(f"step {self.state.global_step}  {shown}")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.judged = (self.state.global_step, metrics)
@@ -420,6 +422,7 @@ def validator(settings: AlignSettings, cache, pairs: CaptionPairs, tokenizer):
 
 def prepare(settings: AlignSettings, folder: RunFolder, cache: FeatureCache | None = None) -> AlignTrainer:
     """Everything up to the first step. The cache is opened where it is not given."""
+    zero.refuse_foreign_launch()
     torch.manual_seed(settings.seed)
     cache = FeatureCache.open(settings.cache) if cache is None else cache
     model, processor, tokenizer = starting_point(settings)
@@ -470,10 +473,10 @@ def prepare(settings: AlignSettings, folder: RunFolder, cache: FeatureCache | No
         groups=parameter_groups(model, settings),
         betas=settings.adam_betas,
     )
-    say(model.describe_trainable())
+    print_line(model.describe_trainable())
     left_out = f", {pairs['train'].left_out} answers to questions left out" if pairs["train"].left_out else ""
     until = f"{settings.max_minutes:g} minutes" if settings.max_minutes else f"{steps} steps"
-    say(
+    print_line(
         f"{len(pairs['train'])} image-caption pairs of {len(set(pairs['train'].images))} images{left_out}; "
         f"{size} pairs a step, {plan.steps_per_epoch} steps an epoch; {until}"
     )
@@ -485,17 +488,17 @@ def run_align(settings: AlignSettings) -> dict:
     folder = RunFolder(settings.out, writes=int(os.environ.get("RANK", 0)) == 0)
     folder.claim(settings)
     if (summary := folder.finished()) is not None:
-        say(f"{folder.path} is finished already")
+        print_line(f"{folder.path} is finished already")
         return summary
     trainer = prepare(settings, folder)
     resumed, damaged = checkpoints.newest_verified(folder.checkpoints)
     for checkpoint in damaged:
-        say(f"passed over {checkpoint}")
+        print_line(f"passed over {checkpoint}")
     step = checkpoints.step_of(resumed) if resumed else -1
     folder.rewind(step)
     if resumed:
         trainer.timer.before = max((event.get("seconds", 0.0) for event in folder.events()), default=0.0)
-        say(f"going on from {resumed}")
+        print_line(f"going on from {resumed}")
     else:
         trainer.evaluate()  # what the starting weights give
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -522,11 +525,11 @@ def run_align(settings: AlignSettings) -> dict:
 
 def align(settings: AlignSettings) -> None:
     """`blipren align MODEL CACHE OUT`."""
-    say(f"stage 1 of {settings.model} over {settings.cache}; results in {settings.out}")
+    print_line(f"stage 1 of {settings.model} over {settings.cache}; results in {settings.out}")
     summary = run_align(settings)
     before, after = summary["before"], summary["after"]
     for name, way in (("i2t", "image to text"), ("t2i", "text to image")):
         recalls = ", ".join(f"R@{k} {100 * after[f'{name}_R@{k}']:.1f}%" for k in (1, 5, 10))
-        say(f"validation, {way}: {recalls}")
-    say(f"mean recall {before['recall']:.3f} -> {after['recall']:.3f} (chance {after['chance']:.3f})")
-    say(f"model: {settings.out}   log: {settings.out}/log.jsonl   curves: {settings.out}/curves.png")
+        print_line(f"validation, {way}: {recalls}")
+    print_line(f"mean recall {before['recall']:.3f} -> {after['recall']:.3f} (chance {after['chance']:.3f})")
+    print_line(f"model: {settings.out}   log: {settings.out}/log.jsonl   curves: {settings.out}/curves.png")

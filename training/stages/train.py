@@ -1,6 +1,6 @@
 """Stage 2, `blipren train`: the bridge learns to caption and to answer through the language model.
 
-`CaptionTrainer.compute_loss` is the step. Around it: `train` puts model, batches and run folder together; trainer.py
+`LikelihoodTrainer.compute_loss` is the step. Around it: `train` puts model, batches and run folder together; trainer.py
 keeps checkpoints and stops; data/batches.py says what a batch is; tuning.py what is trained.
 """
 
@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import EarlyStoppingCallback
 
 from blipren.training.commands.train import TrainSettings
+from blipren.training.console import print_line
 from blipren.training.data.batches.inputs import open_sources
 from blipren.training.data.batches.masks import dense_attention, row_mask
 from blipren.training.data.batches.rows import (
@@ -27,10 +28,10 @@ from blipren.training.data.batches.rows import (
 )
 from blipren.training.engine import checkpoints, flops
 from blipren.training.engine import deepspeed as zero
-from blipren.training.engine.fsdp import is_sharded, shard, whole
+from blipren.training.engine.device import choose_device
+from blipren.training.engine.fsdp import full_tensor, is_sharded, shard
 from blipren.training.engine.model_setup import (
     check_fused_loss,
-    choose_device,
     choose_precision,
     layout_for,
     load,
@@ -46,10 +47,10 @@ from blipren.training.engine.trained_parts import (
     merge_lora,
     parameter_groups,
 )
-from blipren.training.engine.trainer import SafeTrainer, clock_text, say, stopped_early, training_arguments
+from blipren.training.engine.trainer import StageTrainer, clock_text, stopped_early, training_arguments
 from blipren.training.errors import UserError
 from blipren.training.objectives.experiments.bag_of_words import BagOfWords, add_words_head
-from blipren.training.objectives.experiments.consensus import teach_each_other
+from blipren.training.objectives.experiments.consensus import replace_captions_by_consensus
 from blipren.training.objectives.experiments.self_critical import SelfCritical
 
 
@@ -63,7 +64,7 @@ def answer_losses(logits: torch.Tensor, targets: torch.Tensor, smoothing: float)
     return nll, (1 - smoothing) * nll - smoothing * log_probs.mean(dim=-1).sum()
 
 
-class CaptionTrainer(SafeTrainer):
+class LikelihoodTrainer(StageTrainer):
     """Trains on `TrainBatches`, validates on all of `EvalBatches`; loss is summed over answer tokens and divided by
     their global number, whatever the batching, accumulation or world size."""
 
@@ -217,7 +218,7 @@ class CaptionTrainer(SafeTrainer):
         super().log(dict(values), start_time)
         self.run_folder.log("train", step, **values)
         if self.args.should_save:
-            self.progress.say(train_line(step, self.state.max_steps, values, left))
+            self.progress.print_line(train_line(step, self.state.max_steps, values, left))
             self.progress.show(
                 f"{values['images_per_second']:.1f} images/s, {values['tokens_per_second']:,.0f} tokens/s"
             )
@@ -238,7 +239,7 @@ class CaptionTrainer(SafeTrainer):
                 self.drawn = time.perf_counter()
         if self.args.should_save:
             text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            self.progress.say(
+            self.progress.print_line(
                 f"validation at step {step}: {text}  ({images} images, {time.perf_counter() - began:.1f} s)"
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -324,11 +325,11 @@ class CaptionTrainer(SafeTrainer):
         captions = self.captions(self.samples)
         if not self.args.should_save:
             return
-        self.progress.say(f"captions {when} training:")
+        self.progress.print_line(f"captions {when} training:")
         for image, found in zip(self.samples, captions):
             name = self.validation.source.ids[image]
             self.run_folder.log("sample", self.state.global_step, image=name, text=found["text"], when=when)
-            self.progress.say(f"  {name}: {found['text']}")
+            self.progress.print_line(f"  {name}: {found['text']}")
 
 
 def train_line(step: int, steps: int, values: dict, seconds_left: float) -> str:
@@ -419,7 +420,7 @@ def make_critic(settings: TrainSettings, processor, sources, layout: Layout) -> 
     )
 
 
-def try_step(trainer: CaptionTrainer, model) -> None:
+def try_step(trainer: LikelihoodTrainer, model) -> None:
     """The first micro-batch, forward and backward, without an update: counts FLOPs per useful token. In SDPA where the
     run takes FlexAttention, whose arithmetic torch cannot count.
 
@@ -443,7 +444,7 @@ def try_step(trainer: CaptionTrainer, model) -> None:
     trainer.critic, trainer.words = extra
     projector = model.parts()["projector"].named_parameters()  # a router has a loss of its own
     trained = [p for name, p in projector if p.requires_grad and not name.startswith("router")]
-    if trained and not any(whole(p.grad).any() for p in trained if p.grad is not None):
+    if trained and not any(full_tensor(p.grad).any() for p in trained if p.grad is not None):
         raise UserError(
             "no gradient reaches the projector: the language model lets none through, so that training would ignore "
             "every image. Leave out what is special about it (such as --llm-bits), or take another, with another OUT"
@@ -456,6 +457,7 @@ def try_step(trainer: CaptionTrainer, model) -> None:
 
 def train(settings: TrainSettings) -> int:
     """The `train` command. Returns the exit status: 0 when all was done, 130 when it was interrupted and saved."""
+    zero.refuse_foreign_launch()
     device = choose_device(settings.device)
     precision = choose_precision(settings.precision, device)
     zero_config = zero.read_config(settings.deepspeed, device)
@@ -468,14 +470,14 @@ def train(settings: TrainSettings) -> int:
     run = RunFolder(settings.out, writes=int(os.environ.get("RANK", 0)) == 0)
     if done := run.finished():
         run.claim(settings)
-        say(f"{run.path} is finished: {done['steps']} steps; the model is in {run.path}")
+        print_line(f"{run.path} is finished: {done['steps']} steps; the model is in {run.path}")
         return 0
     torch.manual_seed(settings.seed)
     model, processor = load_quantised(settings, precision) if settings.llm_bits else load(settings)
     sources, validation = open_sources(settings, model, processor)
     if settings.consensus_captions:
         for source in sources:
-            say(teach_each_other(source, settings.consensus_captions, processor))
+            print_line(replace_captions_by_consensus(source, settings.consensus_captions, processor))
     words = BagOfWords(sources, processor) if settings.words_weight else None
     if words is not None:
         add_words_head(model, words)
@@ -490,8 +492,8 @@ def train(settings: TrainSettings) -> int:
     steps = whole_steps(settings, plan)
     run.claim(settings)
     if run.writes:
-        say(model.describe_trainable())
-        say(
+        print_line(model.describe_trainable())
+        print_line(
             f"{steps} steps of {plan.images_per_epoch / plan.steps_per_epoch:.0f} images in {plan.micro_batches} "
             f"micro-batches, {plan.steps_per_epoch} an epoch of {plan.images_per_epoch:,} images; {precision} on "
             f"{device}, {world} process{'es' if world > 1 else ''}; validation on "
@@ -525,7 +527,7 @@ def train(settings: TrainSettings) -> int:
         model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
     if settings.fsdp and world > 1:
         shard(model)
-    trainer = CaptionTrainer(
+    trainer = LikelihoodTrainer(
         settings=settings,
         processor=processor,
         validation=EvalBatches(validation, prompts, layout, settings.batch_size) if validation is not None else None,
@@ -544,9 +546,9 @@ def train(settings: TrainSettings) -> int:
     checkpoint, damaged = checkpoints.newest_verified(run.checkpoints)
     if run.writes:
         for bad in damaged:
-            say(f"passed over a damaged checkpoint, {bad}")
+            print_line(f"passed over a damaged checkpoint, {bad}")
         if checkpoint is not None:
-            say(f"going on from {checkpoint}")
+            print_line(f"going on from {checkpoint}")
     run.rewind(checkpoints.step_of(checkpoint) if checkpoint is not None else -1)
     try_step(trainer, model)
     if checkpoint is None and validation is not None:
@@ -556,13 +558,13 @@ def train(settings: TrainSettings) -> int:
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if trainer.interrupted:
-        say(f"interrupted: saved at step {trainer.state.global_step}; run the same command again to go on")
+        print_line(f"interrupted: saved at step {trainer.state.global_step}; run the same command again to go on")
         return 130
     finish(trainer, settings, run)
     return 0
 
 
-def finish(trainer: CaptionTrainer, settings: TrainSettings, run: RunFolder) -> None:
+def finish(trainer: LikelihoodTrainer, settings: TrainSettings, run: RunFolder) -> None:
     """The chosen weights into OUT, with processor, curves and summary."""
     best = trainer.load_best()
     state, trained = trainer.state, trainer.trained_weights()
@@ -591,6 +593,6 @@ def finish(trainer: CaptionTrainer, settings: TrainSettings, run: RunFolder) -> 
         if best is None
         else f"best of validation, {settings.keep_best} {state.best_metric:.4f} at step {best}"
     )
-    say(
+    print_line(
         f"done: {state.global_step} steps; {which}. {'Full' if full else 'Bridge'} checkpoint, log.jsonl and curves.png in {run.path}"
     )

@@ -10,6 +10,7 @@ import transformers
 import xxhash
 from PIL import Image
 
+from blipren.training.engine.device import choose_device
 from blipren.training.errors import UserError
 
 STORAGE = {"float16": np.float16, "float32": np.float32, "int8": np.int8}
@@ -61,15 +62,6 @@ def first_difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str =
     return None
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """`auto`: CUDA, else MPS, else CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 class Encoder:
     """Pixels to patch features on one device.
 
@@ -83,7 +75,7 @@ class Encoder:
     def __init__(self, model: torch.nn.Module, image_processor: Any, device: str = "auto", precision: str = "auto"):
         self.image_processor = image_processor
         self.fingerprint = encoder_fingerprint(model, image_processor)
-        self.device = choose_device(device)
+        self.device = torch.device(choose_device(device))
         self._model = model
         tower = model.model.vision_tower
         if precision == "auto":

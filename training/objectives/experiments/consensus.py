@@ -49,7 +49,7 @@ def caption_scores(references: list[list[str]]) -> tuple[list[str], torch.Tensor
     return captions, image_of, scores * 10 / NGRAMS / torch.bincount(image_of)
 
 
-def foretold(scores: torch.Tensor, image_of: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+def predicted_scores(scores: torch.Tensor, image_of: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """[captions, images]: the score that the other images foretell for each image from its [images, width] features;
     -1 for its own captions.
 
@@ -85,7 +85,7 @@ def consensus_captions(source, count: int) -> dict[int, list[str]]:
         mask = inputs.get("patch_attention_mask", torch.ones(features.shape[:2]))[..., None]
         means.append((features * mask).sum(dim=1) / mask.sum(dim=1))
     captions, image_of, scores = caption_scores([references[image] for image in images])
-    order = foretold(scores, image_of, torch.cat(means)).argsort(dim=0, descending=True, stable=True).T
+    order = predicted_scores(scores, image_of, torch.cat(means)).argsort(dim=0, descending=True, stable=True).T
     chosen = {}
     for image, ranked in zip(images, order, strict=True):
         best: dict[str, None] = {}  # a set in order: other images may have equal captions
@@ -97,7 +97,7 @@ def consensus_captions(source, count: int) -> dict[int, list[str]]:
     return chosen
 
 
-def teach_each_other(source, count: int, processor) -> str:
+def replace_captions_by_consensus(source, count: int, processor) -> str:
     """Puts consensus captions in the place of the captions of a source's images; its questions keep their answers.
     Returns a line for the log."""
     chosen, rows = consensus_captions(source, count), source.cache.split(source.split)
