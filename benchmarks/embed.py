@@ -36,7 +36,7 @@ from blipren.training.data.cache.builder import CacheBuilder
 from blipren.training.data.cache.embed import cache_fingerprint, run_units
 from blipren.training.data.cache.encoder import Encoder
 from blipren.training.data.cache.prepare import PrepareConfig, default_workers
-from blipren.training.data.sources.rows import open_rows
+from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.engine.memory import keep_freed_memory
 from blipren.vision_blipren import measure_vision
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from blipren.training.data.sources.images import Folder, ImageError, decode_image, image_bytes
-from blipren.training.data.sources.rows import open_rows
+from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.engine.loading import load_checkpoint
 
 from .conftest import encoded, picture, run_embed, write_folder

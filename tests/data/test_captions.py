@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoTokenizer, SiglipConfig, SiglipModel, Vi
 
 from blipren.training.data.cache.similarity_filter import judge
 from blipren.training.data.sources.caption_filter import CaptionFilter, count_captions, filter_texts
-from blipren.training.data.sources.rows import open_rows
+from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.errors import UserError
 from tests.tiny_models import make_tokenizer
 

@@ -9,7 +9,7 @@ import torch
 
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.shards import CacheDamage
-from blipren.training.data.sources.rows import open_rows
+from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
 from tests.tiny_models import make_llm, make_vision

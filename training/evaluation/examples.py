@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from blipren.training.data.sources.images import ImageError
-from blipren.training.data.sources.rows import Row, Source, open_rows
+from blipren.training.data.sources.open_rows import open_rows
+from blipren.training.data.sources.rows import Row, Source
 from blipren.training.data.sources.splits import normalize_split, split_by_hash
 from blipren.training.errors import UserError
 

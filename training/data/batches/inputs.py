@@ -11,8 +11,9 @@ from blipren.training.data.batches.rows import VIEW, generator
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.prepare import PrepareConfig, Prepared, cut_view, prepare_row
 from blipren.training.data.cache.tokens import build_table
-from blipren.training.data.sources.rows import open_rows
-from blipren.training.data.sources.splits import SPLITS, NearIndex
+from blipren.training.data.sources.near_duplicates import NearIndex
+from blipren.training.data.sources.open_rows import open_rows
+from blipren.training.data.sources.splits import SPLITS
 from blipren.training.errors import UsageError, UserError
 
 SIDES = re.compile(r"\b(left|right)\b|\d", re.IGNORECASE)

@@ -30,7 +30,8 @@ from blipren.training.data.cache.shards import (
     iter_rows,
     write_dataset_files,
 )
-from blipren.training.data.sources.splits import SPLITS, THUMB, NearIndex
+from blipren.training.data.sources.near_duplicates import THUMB, NearIndex
+from blipren.training.data.sources.splits import SPLITS
 from blipren.training.errors import UserError
 from blipren.training.files import flush_to_disk, write_atomically
 

@@ -32,7 +32,8 @@ from blipren.training.data.cache.refilter import refilter
 from blipren.training.data.cache.similarity_filter import SimilarityScorer, judge
 from blipren.training.data.cache.tokens import name_of_tokens
 from blipren.training.data.sources.caption_filter import CaptionFilter, count_captions, summary_table
-from blipren.training.data.sources.rows import Row, Source, open_rows
+from blipren.training.data.sources.open_rows import open_rows
+from blipren.training.data.sources.rows import Row, Source
 from blipren.training.data.sources.splits import SPLITS
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError

@@ -29,8 +29,9 @@ from PIL import Image, ImageOps
 from blipren.training.data.cache.encoder import PIXEL_INPUTS
 from blipren.training.data.sources.caption_filter import CaptionFilter, filter_texts
 from blipren.training.data.sources.images import ImageError
+from blipren.training.data.sources.near_duplicates import image_signature
 from blipren.training.data.sources.rows import Row
-from blipren.training.data.sources.splits import image_signature, split_by_hash
+from blipren.training.data.sources.splits import split_by_hash
 from blipren.training.errors import UserError
 
 _SIDES = re.compile(r"\b(left|right)\b|\d", re.IGNORECASE)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -202,3 +203,13 @@ def image_bytes(value: Any, folder: Folder = Folder()) -> bytes | Image.Image:
         with fsspec.open(value, "rb") as stream:
             return stream.read()
     return read_file(folder.resolve(value))
+
+
+def content_hash(data: bytes | Image.Image) -> str:
+    """32 hex digits of the image content: its encoded bytes, or size and pixels of an image that has none."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(data, Image.Image):
+        digest.update(f"{data.mode}{data.size}".encode())
+        data = data.tobytes()
+    digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""Rows from anything that `datasets.load_dataset` reads. URLs are never fetched."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from blipren.training.data.sources.data_files import files_of
+from blipren.training.data.sources.hugging_face import open_hugging_face
+from blipren.training.data.sources.images import ImageError
+from blipren.training.data.sources.metadata_folder import METADATA_FILES, MetadataFolder
+from blipren.training.data.sources.mixture import Mixture, split_weights
+from blipren.training.data.sources.rows import Row, Source, hash_texts
+from blipren.training.data.sources.splits import normalize_split, split_by_hash
+from blipren.training.errors import UserError
+
+
+def open_rows(
+    dataset: str,
+    image_column: str | None = None,
+    caption_columns: Sequence[str] | None = None,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    split: str | None = None,
+    *,
+    id_column: str | None = None,
+    split_column: str | None = None,
+    status_column: str | None = None,
+    dataset_config: str | None = None,
+    streaming: bool | None = None,
+    validation_share: float = 0.05,
+    test_share: float = 0.05,
+    text_required: bool = True,
+    seed: int = 0,
+) -> Source:
+    """The rows of a data set, or of several (`A,B` all rows of both; `A=2,B=1` drawn in these proportions).
+
+    Args:
+        dataset: Hub id, folder with metadata, Parquet or tar files (or a pattern of them), saved `datasets` folder.
+        image_column, caption_columns, question_column, answer_column, id_column, split_column, status_column: names;
+            by default those known by name. `a/b`: the first that holds text; `json.caption`: nested.
+        split: only the rows of this split; the image hash decides where neither a column nor the data set does,
+            with `validation_share` and `test_share`.
+        streaming: read the Hub, or local files, as a stream; by default only local Parquet and tars are.
+        text_required: raise when there is no column of captions or questions.
+
+    Raises:
+        UserError: nothing there, or no such columns (the message lists what there is).
+    """
+    options = {
+        "image_column": image_column or None,
+        "caption_columns": list(caption_columns or ()),
+        "question_column": question_column,
+        "answer_column": answer_column,
+        "id_column": id_column,
+        "split_column": split_column,
+        "status_column": status_column,
+        "text_required": text_required,
+    }
+    parts = split_weights(dataset)
+    opened = [_open_one(name, options, dataset_config, streaming) for name, _ in parts]
+    weights = [weight for _, weight in parts]
+    if len(opened) == 1:
+        source = opened[0]
+    elif all(weight is None for weight in weights):
+        source = Mixture(opened, None, seed)
+    else:
+        source = Mixture(opened, [1.0 if weight is None else weight for weight in weights], seed)
+    if split is None:
+        return source
+    wanted = normalize_split(split)
+    if wanted is None:
+        raise UserError(f"split {split!r} is none of train, validation, test")
+    return SplitView(source, wanted, validation_share, test_share)
+
+
+def _open_one(path: str, options: dict[str, Any], config: str | None, streaming: bool | None) -> Source:
+    local = Path(path)
+    if local.is_file() and local.suffix in (".jsonl", ".csv"):
+        return MetadataFolder(local.parent, [local], options)
+    if local.is_dir() and not (local / "dataset_dict.json").exists() and not (local / "state.json").exists():
+        places = [local, *sorted(child for child in local.iterdir() if child.is_dir())]
+        files = [place / name for place in places for name in METADATA_FILES if (place / name).exists()]
+        if files:
+            return MetadataFolder(local, files, options)
+        if not any(files_of(local)):
+            raise UserError(f"{path} is an empty folder")
+    here = path.startswith((".", "/", "~")) or (path.count("/") > 1 and "://" not in path)
+    if here and not local.exists() and not glob.glob(path):
+        raise UserError(f"{path} does not exist; give a folder, files, or the id of a data set on the Hub")
+    return open_hugging_face(path, options, config, streaming)
+
+
+class SplitView(Source):
+    """The rows of one split of a source."""
+
+    def __init__(self, source: Source, split: str, validation_share: float, test_share: float):
+        self.source, self.split = source, split
+        self.shares = (validation_share, test_share)
+        self.name, self.columns = f"{source.name} [{split}]", source.columns
+        self.fingerprint = hash_texts([source.fingerprint, split])
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        passed = 0
+        for row in self.source.rows():
+            if row.split is None and row.rejected is None:
+                try:
+                    row.split = split_by_hash(row.image_hash(), *self.shares)
+                except ImageError:
+                    continue  # without a readable image there is no split; `embed` reports these rows
+            if row.split == self.split:
+                if passed >= start:
+                    yield row
+                passed += 1
