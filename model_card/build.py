@@ -1,4 +1,4 @@
-"""Builds a model card from what a run left behind, with its pictures and `.eval_results`.
+"""Build a model card from the files of a run, with its pictures and `.eval_results`.
 
     from blipren.model_card.build import CardSources, build_card
     files = build_card("user/name", CardSources(model=Path("out"), run=Path("out"), evaluation=Path("evaluation")))
@@ -17,15 +17,15 @@ from PIL import Image
 from blipren.model_card.facts import (
     CardSources,
     count_parameters,
+    find_license,
     human_count,
-    license_of,
     log_summary,
     read_json,
     run_settings,
     strictness,
 )
+from blipren.training.checkpoint_folder import is_local, read_config
 from blipren.training.errors import UserError
-from blipren.training.hub.package import is_local, read_config
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TASKS = {"captioning": "image-to-text", "vqa": "visual-question-answering", "retrieval": "image-text-to-text"}
@@ -33,22 +33,25 @@ SHOWN_SETTINGS = (
     "llm_tuning", "steps", "epochs", "batch_size", "gradient_accumulation", "learning_rate", "weight_decay", "warmup",
     "warmup_steps", "schedule", "max_grad_norm", "dropout", "precision", "dtype", "seed", "augmentation", "label_smoothing",
 )  # fmt: skip
-LEFT_OVER = re.compile(r"\{\{|\}\}|\{%|TODO|FIXME|More Information Needed|lorem ipsum", re.IGNORECASE)
+DECODING = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size")
+METRIC = re.compile(r"^(CIDEr.*|BLEU.*|ROUGE.*|METEOR.*|accuracy.*|R@\d+)$")
+PLACEHOLDERS = re.compile(r"\{\{|\}\}|\{%|TODO|FIXME|More Information Needed|lorem ipsum", re.IGNORECASE)
 
 
 def build_card(repo: str, sources: CardSources) -> dict[str, bytes]:
-    """The card with everything that belongs to it, by name in the repository.
+    """Return the card and the files beside it: content by name in the repository.
 
     Raises:
-        UserError: when a file of the run is damaged, or the card would be invalid.
+        UserError: a file of the run is damaged, or the card is invalid.
     """
     config = read_config(sources.model)
     metrics = read_json(sources.evaluation / "metrics.json" if sources.evaluation else None)
     if sources.evaluation and not metrics:
-        raise UserError(f"{sources.evaluation} has no metrics.json: it is no folder of `blipren evaluate`")
+        raise UserError(f"{sources.evaluation} has no metrics.json: it was not written by `blipren evaluate`")
     files: dict[str, bytes] = {}
-    curves = _picture(files, sources, sources.run, ("curves.png",), "pictures/curves.png")
-    samples = _picture(files, sources, sources.evaluation, ("samples.png",), "pictures/samples.png")
+    curves, samples = "pictures/curves.png", "pictures/samples.png"
+    if sources.pictures:
+        files |= _picture(sources.run, curves) | _picture(sources.evaluation, samples)
     parts = _parts(config, sources)
     license_name, license_text = _license(parts, sources)
     dataset = _dataset(metrics)
@@ -79,10 +82,10 @@ def build_card(repo: str, sources: CardSources) -> dict[str, bytes]:
         license_text=license_text,
         data=_data(read_json(sources.cache / "cache.json" if sources.cache else None), dataset),
         settings=_settings(sources),
-        curves=curves,
+        curves=curves if curves in files else None,
         results=results,
         results_text=_results_text(metrics),
-        samples=samples,
+        samples=samples if samples in files else None,
         limits=_limits(metrics),
         cost=_cost(sources),
     )
@@ -95,13 +98,12 @@ def build_card(repo: str, sources: CardSources) -> dict[str, bytes]:
 
 
 def check_card(content: str) -> None:
-    """Validates a card without the Hub: metadata that its own classes read back, and no text that is left to fill in.
+    """Check a card without the Hub: its metadata are valid, and no placeholder is left in its text.
 
     Raises:
-        UserError: naming what is wrong.
+        UserError: the message names what is wrong.
     """
-    left = LEFT_OVER.search(content.split("```bibtex")[0])
-    if left:
+    if left := PLACEHOLDERS.search(content.split("```bibtex")[0]):
         raise UserError(f"the card still holds {left.group(0)!r}")
     try:
         card = ModelCard(content)
@@ -112,63 +114,60 @@ def check_card(content: str) -> None:
             raise UserError(f"the card's metadata has no {name}")
 
 
-def _picture(files: dict, sources: CardSources, folder: Path | None, names: tuple, target: str) -> str | None:
-    """Takes the first picture that exists, without its metadata, and returns its name in the repository."""
-    if not sources.pictures or folder is None:
-        return None
-    for path in (folder / name for name in names):
-        if path.is_file():
-            buffer = io.BytesIO()
-            with Image.open(path) as image:
-                image.convert("RGB").save(buffer, "PNG", optimize=True)
-            files[target] = buffer.getvalue()
-            return target
-    return None
+def _picture(folder: Path | None, target: str) -> dict[str, bytes]:
+    """Return the picture of a folder under its name in the repository, without its metadata; {} if there is none."""
+    path = folder / Path(target).name if folder else None
+    if path is None or not path.is_file():
+        return {}
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").save(buffer, "PNG", optimize=True)
+    return {target: buffer.getvalue()}
 
 
 def _parts(config: dict, sources: CardSources) -> list[dict]:
+    """Return the rows of the table of parts: vision encoder, connector, language model."""
     counts = count_parameters(sources.model)
-    tuned = str(run_settings(sources.run).get("llm_tuning", "frozen"))
-    has_adapter = (sources.model / "adapter").is_dir()
-    bases = config.get("base_models") or {}
-    rows = []
-    for part, name in (("vision", "vision encoder"), ("llm", "language model")):
-        base = bases.get(part) or {}
-        base_id = base.get("id")
-        local = base_id is None or is_local(str(base_id))
-        license_name = sources.base_licenses.get(part) or (
-            license_of(base_id, base.get("revision")) if base_id else None
-        )
-        shown = f"`{Path(str(base_id)).name}`, a local folder" if local and base_id else "this training run"
-        if not local:
-            shown = f"[{base_id}](https://huggingface.co/{base_id})"
-            shown += f" at `{base['revision'][:12]}`" if base.get("revision") else ""
-        training = "frozen"
-        if part == "llm" and (has_adapter or tuned != "frozen"):
-            training = "LoRA" if has_adapter or tuned == "lora" else "trained"
-        parameters = human_count(counts[part]) if counts.get(part) else "in its own repository"
-        rows.append(
-            {"name": name, "source": shown, "parameters": parameters, "training": training,
-             "license": license_name or "not stated", "id": None if local else base_id}
-        )  # fmt: skip
-    connector = {"name": "connector", "training": "trained", "source": "this training run", "license": "apache-2.0"}
-    rows.insert(1, connector | {"parameters": human_count(counts.get("qformer", 0) + counts.get("projector", 0))})
-    return rows
+    connector = {"name": "connector", "source": "this training run", "training": "trained", "license": "apache-2.0"}
+    return [
+        _base_model(config, sources, "vision", "vision encoder", counts) | {"training": "frozen"},
+        connector | {"parameters": human_count(counts.get("connector", 0))},
+        _base_model(config, sources, "llm", "language model", counts) | {"training": _llm_training(sources)},
+    ]
+
+
+def _base_model(config: dict, sources: CardSources, part: str, name: str, counts: dict[str, int]) -> dict:
+    base = (config.get("base_models") or {}).get(part) or {}
+    base_id, revision = base.get("id"), base.get("revision")
+    local = base_id is None or is_local(base_id)
+    if not local:
+        source = f"[{base_id}](https://huggingface.co/{base_id})" + (f" at `{revision[:12]}`" if revision else "")
+    else:
+        source = f"`{Path(base_id).name}`, a local folder" if base_id else "this training run"
+    license_name = sources.base_licenses.get(part) or (find_license(base_id, revision) if base_id else None)
+    parameters = human_count(counts[part]) if part in counts else "in its own repository"
+    return {
+        "name": name, "source": source, "parameters": parameters, "license": license_name or "not stated",
+        "id": None if local else base_id,
+    }  # fmt: skip
+
+
+def _llm_training(sources: CardSources) -> str:
+    tuning = "lora" if (sources.model / "adapter").is_dir() else run_settings(sources.run).get("llm_tuning", "frozen")
+    return {"frozen": "frozen", "lora": "LoRA", "full": "trained"}[tuning]
 
 
 def _license(parts: list[dict], sources: CardSources) -> tuple[str, str]:
+    """Return the licence of the card's metadata, and the sentences about it."""
     known = [part for part in parts if part["license"] != "not stated"]
     unknown = [part["name"] for part in parts if part["license"] == "not stated"]
     strictest = max(known, key=lambda part: strictness(part["license"]))
     text = f"The strictest licence among the parts is **{strictest['license']}** ({strictest['name']})."
     if unknown:
-        text += (
-            f" The licence of the {' and the '.join(unknown)} is not stated where it was looked for: ask its authors."
-        )
+        text += f" The licence of the {' and the '.join(unknown)} was not found: ask its authors."
     if sources.license:
         return sources.license, f"{text} These weights are published under **{sources.license}**."
-    mixed = unknown or strictness(strictest["license"]) >= strictness("other")
-    return ("other" if mixed and strictest["license"] == "other" or unknown else strictest["license"]), text
+    return "other" if unknown else strictest["license"], text
 
 
 def _summary(config: dict, parts: list[dict]) -> str:
@@ -191,13 +190,13 @@ def _summary(config: dict, parts: list[dict]) -> str:
 
 
 def _dataset(metrics: dict) -> str | None:
-    """Name of the evaluated data; of a local folder only the last part."""
+    """Return the name of the evaluated data set; of a local folder only the last part."""
     name = metrics.get("dataset")
     return Path(name).name if name and is_local(name) else name
 
 
 def _on_hub(metrics: dict) -> bool:
-    """Whether that name is an id of the Hub."""
+    """Return whether the evaluated data set is one of the Hub."""
     return bool(metrics.get("dataset")) and not is_local(metrics["dataset"])
 
 
@@ -226,38 +225,29 @@ def _settings(sources: CardSources) -> list[tuple[str, object]]:
 
 
 def _results(metrics: dict):
-    """One row a metric: numbers of each task, nested ones by their full name."""
-    for task, values in metrics.items():
-        if task not in TASKS or not isinstance(values, dict):
-            continue
-        intervals = values.get("intervals") or {}
-        images = values.get("images") or (metrics.get("counts") or {}).get("images") or ""
+    """Yield one row per metric of each task; nested metrics have their full name."""
+    for task in TASKS:
+        values = metrics.get(task) or {}
         for name, value in _numbers(values):
-            interval = intervals.get(name)
-            if isinstance(interval, dict):
-                interval = [interval.get("low"), interval.get("high")]
-            if interval and any(bound is None for bound in interval):
-                interval = None
+            bounds = values["intervals"].get(name)
             yield {
                 "task": task,
                 "metric": name,
                 "type": re.sub(r"[^a-z0-9]+", "_", name.split(".")[-1].lower()).strip("_"),
                 "number": value,
-                "bounds": interval,
+                "bounds": bounds,
                 "value": f"{value:.4f}",
-                "interval": f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
-                "images": images,
+                "interval": f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "",
+                "images": values["images"] if "images" in values else values["counts"]["images"],
             }
 
 
-_METRIC = re.compile(r"^(CIDEr.*|BLEU.*|ROUGE.*|METEOR.*|SPICE|accuracy.*|R@\d+|CHAIR.*|hallucinat.*)$", re.IGNORECASE)
-
-
 def _numbers(values: dict, prefix: str = ""):
+    """Yield full name and value of the metrics in a task's results."""
     for name, value in values.items():
-        if isinstance(value, dict) and name not in ("intervals", "counts", "decoding", "generation"):
+        if isinstance(value, dict) and name not in ("intervals", "by_question_type"):
             yield from _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and _METRIC.match(name):
+        elif isinstance(value, (int, float)) and METRIC.match(name):
             yield prefix + name, float(value)
 
 
@@ -275,7 +265,7 @@ def _eval_result(row: dict, dataset: str | None) -> EvalResult:
 
 
 def _eval_result_files(results: list[dict], dataset: str) -> dict[str, bytes]:
-    """`.eval_results/TASK.yaml` for results on a dataset of the Hub; only such datasets have an id there."""
+    """Return `.eval_results/TASK.yaml` for results on a data set of the Hub: only such a data set has an id there."""
     files = {}
     for task in dict.fromkeys(row["task"] for row in results):
         entries = [
@@ -294,27 +284,22 @@ def _eval_result_files(results: list[dict], dataset: str) -> dict[str, bytes]:
 
 
 def _results_text(metrics: dict) -> str:
-    decoding = (
-        (metrics.get("captioning") or {}).get("decoding") or metrics.get("decoding") or metrics.get("generation")
-    )
     text = "Captioning metrics are those of pycocoevalcap; intervals are from resampling images."
-    if isinstance(decoding, dict):
-        text += (
-            " Decoding: " + ", ".join(f"{key} {value}" for key, value in decoding.items() if value is not None) + "."
-        )
-    return text
+    settings = metrics.get("settings") or {}
+    decoding = [f"{name} {settings[name]}" for name in DECODING if settings.get(name) is not None]
+    return text + (f" Decoding: {', '.join(decoding)}." if decoding else "")
 
 
 def _limits(metrics: dict) -> list[str]:
-    limits = []
-    for name, value in _numbers({k: v for k, v in metrics.items() if isinstance(v, dict)}):
-        key = name.split(".")[-1].lower()
-        if key.startswith(("hallucinat", "chair")):
-            limits.append(f"Hallucination, measured on held-out images: `{name}` is {value:.3f}.")
+    limits = [
+        f"Hallucination, measured on held-out images: `{name}` is {value:.3f}."
+        for name, value in (metrics.get("hallucination") or {}).items()
+        if isinstance(value, float)
+    ]
     unmeasured = "Bias was" if limits else "Hallucination and bias were"
-    limits.append(f"{unmeasured} not measured for this checkpoint: expect it, and check what it says.")
-    if because := (metrics.get("image_use") or {}).get("because"):
-        limits.append(f"How much it looks at its image, measured: {because}")
+    limits.append(f"{unmeasured} not measured for this checkpoint: expect it, and check what the model says.")
+    if image_use := metrics.get("image_use"):
+        limits.append(f"Whether the model uses its image, measured: {image_use['because']}")
     return limits + [
         "Captions follow the wording and the prejudices of the training captions and of the language model; people's "
         "gender, age and origin are guessed from looks and are often wrong.",

@@ -10,3 +10,8 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """A wrong command line or recipe (unknown setting, value out of range): exit status 2."""
+
+
+def one_line(error: BaseException, length: int = 600) -> str:
+    """Return an error's message on one line, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]

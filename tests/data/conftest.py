@@ -79,7 +79,7 @@ def tiny_llm(tmp_path_factory):
 def make_model(folder, vision, llm, **options):
     """An untrained checkpoint as `blipren new` writes it."""
     from blipren.training.commands.new import NewSettings
-    from blipren.training.hub.assemble import new
+    from blipren.training.commands.new import run as new
     from tests.tiny_models import QFORMER
 
     new(NewSettings(out=str(folder), vision=str(vision), llm=str(llm), queries=4, qformer=QFORMER, **options))

@@ -1,13 +1,10 @@
 """Fixtures around the loopback Hub."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # hub_server, fake_cache, fresh: helpers, not tests
-
-from hub_server import TOKEN, HubServer, running_hub  # noqa: E402
+from tests.hub.hub_server import TOKEN, HubServer, running_hub
 
 
 @pytest.fixture

@@ -22,8 +22,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
-from hub_faults import Fault, Faults
-from hub_store import MAIN, File, HubError, PullRequest, Repository, large_file, now, regular_file
+
+from tests.hub.hub_faults import Fault, Faults
+from tests.hub.hub_store import MAIN, File, HubError, PullRequest, Repository, large_file, now, regular_file
 
 TOKEN = "hf_loopback"
 USER = "user"

@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from fresh import fresh_result, run_fresh
-from hub_server import TOKEN
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
-from tiny import TINY_QFORMER, write_llm, write_vision
 from transformers import ViTConfig, ViTModel
+
+from tests.hub.fresh import fresh_result, run_fresh
+from tests.hub.hub_server import TOKEN
+from tests.hub.tiny import TINY_QFORMER, write_llm, write_vision
 
 CONFIG = """
 from transformers import {base}Config

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import picture, tiny_llm_config, tiny_tokenizer, write_llm, write_model, write_vision
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -19,8 +18,9 @@ from transformers import (
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.cli import main
 from blipren.training.errors import UserError
-from blipren.training.hub.convert import convert_folder
-from blipren.training.hub.import_blip2 import from_blip2
+from blipren.training.hub.convert import convert_checkpoint
+from blipren.training.hub.import_blip2 import import_blip2
+from tests.hub.tiny import picture, tiny_llm_config, tiny_tokenizer, write_llm, write_model, write_vision
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 32, "patch_size": 8}
@@ -84,7 +84,7 @@ def test_lora_goes_along(full, tmp_path):
     assert not torch.allclose(expected, plain, atol=1e-3)
     model.save_bridge(tmp_path / "bridge")
     processor.save_pretrained(tmp_path / "bridge")
-    convert_folder(tmp_path / "bridge", tmp_path / "full", "full")
+    convert_checkpoint(tmp_path / "bridge", tmp_path / "full", "full")
     for kind in ("bridge", "full"):
         folder = tmp_path / kind
         assert (folder / "adapter" / "adapter_config.json").is_file() and not (folder / "adapter_config.json").exists()
@@ -157,11 +157,11 @@ def test_what_cannot_be_imported_is_said(full, tmp_path):
     t5 = T5Config(d_model=32, d_ff=64, num_layers=1, num_heads=2, vocab_size=321, d_kv=16)
     write_donor(tmp_path / "t5", "blip2", t5)
     with pytest.raises(UserError, match=r"\(t5\) is an encoder-decoder"):
-        from_blip2(str(tmp_path / "t5"))
+        import_blip2(str(tmp_path / "t5"))
     with pytest.raises(UserError, match="is a blipren model; import takes blip-2 and instructblip"):
-        from_blip2(str(full))
+        import_blip2(str(full))
     with pytest.raises(UserError, match="there is no model at"):
-        from_blip2(str(tmp_path / "missing"))
+        import_blip2(str(tmp_path / "missing"))
 
 
 def test_out_is_complete_or_absent(full, tmp_path, capsys):

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cache import lay_out_cache
-from fresh import fresh_result, run_fresh
-from tiny import TINY_QFORMER, picture, tiny_llm_config, write_llm, write_model, write_vision
 from transformers.utils import is_flash_attn_2_available
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.commands.push import PushSettings
-from blipren.training.hub.publish import push
+from blipren.training.hub.publish import publish
+from tests.hub.fake_cache import lay_out_cache
+from tests.hub.fresh import fresh_result, run_fresh
+from tests.hub.tiny import TINY_QFORMER, picture, tiny_llm_config, write_llm, write_model, write_vision
 
 REPO = "user/blipren-tiny"
 
@@ -137,9 +137,9 @@ result["chats"] = [
 def test_hub_id_and_revision_and_the_example_of_the_card(hub, full, bases, photo, tmp_path):
     """Pushed by `blipren push`, then fetched by id in a fresh process: v1 stays what it was when main moves on."""
     licenses = {"vision_license": "mit", "llm_license": "mit"}
-    push(PushSettings(model=str(full), repo=REPO, tag="v1", **licenses))
+    publish(PushSettings(model=str(full), repo=REPO, tag="v1", **licenses))
     other = write_model(tmp_path / "other", *bases, seed=5)
-    push(PushSettings(model=str(other), repo=REPO, tag="v2", **licenses))
+    publish(PushSettings(model=str(other), repo=REPO, tag="v2", **licenses))
     (tmp_path / "photo.jpg").write_bytes(photo.read_bytes())
     card = hub.repository(REPO).read("main", "README.md").decode()
     blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)

@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from checkpoint import write_checkpoint, write_evaluation, write_run
 from huggingface_hub import HfApi, snapshot_download
 
+from blipren.training.checkpoint_folder import is_local
 from blipren.training.commands.push import PushSettings
 from blipren.training.errors import UsageError, UserError
-from blipren.training.hub import publish as publishing
-from blipren.training.hub.package import is_local
-from blipren.training.hub.publish import make_plan, push
+from blipren.training.hub.publish import collect_files, publish
+from blipren.training.hub.upload import Upload
+from tests.hub.checkpoint_files import write_checkpoint, write_evaluation, write_run
 
 REPO = "user/blipren-tiny"
 LICENSES = {"vision_license": "apache-2.0", "llm_license": "apache-2.0"}
@@ -35,7 +35,7 @@ def published(hub, revision="main") -> dict[str, bytes]:
 
 def test_everything_that_is_needed_and_nothing_else(hub, model, tmp_path, capsys):
     evaluation = write_evaluation(tmp_path / "evaluation")
-    push(settings(model, evaluation=str(evaluation), tag="v1"))
+    publish(settings(model, evaluation=str(evaluation), tag="v1"))
     files = published(hub)
     assert sorted(files) == [
         ".eval_results/captioning.yaml",
@@ -72,17 +72,17 @@ def test_everything_that_is_needed_and_nothing_else(hub, model, tmp_path, capsys
 
 
 def test_a_second_push_sends_nothing_and_a_change_only_itself(hub, model):
-    push(settings(model, tag="v1"))
+    publish(settings(model, tag="v1"))
     head = hub.repository(REPO).refs["refs/heads/main"]
     hub.requests.clear()
-    push(settings(model, tag="v1"))
+    publish(settings(model, tag="v1"))
     assert hub.repository(REPO).refs["refs/heads/main"] == head
     assert not [path for method, path in hub.requests if method in ("PUT",) or "/commit/" in path]
     write_checkpoint(model, seed=1, shards=2)
     (model / "model.safetensors").unlink()
     with pytest.raises(UserError, match="already has a tag v1 with other content"):
-        push(settings(model, tag="v1"))
-    push(settings(model, tag="v2"))
+        publish(settings(model, tag="v1"))
+    publish(settings(model, tag="v2"))
     files = published(hub)
     assert "model.safetensors" not in files and "model-00002-of-00002.safetensors" in files
     assert hub.repository(REPO).resolve("v1") == head
@@ -93,21 +93,21 @@ def test_files_that_others_put_there_stay(hub, model):
     api.create_repo(REPO)
     api.upload_file(path_or_fileobj=b"thanks", path_in_repo="NOTES.txt", repo_id=REPO)
     api.upload_file(path_or_fileobj=b"\x80\x04", path_in_repo="pytorch_model.bin", repo_id=REPO)
-    push(settings(model))
+    publish(settings(model))
     assert "NOTES.txt" in published(hub) and "pytorch_model.bin" not in published(hub)
 
 
 def test_private_branch_and_dry_run(hub, model, capsys):
-    push(settings(model, dry_run=True))
+    publish(settings(model, dry_run=True))
     out = capsys.readouterr().out
     assert "model.safetensors" in out and "524.7 KB" in out and "nothing was sent" in out
     assert not hub.repositories
-    push(settings(model, private=True, revision="try"))
+    publish(settings(model, private=True, revision="try"))
     repo = hub.repository(REPO)
     assert repo.private and list(repo.files("main")) == [".gitattributes"]
     assert "model.safetensors" in repo.files("try")
     write_checkpoint(model, seed=2)
-    push(settings(model, revision="try"))
+    publish(settings(model, revision="try"))
     assert published(hub, "try")["model.safetensors"] == (model / "model.safetensors").read_bytes()
 
 
@@ -133,7 +133,7 @@ FAULTS = [
 @pytest.mark.parametrize("kind,method,path", FAULTS, ids=[f"{k} {p}" for k, _, p in FAULTS])
 def test_a_fault_is_survived(hub, model, kind, method, path):
     fault = hub.faults.add(kind, method, path)
-    push(settings(model, tag="v1"))
+    publish(settings(model, tag="v1"))
     assert fault.struck == 1
     assert published(hub)["model.safetensors"] == (model / "model.safetensors").read_bytes()
     assert hub.repository(REPO).resolve("v1") == hub.repository(REPO).resolve("main")
@@ -151,41 +151,41 @@ STOPS = [
 @pytest.mark.parametrize("method,path", STOPS, ids=[p for _, p in STOPS])
 def test_a_stop_in_the_middle_leaves_main_alone_and_is_gone_on_from(hub, model, method, path, capsys):
     """The Hub goes away in the middle, the command gives up; started again later it goes on with the same request."""
-    push(settings(model))
+    publish(settings(model))
     before = published(hub)
     write_checkpoint(model, seed=3)
     hub.faults.add("stop", method, path)
     with pytest.raises(UserError, match="run the same command again"):
-        push(settings(model, attempts=1))
+        publish(settings(model, attempts=1))
     assert published(hub) == before
     hub.faults.clear()
     hub.requests.clear()
-    push(settings(model))
+    publish(settings(model))
     assert published(hub)["model.safetensors"] == (model / "model.safetensors").read_bytes()
     assert len(hub.repository(REPO).discussions) == 2
-    assert "going on with pull request 2" in capsys.readouterr().out
+    assert "continuing with pull request 2" in capsys.readouterr().out
     if path not in (r"/upload/.*/2$", r"/complete/"):
         assert not [p for m, p in hub.requests if m == "PUT"], "what is there was sent again"
 
 
 def test_what_the_hub_changed_is_not_merged(hub, model, monkeypatch):
     """A file that arrives different (here: replaced in the request behind our back) is found by its hash."""
-    send = publishing._send
+    send = Upload.send
 
-    def send_and_tamper(api, plan, reference):
-        send(api, plan, reference)
-        api.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=REPO, revision=reference)
+    def send_and_tamper(upload, reference):
+        send(upload, reference)
+        upload.api.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=REPO, revision=reference)
 
-    monkeypatch.setattr(publishing, "_send", send_and_tamper)
+    monkeypatch.setattr(Upload, "send", send_and_tamper)
     with pytest.raises(UserError, match="config.json"):
-        push(settings(model))
+        publish(settings(model))
     assert list(published(hub)) == [".gitattributes"]
 
 
 def test_a_refused_token_is_said(hub, model, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(UserError, match="log in|Invalid credentials"):
-        push(settings(model))
+        publish(settings(model))
 
 
 def change_config(model, **values):
@@ -198,7 +198,7 @@ def test_refusals(model, tmp_path):
     local = {"vision": {"id": str(tmp_path)}, "llm": {"id": "org/llm"}}
     change_config(model, base_models=local, checkpoint_type="bridge")
     with pytest.raises(UserError, match="vision model from the local folder"):
-        push(settings(model, bridge=True))
+        publish(settings(model, bridge=True))
     write_checkpoint(model)
     cases = [
         (lambda: (model / "modeling_blipren.py").unlink(), "lacks modeling_blipren.py"),
@@ -219,16 +219,16 @@ def test_refusals(model, tmp_path):
         write_checkpoint(model)
         damage()
         with pytest.raises(UserError, match=message):
-            push(settings(model, dry_run=True))
+            publish(settings(model, dry_run=True))
     with pytest.raises(UserError, match="is not a folder"):
-        push(settings(tmp_path / "missing"))
+        publish(settings(tmp_path / "missing"))
     write_checkpoint(model, shards=2)
     (model / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="lacks model-00002"):
-        push(settings(model, dry_run=True))
+        publish(settings(model, dry_run=True))
 
 
-@pytest.mark.parametrize("options", [{"repo": "thing"}, {"full": False}, {"attempts": 0}, {"revision": "refs/pr/1"}])
+@pytest.mark.parametrize("options", [{"repo": "thing"}, {"attempts": 0}, {"revision": "refs/pr/1"}])
 def test_wrong_use(options):
     with pytest.raises(UsageError):
         PushSettings(**{"model": "x", "repo": REPO} | options)
@@ -239,8 +239,8 @@ def test_a_full_checkpoint_over_local_bases_keeps_only_their_names(tmp_path):
     base.mkdir()
     bases = {"vision": {"id": str(base), "sha256": "1" * 64}, "llm": {"id": "org/llm", "revision": "b" * 40}}
     model = write_checkpoint(tmp_path / "model", bases)
-    plan = make_plan(model, settings(model))
-    config = json.loads(next(f.source for f in plan.files if f.name == "config.json"))
+    files = collect_files(model, settings(model))
+    config = json.loads(next(f.source for f in files if f.name == "config.json"))
     assert config["base_models"]["vision"] == {"id": "towers", "sha256": "1" * 64}
     assert "_name_or_path" not in config["vision_config"]
     assert config["base_models"]["llm"]["id"] == "org/llm"

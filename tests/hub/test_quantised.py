@@ -3,10 +3,10 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import picture, tiny_llm_config, write_llm, write_model, write_vision
 from transformers import BitsAndBytesConfig
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
+from tests.hub.tiny import picture, tiny_llm_config, write_llm, write_model, write_vision
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # a block of 4-bit numbers is 64 wide
 CONNECTOR = ("model.qformer.", "model.projector.")

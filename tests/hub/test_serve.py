@@ -13,9 +13,9 @@ import urllib.error
 import urllib.request
 
 import pytest
-from tiny import picture, write_llm, write_model, write_vision
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
+from tests.hub.tiny import picture, write_llm, write_model, write_vision
 
 missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(

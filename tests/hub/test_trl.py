@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import picture, write_llm, write_model, write_vision
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
+from tests.hub.tiny import picture, write_llm, write_model, write_vision
 
 trl = pytest.importorskip("trl", reason="TRL is an extra: pip install blipren[trl]")
 

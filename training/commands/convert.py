@@ -1,7 +1,9 @@
 """Convert between bridge and full checkpoints."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from blipren.training.files import check_new_folder
 from blipren.training.settings import Settings, choice, positional
 
 
@@ -17,8 +19,12 @@ class ConvertSettings(Settings):
     """Kind of the new checkpoint: full holds everything, bridge only what was trained."""
 
 
-def run(settings: ConvertSettings) -> int | None:
-    """Run the command. Returns the exit status."""
-    from blipren.training.hub.convert import convert
+def run(settings: ConvertSettings) -> None:
+    """Write MODEL as a checkpoint of the other kind."""
+    check_new_folder(Path(settings.out))
 
-    return convert(settings)
+    from blipren.training.hub.convert import convert_checkpoint
+
+    print(f"convert: {settings.model} -> {settings.out} ({settings.to} checkpoint)")
+    convert_checkpoint(settings.model, Path(settings.out), settings.to)
+    print(f"the {settings.to} checkpoint is in {settings.out}")

@@ -1,7 +1,9 @@
 """Import a BLIP-2 or InstructBLIP model as a checkpoint."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from blipren.training.files import check_new_folder, complete_or_absent_folder
 from blipren.training.settings import Settings, positional
 
 
@@ -15,8 +17,15 @@ class ImportSettings(Settings):
     """Folder for the checkpoint."""
 
 
-def run(settings: ImportSettings) -> int | None:
-    """Run the command. Returns the exit status."""
-    from blipren.training.hub.convert import import_model
+def run(settings: ImportSettings) -> None:
+    """Write the imported model as a full checkpoint; OUT is complete or absent."""
+    check_new_folder(Path(settings.out))
 
-    return import_model(settings)
+    from blipren.training.hub.import_blip2 import import_blip2
+
+    print(f"import: {settings.source} -> {settings.out}")
+    model, processor = import_blip2(settings.source)
+    with complete_or_absent_folder(Path(settings.out)) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    print(f"the full checkpoint is in {settings.out}; try: blipren caption {settings.out} IMAGE")

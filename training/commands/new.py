@@ -1,20 +1,52 @@
 """Join a vision encoder and a language model into an untrained checkpoint."""
 
+import inspect
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from blipren.training.errors import UsageError, UserError, one_line
+from blipren.training.files import check_new_folder, complete_or_absent_folder
 from blipren.training.settings import Settings, choice, positional
 
 
 @dataclass(kw_only=True)
-class NewSettings(Settings):
-    """`blipren new`: vision encoder + LLM -> an untrained checkpoint."""
+class CheckpointSettings(Settings):
+    """Checkpoint."""
 
-    out: str = positional()
-    """Folder for the new checkpoint."""
-    vision: str
-    """Vision encoder: Hub id or folder, optionally with @revision."""
-    llm: str
-    """Causal language model: Hub id or folder, optionally with @revision."""
+    dtype: str = choice("auto", "float32", "bfloat16", "float16", default="auto")
+    """Precision of the frozen parts; the connector stays in float32."""
+    full: bool = False
+    """Write a full checkpoint that holds the frozen parts too, instead of a bridge checkpoint."""
+    seed: int = 0
+    """Seed of the new weights."""
+
+
+@dataclass(kw_only=True)
+class PromptSettings(Settings):
+    """Prompts."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Caption prompts. Training draws one per row; inference uses the first one."""
+    system_prompts: list[str] = field(default_factory=list)
+    """System prompts, for LLMs with a chat template. Training draws one per image; inference uses the first one."""
+
+
+@dataclass(kw_only=True)
+class VisionSettings(Settings):
+    """Vision features."""
+
+    vision_feature_layer: list[int] = field(default_factory=lambda: [-1])
+    """Hidden layers of the vision encoder; several are concatenated along the width."""
+    vision_feature_select: str = choice("patches", "full", default="patches")
+    """Take class and register tokens off (patches) or keep them (full)."""
+    image_processor: dict = field(default_factory=dict)
+    """Image processor settings by name, such as {do_center_crop: false, size: {height: 224, width: 224}}."""
+
+
+@dataclass(kw_only=True)
+class ConnectorSettings(Settings):
+    """Connector."""
+
     connector: str = choice("qformer", "patches", default="qformer")
     """The bridge: Q-Former and projector, or the projector alone on every patch."""
     projector: str = choice("mlp", "mlp2", "moe", "linear", default="mlp")
@@ -27,26 +59,101 @@ class NewSettings(Settings):
     """BERT or DistilBERT checkpoint that the Q-Former starts from; its tokenizer is kept for the align stage."""
     projector_options: dict = field(default_factory=dict)
     """Projector settings by name, such as {num_experts: 4, experts_top_k: 2, projector_dropout: 0.1}."""
-    vision_feature_layer: list[int] = field(default_factory=lambda: [-1])
-    """Hidden layers of the vision encoder; several are concatenated along the width."""
-    vision_feature_select: str = choice("patches", "full", default="patches")
-    """Take class and register tokens off (patches) or keep them (full)."""
-    image_processor: dict = field(default_factory=dict)
-    """Image processor settings by name, such as {do_center_crop: false, size: {height: 224, width: 224}}."""
-    prompts: list[str] = field(default_factory=list)
-    """Caption prompts, drawn per row in training; the first one is used in inference."""
-    system_prompts: list[str] = field(default_factory=list)
-    """System prompts, drawn per image in training; the first one is used in inference. For LLMs with a chat template."""
-    dtype: str = choice("auto", "float32", "bfloat16", "float16", default="auto")
-    """Precision of the frozen parts; the connector stays in float32."""
-    full: bool = False
-    """Write a full checkpoint that holds the frozen parts too, instead of a bridge checkpoint."""
-    seed: int = 0
-    """Seed of the new weights."""
 
 
-def run(settings: NewSettings) -> int | None:
-    """Run the command. Returns the exit status."""
-    from blipren.training.hub.assemble import new
+@dataclass(kw_only=True)
+class NewSettings(CheckpointSettings, PromptSettings, VisionSettings, ConnectorSettings):
+    """`blipren new`: vision encoder + LLM -> an untrained checkpoint."""
 
-    return new(settings)
+    out: str = positional()
+    """Folder for the new checkpoint."""
+    vision: str
+    """Vision encoder: Hub id or folder, optionally with @revision."""
+    llm: str
+    """Causal language model: Hub id or folder, optionally with @revision."""
+
+
+def run(settings: NewSettings) -> None:
+    """Write an untrained checkpoint; OUT is complete or absent.
+
+    Raises:
+        UsageError: a name in `qformer` or `projector_options` is unknown.
+        UserError: OUT is not free, or a base model is not there or does not fit.
+    """
+    out = Path(settings.out)
+    check_new_folder(out)
+    for name in filter(None, (settings.vision, settings.llm, settings.qformer_init)):
+        if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+            raise UserError(f"there is no folder {name}")
+
+    import torch
+    from transformers import AutoTokenizer, set_seed
+
+    from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProcessor, BliprenQFormerConfig
+    from blipren.configuration_blipren import split_revision
+
+    check_option_names("qformer", settings.qformer, BliprenQFormerConfig, ("",))
+    projector_prefixes = ("projector_", "num_experts", "experts_", "router_")
+    check_option_names("projector_options", settings.projector_options, BliprenConfig, projector_prefixes)
+
+    kind = "full" if settings.full else "bridge"
+    connector = f"{settings.connector}/{settings.projector}"
+    print(f"new: {settings.vision} + {connector} + {settings.llm} -> {out} ({kind} checkpoint)")
+    set_seed(settings.seed)
+    layers = settings.vision_feature_layer
+    shared = {
+        "connector": settings.connector,
+        "num_queries": settings.queries,
+        "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
+        "vision_feature_select": settings.vision_feature_select,
+        "image_processor_options": settings.image_processor,
+    }
+    text_side = {"use_text": True} if settings.qformer_init is not None else {}
+    try:
+        model = BliprenForConditionalGeneration.from_vision_text_pretrained(
+            settings.vision,
+            settings.llm,
+            **shared,
+            projector=settings.projector,
+            projector_options=settings.projector_options,
+            qformer=text_side | settings.qformer,
+            qformer_init=settings.qformer_init,
+            dtype="auto" if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        )
+        processor = BliprenProcessor.from_vision_text_pretrained(
+            settings.vision,
+            settings.llm,
+            **shared,
+            prompts=settings.prompts or None,
+            system_prompts=settings.system_prompts or None,
+        )
+        if settings.qformer_init is not None:
+            name, revision = split_revision(settings.qformer_init)
+            processor.qformer_tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join {settings.vision} and {settings.llm}: {one_line(error)}") from error
+
+    with complete_or_absent_folder(out) as folder:
+        if settings.full:
+            model.save_pretrained(folder)
+        else:
+            model.save_bridge(folder)
+        processor.save_pretrained(folder)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    grid = "x".join(map(str, model.config.vision_grid)) if model.config.vision_grid else "variable"
+    print(
+        f"{model.describe_trainable()}\n"
+        f"patch grid {grid}, {model.config.num_prefix_tokens} prefix tokens left out, "
+        f"{model.config.num_visual_tokens or 'as many as patches'} visual tokens an image\n"
+        f"prompt: {processor.prompt_text()!r}\n"
+        f"checkpoint: {out} ({size / 2**20:.1f} MiB). Next: blipren doctor {out}"
+    )
+
+
+def check_option_names(setting: str, given: dict, config_class: type, prefixes: tuple[str, ...]) -> None:
+    """Raise `UsageError` if `given` has a name that is not a parameter of the config with one of the prefixes."""
+    parameters = inspect.signature(config_class.__init__).parameters.values()
+    known = sorted(p.name for p in parameters if p.default is not p.empty and p.name.startswith(prefixes))
+    for name in given:
+        if name not in known:
+            raise UsageError(f"unknown name {name!r} in {setting}; names are: {', '.join(known)}")

@@ -8,31 +8,15 @@ from blipren.training.settings import Settings, positional
 
 
 @dataclass(kw_only=True)
-class PushSettings(Settings):
-    """`blipren push`: publishes a checkpoint on the Hub."""
+class CardSettings(Settings):
+    """Model card."""
 
-    model: str = positional()
-    """Checkpoint folder."""
-    repo: str = positional()
-    """Hub repository: user/name."""
-    full: bool = True
-    """Publish a full checkpoint, which loads with nothing else."""
-    bridge: bool = False
-    """Publish only what was trained; others load the bases from the Hub. Refused where a base is a local folder."""
-    private: bool = False
-    """Make the repository private when it is created."""
-    revision: str = "main"
-    """Branch that receives the files once they are verified."""
-    tag: str | None = None
-    """Tag of the published commit, such as v1."""
-    dry_run: bool = False
-    """Print the files with their sizes, and send nothing."""
     run: str | None = None
-    """Run folder with settings, curves and environment for the card; by default MODEL itself."""
+    """Run folder with settings, curves and environment; by default MODEL itself."""
     evaluation: str | None = None
-    """Folder of `blipren evaluate`: metrics, limits and samples for the card."""
+    """Folder of `blipren evaluate`: metrics, limits and samples."""
     cache: str | None = None
-    """Feature cache that was trained on: data and filter counts for the card."""
+    """Feature cache that was trained on: data and filter counts."""
     pictures: bool = True
     """Publish curves and the sample grid. Say --no-pictures where the photographs must not be passed on."""
     license: str | None = None
@@ -41,25 +25,51 @@ class PushSettings(Settings):
     """Licence of the vision encoder, where its own card does not say it."""
     llm_license: str | None = None
     """Licence of the language model, where its own card does not say it."""
+
+
+@dataclass(kw_only=True)
+class UploadSettings(Settings):
+    """Upload."""
+
+    private: bool = False
+    """Make the repository private when it is created."""
+    revision: str = "main"
+    """Branch that receives the files once they are verified."""
+    tag: str | None = None
+    """Tag of the published commit, such as v1."""
     attempts: int = 3
-    """Times that a failing Hub is tried before giving up; running the command again goes on from there."""
+    """Times that a failing Hub is tried before giving up; running the command again continues from there."""
 
     def __post_init__(self):
         super().__post_init__()
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo):
-            raise UsageError(f"repo is {self.repo!r}; it must be user/name")
-        if self.bridge:
-            self.full = False
-        elif not self.full:
-            raise UsageError("--no-full publishes nothing: say --bridge for the bridge alone")
         if self.attempts < 1:
             raise UsageError(f"attempts is {self.attempts}; it must be at least 1")
         if self.revision.startswith("refs/"):
             raise UsageError(f"revision is {self.revision!r}; it must be the name of a branch")
 
 
-def run(settings: PushSettings) -> int | None:
-    """Run the command. Returns the exit status."""
-    from blipren.training.hub.publish import push
+@dataclass(kw_only=True)
+class PushSettings(CardSettings, UploadSettings):
+    """`blipren push`: publishes a checkpoint on the Hub."""
 
-    return push(settings)
+    model: str = positional()
+    """Checkpoint folder."""
+    repo: str = positional()
+    """Hub repository: user/name."""
+    bridge: bool = False
+    """Publish only what was trained, and not a full checkpoint; others load the bases from the Hub. Refused where a
+    base is a local folder."""
+    dry_run: bool = False
+    """Print the files with their sizes, and send nothing."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo):
+            raise UsageError(f"repo is {self.repo!r}; it must be user/name")
+
+
+def run(settings: PushSettings) -> None:
+    """Publish MODEL as REPO, or print what would be sent."""
+    from blipren.training.hub.publish import publish
+
+    publish(settings)

@@ -4,25 +4,21 @@ from pathlib import Path
 
 from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProcessor
 from blipren.base_blipren import BliprenPreTrainedModel
-from blipren.training.errors import UserError
+from blipren.training.checkpoint_folder import check_model_type, read_config
+from blipren.training.errors import UserError, one_line
 
 
 def load_config(path: str) -> BliprenConfig:
-    """Config of a checkpoint folder or Hub id. Raises `UserError` when it is none of ours."""
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(f"{path} is not a checkpoint: it has no config.json; make one with `blipren new`")
+    """Return the config of a checkpoint folder or Hub id. Raises `UserError` if it is not one of BLIPren."""
+    if Path(path).exists():
+        return BliprenConfig.from_dict(read_config(Path(path)))
     try:
         raw, _ = BliprenConfig.get_config_dict(path)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no checkpoint at {path}: it is neither a folder here nor a model on the Hub ({_line(error)})"
+            f"no checkpoint at {path}: it is neither a folder here nor a model on the Hub ({one_line(error)})"
         ) from error
-    if raw.get("model_type") != BliprenConfig.model_type:
-        raise UserError(
-            f"{path} is not a BLIPren checkpoint: its config.json has model_type {raw.get('model_type')!r}; "
-            "make one with `blipren new`"
-        )
+    check_model_type(path, raw)
     return BliprenConfig.from_dict(raw)
 
 
@@ -44,7 +40,7 @@ def load_checkpoint(
         model = model_class.from_pretrained(path, **kwargs)
         processor = BliprenProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} does not load: {_line(error)}") from error
+        raise UserError(f"{path} does not load: {one_line(error)}") from error
     if processor.image_token_id != model.config.image_token_id or (
         processor.num_visual_tokens != model.config.num_visual_tokens
     ):
@@ -53,7 +49,3 @@ def load_checkpoint(
             f"{processor.num_visual_tokens}, the model's {model.config.image_token_id} x {model.config.num_visual_tokens}"
         )
     return model.eval(), processor
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:600]

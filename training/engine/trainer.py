@@ -253,21 +253,18 @@ class StageTrainer(Trainer, abc.ABC):
     # ---- publishing -----------------------------------------------------------------------------------------------
 
     def push_to_hub(self, commit_message: str | None = None, token: str | None = None, **_) -> str:
-        """Publishes the finished run folder as `blipren push` does: verified, merged at once, and without the pickles
-        (`training_args.bin`) that transformers' own would send. Returns the commit.
+        """Publish the finished run folder as `blipren push` does, and return the commit.
+
+        transformers' own method would send everything in the folder, the pickled `training_args.bin` among it.
 
         Raises:
-            UserError: without `hub_model_id` in the arguments, or when the Hub refuses.
+            UserError: `hub_model_id` is not in the training arguments, or the Hub refuses.
         """
-        from blipren.training.commands.push import PushSettings
-        from blipren.training.hub.publish import publish_folder  # here: training needs no Hub client
+        from blipren.training.hub.publish import publish_run  # here: training needs no Hub client
 
         if not self.args.hub_model_id:
             raise UserError("push_to_hub needs hub_model_id (user/name) in the training arguments")
-        private = bool(self.args.hub_private_repo)
-        return publish_folder(
-            PushSettings(model=str(self.run_folder.path), repo=self.args.hub_model_id, private=private)
-        )
+        return publish_run(self.run_folder.path, self.args.hub_model_id, private=self.args.hub_private_repo)
 
 
 def stopped_early(checkpoint: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Models of transformers' BLIP-2 family as ours: the same towers, Q-Former and projection, equal logits."""
+"""Import models of transformers' BLIP-2 family: the same encoder, Q-Former, projection and LLM, and equal logits."""
 
 import torch
 from transformers import (
@@ -15,7 +15,7 @@ from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProce
 from blipren.configuration_blipren import split_revision
 from blipren.processing_blipren import end_of_answer_id, pick_image_token
 from blipren.qformer_blipren import copy_blip2_weights
-from blipren.training.errors import UserError
+from blipren.training.errors import UserError, one_line
 
 _SOURCES = {"blip-2": Blip2ForConditionalGeneration, "instructblip": InstructBlipForConditionalGeneration}
 _VISION_FIELDS = (
@@ -27,7 +27,7 @@ _QFORMER_FIELDS = (
     "attention_probs_dropout_prob", "layer_norm_eps", "initializer_range", "cross_attention_frequency",
     "encoder_hidden_size", "vocab_size", "max_position_embeddings", "pad_token_id",
 )  # fmt: skip
-# BLIP-2 puts the beginning of the text behind the image, and nothing in front of it
+# BLIP-2 puts the beginning-of-text token behind the image
 _TEMPLATE = """{%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
 {% generation %}{{ ' ' + message['content'] }}{% if not (loop.last and continue_final_message) %}{{ eos_token }}{% endif %}{% endgeneration %}
@@ -39,29 +39,29 @@ _TEMPLATE = """{%- for message in messages -%}
 {%- endfor -%}"""
 
 
-def from_blip2(source: str, **hub_kwargs) -> tuple[BliprenForConditionalGeneration, BliprenProcessor]:
-    """A transformers `Blip2ForConditionalGeneration` or `InstructBlipForConditionalGeneration` as a BLIPren model.
+def import_blip2(source: str, **hub_kwargs) -> tuple[BliprenForConditionalGeneration, BliprenProcessor]:
+    """Make a BLIPren model of transformers' `Blip2ForConditionalGeneration` or `InstructBlipForConditionalGeneration`.
 
-    The published names that this takes: Salesforce/blip2-opt-2.7b, Salesforce/blip2-opt-6.7b and their fine-tuned
-    versions (-coco), Salesforce/instructblip-vicuna-7b and -13b. Those with FLAN-T5 have an encoder-decoder language
-    model, which BLIPren does not take.
+    Published models that this takes: Salesforce/blip2-opt-2.7b, Salesforce/blip2-opt-6.7b and their fine-tuned versions
+    (-coco), Salesforce/instructblip-vicuna-7b and -13b. Those with FLAN-T5 are refused: BLIPren takes no encoder-decoder
+    language models.
 
     Args:
         source: folder or Hub id, perhaps with @revision.
         hub_kwargs: `cache_dir`, `token`, `local_files_only`.
 
     Returns:
-        Model (logits equal to the source's within 1e-4) and processor.
+        Model, whose logits equal the source's within 1e-4, and processor.
 
     Raises:
-        UserError: when it is no such model, or its language model is an encoder-decoder.
+        UserError: it is another kind of model, or its language model is an encoder-decoder.
     """
     name, revision = split_revision(str(source))
     hub_kwargs["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(f"there is no model at {source}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"there is no model at {source}: {one_line(error)}") from error
     if config.model_type not in _SOURCES:
         raise UserError(f"{source} is a {config.model_type} model; import takes {' and '.join(_SOURCES)}")
     if not config.use_decoder_only_language_model or config.text_config.is_encoder_decoder:
@@ -72,7 +72,7 @@ def from_blip2(source: str, **hub_kwargs) -> tuple[BliprenForConditionalGenerati
     donor = _SOURCES[config.model_type].from_pretrained(name, **hub_kwargs).eval()
     tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs)
     image_token, image_token_id = _image_token(donor.config, tokenizer)
-    model = _copy(donor, config.model_type == "instructblip", image_token_id)
+    model = _copy_weights(donor, config.model_type == "instructblip", image_token_id)
     ends = donor.generation_config.eos_token_id
     ends = [e for e in (ends if isinstance(ends, list) else [ends]) if e is not None]
     end = ends[0] if ends else end_of_answer_id(tokenizer, ends)
@@ -87,7 +87,7 @@ def from_blip2(source: str, **hub_kwargs) -> tuple[BliprenForConditionalGenerati
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     if getattr(tokenizer, "add_bos_token", False):
-        tokenizer.add_bos_token = False  # the template writes it, behind the image
+        tokenizer.add_bos_token = False  # the template puts it behind the image
     processor = BliprenProcessor(
         AutoImageProcessor.from_pretrained(name, **hub_kwargs),
         tokenizer,
@@ -104,7 +104,7 @@ def from_blip2(source: str, **hub_kwargs) -> tuple[BliprenForConditionalGenerati
 
 
 def _image_token(config, tokenizer) -> tuple[str, int]:
-    """The source's own placeholder, where it has one (older published configs have none)."""
+    """Return the source's own placeholder and its id; of older configs without one, a free token."""
     index = getattr(config, "image_token_id", None)
     index = index if index is not None else getattr(config, "image_token_index", None)
     if index is not None and index < len(tokenizer):
@@ -113,7 +113,7 @@ def _image_token(config, tokenizer) -> tuple[str, int]:
 
 
 @torch.no_grad()
-def _copy(donor, instruct: bool, image_token_id: int) -> BliprenForConditionalGeneration:
+def _copy_weights(donor, instruct: bool, image_token_id: int) -> BliprenForConditionalGeneration:
     vision, qformer = donor.config.vision_config, donor.config.qformer_config
     side = vision.image_size // vision.patch_size
     text_config = donor.language_model.config

@@ -11,8 +11,8 @@ from blipren.training.cli import main
 from blipren.training.commands.doctor import DoctorSettings
 from blipren.training.doctor.checks import (
     CHECKS,
-    Illness,
-    Patient,
+    CheckFailure,
+    ModelUnderTest,
     check_batch_equals_single,
     check_dimensions,
     check_end_of_sequence,
@@ -20,7 +20,7 @@ from blipren.training.doctor.checks import (
     check_prompt,
     check_reload,
     check_sees_image,
-    draw_patients,
+    draw_test_images,
 )
 
 
@@ -31,17 +31,17 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture
-def patient(bases):
+def model_under_test(bases):
     torch.manual_seed(0)
     model = BliprenForConditionalGeneration.from_vision_text_pretrained(
         *bases, num_queries=4, qformer=QFORMER, dtype="float32"
     )
     processor = BliprenProcessor.from_vision_text_pretrained(*bases, num_queries=4)
     settings = DoctorSettings(model="x", steps=20, learning_rate=5e-3)
-    return Patient(model, processor, settings, *draw_patients(0))
+    return ModelUnderTest(model, processor, settings, *draw_test_images(0))
 
 
-def test_a_healthy_pair_passes_every_check_and_is_left_as_it_was(tmp_path, capsys):
+def test_a_trained_pair_passes_every_check(tmp_path, capsys):
     towers = (
         Path(__file__).resolve().parents[2] / "training" / "quickstart" / "towers"
     )  # a pair that was really trained
@@ -54,59 +54,59 @@ def test_a_healthy_pair_passes_every_check_and_is_left_as_it_was(tmp_path, capsy
     assert all(f"ok   {name}" in shown for name in CHECKS)
 
 
-def test_dimensions(patient):
-    patient.processor.num_visual_tokens = 5
-    with pytest.raises((Illness, ValueError), match="4"):
-        check_dimensions(patient)
+def test_dimensions(model_under_test):
+    model_under_test.processor.num_visual_tokens = 5
+    with pytest.raises((CheckFailure, ValueError), match="4"):
+        check_dimensions(model_under_test)
 
 
-def test_infinite_features(patient):
-    patient.model.model.projector.output_norm.weight.data[0] = float("inf")
-    with pytest.raises(Illness, match="not finite"):
-        check_dimensions(patient)
+def test_infinite_features(model_under_test):
+    model_under_test.model.model.projector.output_norm.weight.data[0] = float("inf")
+    with pytest.raises(CheckFailure, match="not finite"):
+        check_dimensions(model_under_test)
 
 
-def test_end_of_sequence_that_generation_does_not_know(patient):
-    patient.model.generation_config.eos_token_id = 77
-    with pytest.raises(Illness, match="would never stop"):
-        check_end_of_sequence(patient)
+def test_end_of_sequence_that_generation_does_not_know(model_under_test):
+    model_under_test.model.generation_config.eos_token_id = 77
+    with pytest.raises(CheckFailure, match="would never stop"):
+        check_end_of_sequence(model_under_test)
 
 
-def test_answers_without_an_end(patient, monkeypatch):
+def test_answers_without_an_end(model_under_test, monkeypatch):
     whole = BliprenProcessor.encode_answer
     monkeypatch.setattr(BliprenProcessor, "encode_answer", lambda self, answer: whole(self, answer)[:-1])
-    with pytest.raises(Illness, match="0 end tokens"):
-        check_end_of_sequence(patient)
+    with pytest.raises(CheckFailure, match="0 end tokens"):
+        check_end_of_sequence(model_under_test)
 
 
-def test_prompts_that_differ_between_training_and_inference(patient, monkeypatch):
+def test_prompts_that_differ_between_training_and_inference(model_under_test, monkeypatch):
     whole = BliprenProcessor.encode_prompt
     monkeypatch.setattr(BliprenProcessor, "encode_prompt", lambda self, *a, **k: whole(self, *a, **k) + [7])
-    with pytest.raises(Illness, match="in training and"):
-        check_prompt(patient)
+    with pytest.raises(CheckFailure, match="in training and"):
+        check_prompt(model_under_test)
 
 
-def test_gradients_that_do_not_reach_the_connector(patient):
-    torch.nn.init.zeros_(patient.model.model.projector.output_norm.weight)
-    with pytest.raises(Illness, match="no gradient reaches the qformer"):
-        check_gradients(patient)
-    patient.model.freeze(train=[])
-    with pytest.raises((Illness, RuntimeError)):
-        check_gradients(patient)
+def test_gradients_that_do_not_reach_the_connector(model_under_test):
+    torch.nn.init.zeros_(model_under_test.model.model.projector.output_norm.weight)
+    with pytest.raises(CheckFailure, match="no gradient reaches the qformer"):
+        check_gradients(model_under_test)
+    model_under_test.model.freeze(train=[])
+    with pytest.raises((CheckFailure, RuntimeError)):
+        check_gradients(model_under_test)
 
 
-def test_a_language_model_that_ignores_its_mask(patient, monkeypatch):
-    forward = type(patient.model.model.language_model).forward
+def test_a_language_model_that_ignores_its_mask(model_under_test, monkeypatch):
+    forward = type(model_under_test.model.model.language_model).forward
 
     def without_mask(self, *args, attention_mask=None, **kwargs):
         return forward(self, *args, attention_mask=None, **kwargs)
 
-    monkeypatch.setattr(type(patient.model.model.language_model), "forward", without_mask)
-    with pytest.raises(Illness, match="does not honour the attention mask"):
-        check_batch_equals_single(patient)
+    monkeypatch.setattr(type(model_under_test.model.model.language_model), "forward", without_mask)
+    with pytest.raises(CheckFailure, match="does not honour the attention mask"):
+        check_batch_equals_single(model_under_test)
 
 
-def test_a_copy_that_lost_a_weight(patient, monkeypatch):
+def test_a_copy_that_lost_a_weight(model_under_test, monkeypatch):
     load = BliprenForConditionalGeneration.from_pretrained.__func__
 
     def lossy(cls, *args, **kwargs):
@@ -115,17 +115,17 @@ def test_a_copy_that_lost_a_weight(patient, monkeypatch):
         return model
 
     monkeypatch.setattr(BliprenForConditionalGeneration, "from_pretrained", classmethod(lossy))
-    with pytest.raises(Illness, match="differs by"):
-        check_reload(patient)
+    with pytest.raises(CheckFailure, match="differs by"):
+        check_reload(model_under_test)
 
 
-def test_a_model_that_ignores_its_image(patient, monkeypatch):
-    encode = patient.model.encode_images
-    monkeypatch.setattr(patient.model, "encode_images", lambda *a, **k: torch.zeros_like(encode(*a, **k)))
-    before = patient.model.model.qformer.query_tokens.clone()
-    with pytest.raises(Illness, match="ignores its image"):
-        check_sees_image(patient)
-    assert torch.equal(patient.model.model.qformer.query_tokens, before)  # the check is undone
+def test_a_model_that_ignores_its_image(model_under_test, monkeypatch):
+    encode = model_under_test.model.encode_images
+    monkeypatch.setattr(model_under_test.model, "encode_images", lambda *a, **k: torch.zeros_like(encode(*a, **k)))
+    before = model_under_test.model.model.qformer.query_tokens.clone()
+    with pytest.raises(CheckFailure, match="ignores its image"):
+        check_sees_image(model_under_test)
+    assert torch.equal(model_under_test.model.model.qformer.query_tokens, before)  # the check is undone
 
 
 def test_exit_status_1_with_the_reason(bases, tmp_path, capsys, monkeypatch):

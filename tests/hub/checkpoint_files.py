@@ -79,14 +79,14 @@ def write_run(folder: Path) -> Path:
 def write_evaluation(folder: Path, dataset: str = "org/photos") -> Path:
     """The folder of `blipren evaluate`."""
     folder.mkdir(parents=True, exist_ok=True)
-    captioning = {
-        "CIDEr": 0.3123,
-        "BLEU-4": 0.11,
-        "hallucinated_objects": 0.125,
-        "intervals": {"CIDEr": [0.29, 0.335]},
-        "decoding": {"num_beams": 3, "max_new_tokens": 30},
+    metrics = {
+        "captioning": {"CIDEr": 0.3123, "BLEU-4": 0.11, "intervals": {"CIDEr": [0.29, 0.335]}, "images": 500},
+        "hallucination": {"hallucinated_objects": 0.125, "intervals": {}, "truth": "scenes"},
+        "vqa": {"accuracy": 0.5, "intervals": {}, "images": 500},
+        "counts": {"images": 500},
+        "dataset": dataset,
+        "settings": {"num_beams": 3, "max_new_tokens": 30},
     }
-    metrics = {"dataset": dataset, "counts": {"images": 500}, "captioning": captioning, "vqa": {"accuracy": 0.5}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     Image.fromarray(np.full((20, 30, 3), 99, np.uint8)).save(folder / "samples.png")
     return folder

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import yaml
-from checkpoint import write_checkpoint, write_evaluation, write_run
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from blipren.model_card.build import CardSources, build_card, check_card
-from blipren.model_card.facts import private, strictness
+from blipren.model_card.facts import strictness, without_folders
 from blipren.training.errors import UserError
+from tests.hub.checkpoint_files import write_checkpoint, write_evaluation, write_run
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def sources(tmp_path):
     return CardSources(model, model, write_evaluation(tmp_path / "evaluation"), cache, base_licenses=licenses)
 
 
-def test_the_card_says_what_the_run_left(sources):
+def test_the_card_holds_what_the_run_left(sources):
     files = build_card("user/thing", sources)
     text = files["README.md"].decode()
     card = ModelCard(text)
@@ -41,8 +41,8 @@ def test_the_card_says_what_the_run_left(sources):
         "| best validation loss | 2.4000 at update 20 |",
         "| train | 1,800 |",
         "| rejected | 3 |",
-        "`captioning.hallucinated_objects` is 0.125",
-        "num_beams 3",
+        "`hallucinated_objects` is 0.125",
+        "Decoding: max_new_tokens 30, num_beams 3.",
         "Training took 3.0 minutes. Hardware: CPU, 2 threads. Energy was not measured.",
         "![Training and validation loss](pictures/curves.png)",
         "![Held-out images with their captions](pictures/samples.png)",
@@ -76,7 +76,7 @@ def test_without_run_and_evaluation_nothing_is_claimed(tmp_path):
     assert "Hallucination and bias were not measured" in text
     assert ModelCard(text).data.eval_results is None
     assert ModelCard(text).data.license == "other"
-    assert "is not stated where it was looked for" in text
+    assert "was not found: ask its authors" in text
 
 
 def test_no_local_name_gets_into_the_card(tmp_path):
@@ -85,7 +85,7 @@ def test_no_local_name_gets_into_the_card(tmp_path):
     (base / "README.md").write_text("---\nlicense: mit\n---\n")
     bases = {"vision": {"id": str(base)}, "llm": {"id": "org/llm", "revision": "b" * 40}}
     model = write_checkpoint(tmp_path / "model", bases)
-    (model / "settings.yaml").write_text(f"train:\n  cache: {tmp_path}/cache=2,{tmp_path}/more=1\n  batch_size: 4\n")
+    (model / "settings.yaml").write_text(f"cache: {tmp_path}/cache=2,{tmp_path}/more=1\nbatch_size: 4\n")
     evaluation = write_evaluation(tmp_path / "evaluation", dataset=str(tmp_path / "photos"))
     files = build_card("user/thing", CardSources(model, model, evaluation))
     text = files["README.md"].decode()
@@ -95,7 +95,7 @@ def test_no_local_name_gets_into_the_card(tmp_path):
     assert ModelCard(text).data.eval_results[0].dataset_name == "photos"
     assert ModelCard(text).data.datasets is None
     assert not [name for name in files if name.startswith(".eval_results")]
-    assert private(f"{tmp_path}/cache=2,org/photos") == "cache=2,org/photos"
+    assert without_folders(f"{tmp_path}/cache=2,org/photos") == "cache=2,org/photos"
 
 
 def test_licences_are_ranked_and_unknown_ones_are_not_free():
@@ -104,7 +104,7 @@ def test_licences_are_ranked_and_unknown_ones_are_not_free():
 
 
 @pytest.mark.parametrize("fault", ["TODO: describe", "{{ summary }}", "[More Information Needed]"])
-def test_text_that_is_left_to_fill_in_is_refused(fault, sources):
+def test_a_placeholder_is_refused(fault, sources):
     text = build_card("user/thing", sources)["README.md"].decode()
     check_card(text)
     with pytest.raises(UserError, match="still holds"):
@@ -120,7 +120,7 @@ def test_damaged_sources_are_named(sources):
         build_card("user/thing", sources)
 
 
-def test_pictures_stay_at_home_when_told_so(sources):
+def test_pictures_are_left_out_on_request(sources):
     import dataclasses
 
     files = build_card("user/thing", dataclasses.replace(sources, pictures=False))
@@ -130,9 +130,8 @@ def test_pictures_stay_at_home_when_told_so(sources):
 
 def test_the_card_of_a_real_run(tmp_path, monkeypatch):
     """new, embed, train and evaluate on two dozen pictures: everything that the card can say, it finds where they put it."""
-    from tiny import TINY_QFORMER, picture, write_llm, write_vision
-
     from blipren.training.cli import main
+    from tests.hub.tiny import TINY_QFORMER, picture, write_llm, write_vision
 
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "photos"
@@ -170,7 +169,7 @@ def test_the_card_of_a_real_run(tmp_path, monkeypatch):
         r"\| optimizer updates \| 4 \|",
         r"\| best validation loss \| [\d.]+ at update 4 \|",
         r"Training took [\d.]+ minutes\. Hardware: ",
-        r"How much it looks at its image, measured: ",
+        r"Whether the model uses its image, measured: ",
         r"!\[Held-out images with their captions\]\(pictures/samples.png\)",
         r"!\[Training and validation loss\]\(pictures/curves.png\)",
     ):
