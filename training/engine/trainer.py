@@ -264,7 +264,7 @@ class StageTrainer(Trainer, abc.ABC):
 
         if not self.args.hub_model_id:
             raise UserError("push_to_hub needs hub_model_id (user/name) in the training arguments")
-        return publish_run(self.run_folder.path, self.args.hub_model_id, private=self.args.hub_private_repo)
+        return publish_run(self.run_folder.path, self.args.hub_model_id, private=bool(self.args.hub_private_repo))
 
 
 def stopped_early(checkpoint: Path) -> bool:
