@@ -26,9 +26,10 @@ from blipren.training.commands.embed import EmbedSettings
 from blipren.training.commands.new import NewSettings
 from blipren.training.commands.new import run as new
 from blipren.training.commands.train import TrainSettings
-from blipren.training.data.batches.inputs import open_caches, read_images
-from blipren.training.data.batches.rows import PromptEncoder, build_blocks
+from blipren.training.data.batches.blocks import PromptEncoder, build_blocks
+from blipren.training.data.batches.training_data import open_caches, read_images
 from blipren.training.data.cache.embed import embed
+from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.engine.memory import keep_freed_memory
 from blipren.training.stages.train import train
@@ -57,8 +58,8 @@ class Notebook:
 
     def __init__(self, options: argparse.Namespace, model, processor, cache: Path, settings: TrainSettings):
         self.options, self.model, self.processor = options, model, processor
-        (self.text,), self.validation = open_caches(settings, model, processor)  # the same tokens as ours
-        by_id = {p.row.id: p for p in read_images(dataset_settings(options), processor)["train"]}
+        (self.text,), self.validation = open_caches(settings.cache, model, processor)  # the same tokens as ours
+        by_id = {p.row.id: p for p in read_images(options.dataset, processor, SourceSettings())["train"]}
         self.images = [by_id[id] for id in self.text.ids]
         prompts = PromptEncoder(processor)
         self.rows = self.pairs_of(self.text, prompts)
@@ -123,10 +124,6 @@ class Notebook:
             events.append({"seconds": seconds, "loss": self.validation_loss()})
             print("notebook", events[-1], flush=True)
         return events
-
-
-def dataset_settings(options: argparse.Namespace) -> TrainSettings:
-    return TrainSettings(model="", cache=options.dataset, out="", online=True)
 
 
 def main() -> None:

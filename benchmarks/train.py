@@ -37,14 +37,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenQFormerConfig
 from blipren.modeling_blipren import copy_weights
 from blipren.qformer_blipren import copy_blip2_weights
-from blipren.training.data.batches.masks import FLEX, row_mask, shared_prefix_block_mask
-from blipren.training.data.batches.rows import (
-    PromptEncoder,
-    build_blocks,
-    collate_padded,
-    collate_shared,
-    useful_share,
-)
+from blipren.training.data.batches.blocks import PromptEncoder, build_blocks
+from blipren.training.data.batches.collate import collate_padded, collate_shared, useful_share
+from blipren.training.data.batches.masks import FLEX, build_attention_mask, shared_prefix_block_mask
 from blipren.training.engine import flops
 from blipren.training.engine.memory import keep_freed_memory
 from blipren.training.stages.train import answer_losses
@@ -225,7 +220,7 @@ class Bench:
         share = useful_share(batch)
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         batch["inputs"] = {"patch_features": self.features[images]}
-        inputs, mask = batch["inputs"], row_mask(batch, self.ours.parts()["llm"])
+        inputs, mask = batch["inputs"], build_attention_mask(batch, self.ours.parts()["llm"])
         outputs = self.ours(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask,
             logits_at=batch["predict_from"], targets=batch["targets"] if fused else None, use_cache=False, **inputs,

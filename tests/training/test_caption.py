@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor, modeling_blipren
 from blipren.training.commands.train import TrainSettings
-from blipren.training.data.batches.inputs import CacheSource
 from blipren.training.data.batches.masks import shared_prefix_mask
+from blipren.training.data.batches.training_data import CachedData
 from blipren.training.engine import checkpoints
 from blipren.training.engine import trained_parts as tuning
 from blipren.training.engine.model_setup import set_attention
@@ -141,7 +141,7 @@ def test_flex_attention_trains_to_the_same_weights(settings, tmp_path, determini
 
 def test_nan_stops_before_the_update_and_names_the_images(settings, tmp_path, monkeypatch):
     run = settings(max_steps=9, save_every=2, log_every=1)
-    original = CacheSource.inputs
+    original = CachedData.inputs
 
     def poisoned(self, images, seed):
         inputs = original(self, images, seed)
@@ -149,7 +149,7 @@ def test_nan_stops_before_the_update_and_names_the_images(settings, tmp_path, mo
             inputs["patch_features"][images.index(self.ids.index("7.png"))] = float("nan")
         return inputs
 
-    monkeypatch.setattr(CacheSource, "inputs", poisoned)
+    monkeypatch.setattr(CachedData, "inputs", poisoned)
     with pytest.raises(UserError, match=r"loss is not finite at step (\d+).*7\.png") as caught:
         caption.train(run)
     step = int(str(caught.value).split("step ")[1].split(":")[0])

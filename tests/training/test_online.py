@@ -1,11 +1,9 @@
-"""Training straight from images: the same loss as from a float32 cache, augmentation, an encoder that is trained."""
+"""Training straight from images: the same loss as from a float32 cache, an encoder that is trained."""
 
 import pytest
 import torch
 
 from blipren import BliprenForConditionalGeneration
-from blipren.training.data.batches.inputs import ImageSource, read_images
-from blipren.training.engine.loading import load_checkpoint
 from blipren.training.stages import train as caption
 from tests.training.tools import events, weights
 
@@ -24,18 +22,6 @@ def test_online_trains_as_the_cache_does(settings, tmp_path, dataset_dir):
     assert all(torch.allclose(a[k], b[k], rtol=2e-3, atol=2e-4) for k in a)
     ids = [{e["image"] for e in events(tmp_path / run, "sample")} for run in ("run", "online")]
     assert ids[0] == ids[1]
-
-
-def test_augmentation_draws_views_by_seed_in_training_only(settings, dataset_dir, model_dir):
-    model, processor = load_checkpoint(str(model_dir))
-    rows = read_images(settings(cache=str(dataset_dir), online=True), processor)["train"]
-    source = ImageSource(rows, model, processor, augment=True)
-    plain = source.inputs([3], None)["pixel_values"]
-    first, again, other = (source.inputs([3], (0, epoch, 0))["pixel_values"] for epoch in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, plain)
-    assert torch.equal(
-        plain, ImageSource(rows, model, processor, augment=False).inputs([3], (0, 1, 0))["pixel_values"]
-    )
 
 
 def test_the_encoder_can_be_trained_too(settings, tmp_path, dataset_dir, model_dir):

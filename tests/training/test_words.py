@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
-from blipren.training.data.batches.inputs import CacheSource
+from blipren.training.data.batches.training_data import CachedData
 from blipren.training.data.cache import FeatureCache
 from blipren.training.errors import UserError
 from blipren.training.objectives.experiments.bag_of_words import BagOfWords
@@ -18,7 +18,7 @@ from tests.training.tools import events
 def test_targets_are_the_shares_of_answers_that_hold_a_token(model_dir, cache_dir):
     model = BliprenForConditionalGeneration.from_pretrained(model_dir)
     processor = BliprenProcessor.from_pretrained(model_dir)
-    source = CacheSource(FeatureCache.open(cache_dir), "train", model, processor)
+    source = CachedData(FeatureCache.open(cache_dir), "train", model, processor)
     words = BagOfWords([source], processor)
     answers = [ids for _, ids in source.texts.answers(1)]
     row = words.targets({"ids": [source.ids[1]]})[0]

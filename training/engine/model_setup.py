@@ -11,8 +11,9 @@ from blipren.modeling_blipren import summed_cross_entropy
 from blipren.training.commands.train import TrainSettings
 from blipren.training.console import print_line
 from blipren.training.data.batches import shared_prefix as prefix
+from blipren.training.data.batches.blocks import PromptEncoder
+from blipren.training.data.batches.datasets import Layout
 from blipren.training.data.batches.masks import FLEX, dense_attention
-from blipren.training.data.batches.rows import Layout, PromptEncoder
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
 
@@ -82,7 +83,7 @@ def layout_for(model, processor, settings: TrainSettings, sources: Sequence) -> 
     shared = settings.shared_prefix
     if shared:
         with dense_attention(model.parts()["llm"]):
-            reason = prefix.obstacle(model, longest_row(model, processor, sources))
+            reason = prefix.unsupported_reason(model, longest_row(model, processor, sources))
         if reason is not None:
             shared = False
             print_line(f"padded rows, one an answer, instead of shared prefixes: the language model cannot, {reason}")

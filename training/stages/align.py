@@ -21,7 +21,8 @@ from transformers import TrainerCallback
 
 from blipren.training.commands.align import AlignSettings
 from blipren.training.console import print_line
-from blipren.training.data.batches.rows import VIEW, BatchPlan, generator
+from blipren.training.data.batches.draws import VIEW, seeded_generator
+from blipren.training.data.batches.plan import BatchPlan
 from blipren.training.data.cache import FeatureCache
 from blipren.training.engine import checkpoints
 from blipren.training.engine import deepspeed as zero
@@ -91,7 +92,7 @@ class PairBatches(Dataset):
         images = self.pairs.images[numbers]
         views = None
         if self.cache.views > 1:
-            views = generator(self.plan.seed, VIEW, item).integers(self.cache.views, size=len(images))
+            views = seeded_generator(self.plan.seed, VIEW, item).integers(self.cache.views, size=len(images))
         features, mask = self.cache.patch_features(self.split, images, views)
         tokens = self.tokenizer.pad({"input_ids": [self.pairs.tokens[n] for n in numbers]}, return_tensors="pt")
         batch = {

@@ -17,15 +17,11 @@ from transformers import EarlyStoppingCallback
 
 from blipren.training.commands.train import TrainSettings
 from blipren.training.console import print_line
-from blipren.training.data.batches.inputs import open_sources
-from blipren.training.data.batches.masks import dense_attention, row_mask
-from blipren.training.data.batches.rows import (
-    BatchPlan,
-    EvalBatches,
-    Layout,
-    PromptEncoder,
-    TrainBatches,
-)
+from blipren.training.data.batches.blocks import PromptEncoder
+from blipren.training.data.batches.datasets import EvalBatches, Layout, TrainBatches
+from blipren.training.data.batches.masks import build_attention_mask, dense_attention
+from blipren.training.data.batches.plan import BatchPlan
+from blipren.training.data.batches.training_data import open_caches, open_online
 from blipren.training.engine import checkpoints, flops
 from blipren.training.engine import deepspeed as zero
 from blipren.training.engine.device import choose_device
@@ -151,7 +147,7 @@ class LikelihoodTrainer(StageTrainer):
 
     def plain(self, batch: dict) -> tuple[dict, torch.Tensor | BlockMask]:
         """Model inputs and mask of a batch, nothing dropped."""
-        return batch["inputs"], row_mask(batch, self.model.parts()["llm"])
+        return batch["inputs"], build_attention_mask(batch, self.model.parts()["llm"])
 
     def regularised(self, batch: dict) -> tuple[dict, torch.Tensor | BlockMask]:
         """Model inputs and mask of a training batch, with dropped patches, noise and dropped words."""
@@ -174,7 +170,7 @@ class LikelihoodTrainer(StageTrainer):
         if s.word_dropout:
             answer = batch["is_answer"]
             unseen = answer & (torch.rand(answer.shape, device=answer.device) < s.word_dropout)
-        return inputs, row_mask(batch, self.model.parts()["llm"], unseen)
+        return inputs, build_attention_mask(batch, self.model.parts()["llm"], unseen)
 
     def count_step(self, batches: list[dict]) -> torch.Tensor:
         """[answer tokens, images] of this process's part of a step."""
@@ -227,7 +223,7 @@ class LikelihoodTrainer(StageTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Loss over all of validation, CIDEr where it chooses the model, and the sample captions."""
-        step, images, began = self.state.global_step, len(self.validation.source.texts), time.perf_counter()
+        step, images, began = self.state.global_step, len(self.validation.data.texts), time.perf_counter()
         with self.clock, self.average.in_place() if self.average is not None else nullcontext():
             metrics = {"loss": self.validation_loss()}
             if self.settings.keep_best == "CIDEr":
@@ -279,7 +275,7 @@ class LikelihoodTrainer(StageTrainer):
         """Captions of validation images, as `generate_captions` gives them."""
         from blipren.training.evaluation.captioning import Features, generate_captions
 
-        source, was_training = self.validation.source, self.model.training
+        source, was_training = self.validation.data, self.model.training
         self.model.eval()
         found: list[dict] = []
         for start in range(0, len(images), 32):
@@ -305,7 +301,7 @@ class LikelihoodTrainer(StageTrainer):
         """CIDEr of greedy or beam captions over every validation image that has captions."""
         from blipren.training.evaluation.metrics.captions import score_captions
 
-        source, rank, world = self.validation.source, self.accelerator.process_index, self.accelerator.num_processes
+        source, rank, world = self.validation.data, self.accelerator.process_index, self.accelerator.num_processes
         references = source.references()
         if is_sharded(self.model):  # all processes generate together
             rank, world = 0, 1
@@ -327,7 +323,7 @@ class LikelihoodTrainer(StageTrainer):
             return
         self.progress.print_line(f"captions {when} training:")
         for image, found in zip(self.samples, captions):
-            name = self.validation.source.ids[image]
+            name = self.validation.data.ids[image]
             self.run_folder.log("sample", self.state.global_step, image=name, text=found["text"], when=when)
             self.progress.print_line(f"  {name}: {found['text']}")
 
@@ -474,7 +470,10 @@ def train(settings: TrainSettings) -> int:
         return 0
     torch.manual_seed(settings.seed)
     model, processor = load_quantised(settings, precision) if settings.llm_bits else load(settings)
-    sources, validation = open_sources(settings, model, processor)
+    if settings.online:
+        sources, validation = open_online(settings.cache, model, processor, settings, settings.augment)
+    else:
+        sources, validation = open_caches(settings.cache, model, processor)
     if settings.consensus_captions:
         for source in sources:
             print_line(replace_captions_by_consensus(source, settings.consensus_captions, processor))

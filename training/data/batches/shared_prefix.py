@@ -1,14 +1,14 @@
-"""Can this language model read several answers behind one shared prefix? Found out by trying, not by its name."""
+"""Whether a language model can read several answers behind one shared prefix: tried out, not known by its name."""
 
 import torch
 
-from blipren.training.data.batches.masks import row_mask
+from blipren.training.data.batches.masks import build_attention_mask
 
-PREFIX, SEGMENTS = 7, ((0, 5), (1, 4), (2, 6))
+PREFIX_LENGTH, SEGMENT_LENGTHS = 7, (5, 4, 6)  # of the trial
 
 
 def attention_window(text_config) -> int | None:
-    """Tokens that the narrowest attention layer looks back, or None where all look back to the beginning."""
+    """Return the length of the shortest attention window in tokens, or None where every layer attends to all tokens."""
     if getattr(text_config, "use_sliding_window", None) is False:
         return None
     windows = [getattr(text_config, name, None) for name in ("sliding_window", "attention_chunk_size")]
@@ -19,13 +19,13 @@ def attention_window(text_config) -> int | None:
 
 
 @torch.no_grad()
-def obstacle(model, longest: int) -> str | None:
-    """Why a shared prefix would not give what separate rows give, or None.
+def unsupported_reason(model, longest: int) -> str | None:
+    """Return why a shared prefix would not give the states of separate rows, or None if it does.
 
     Args:
         model: a `BliprenForConditionalGeneration`.
-        longest: tokens of the longest prompt and answer together: a given mask replaces a sliding window, so the
-            window must be longer.
+        longest: tokens of the longest prompt and answer together. The mask replaces a sliding window, so the window
+            must be at least as long.
     """
     text_config, language_model = model.config.text_config, model.parts()["llm"]
     window = attention_window(text_config)
@@ -35,8 +35,8 @@ def obstacle(model, longest: int) -> str | None:
     device, dtype = embed.weight.device, embed.weight.dtype
     size = min(embed.num_embeddings, 1000)
     draw = torch.Generator().manual_seed(0)
-    prefix = torch.randint(size, (PREFIX,), generator=draw)
-    segments = [torch.randint(size, (length,), generator=draw) for _, length in SEGMENTS]
+    prefix = torch.randint(size, (PREFIX_LENGTH,), generator=draw)
+    segments = [torch.randint(size, (length,), generator=draw) for length in SEGMENT_LENGTHS]
     was_training = language_model.training
     language_model.eval()
     try:
@@ -44,11 +44,13 @@ def obstacle(model, longest: int) -> str | None:
         for segment in segments:
             ids = torch.cat([prefix, segment])[None].to(device)
             states = language_model(inputs_embeds=embed(ids), use_cache=False).last_hidden_state
-            separate.append(states[0, PREFIX:])
+            separate.append(states[0, PREFIX_LENGTH:])
         ids = torch.cat([prefix, *segments])[None].to(device)
-        segment_ids = torch.cat([torch.zeros(PREFIX), *(torch.full_like(s, i + 1) for i, s in enumerate(segments))])
-        positions = torch.cat([torch.arange(PREFIX), *(PREFIX + torch.arange(len(s)) for s in segments)])
-        mask = row_mask(
+        segment_ids = torch.cat(
+            [torch.zeros(PREFIX_LENGTH), *(torch.full_like(s, i + 1) for i, s in enumerate(segments))]
+        )
+        positions = torch.cat([torch.arange(PREFIX_LENGTH), *(PREFIX_LENGTH + torch.arange(len(s)) for s in segments)])
+        mask = build_attention_mask(
             {"block_ids": torch.zeros_like(ids), "segment_ids": segment_ids[None].to(device)}, language_model
         )
         try:
@@ -57,13 +59,13 @@ def obstacle(model, longest: int) -> str | None:
                 attention_mask=mask,
                 position_ids=positions[None].to(device),
                 use_cache=False,
-            ).last_hidden_state[0, PREFIX:]
+            ).last_hidden_state[0, PREFIX_LENGTH:]
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            return f"its attention does not take a mask of its own ({' '.join(str(error).split())[:120]})"
+            return f"its attention does not take a 4-D mask ({' '.join(str(error).split())[:120]})"
     finally:
         language_model.train(was_training)
     separate = torch.cat(separate).float()
     difference = ((shared.float() - separate).norm() / separate.norm()).item()
     if not difference <= (1e-3 if dtype == torch.float32 else 5e-2):
-        return f"its layers carry an answer into the next one (states differ by {difference:.1%})"
+        return f"its layers pass states from one answer to the next (states differ by {difference:.1%})"
     return None

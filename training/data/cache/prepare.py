@@ -9,8 +9,6 @@ import collections
 import mmap
 import multiprocessing
 import os
-import random
-import re
 import signal
 import sys
 import threading
@@ -24,17 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from blipren.training.data.cache.encoder import PIXEL_INPUTS
+from blipren.training.data.cache.views import can_be_mirrored, cut_view
 from blipren.training.data.sources.caption_filter import CaptionFilter, filter_texts
 from blipren.training.data.sources.images import ImageError
 from blipren.training.data.sources.near_duplicates import image_signature
 from blipren.training.data.sources.rows import Row
 from blipren.training.data.sources.splits import split_by_hash
 from blipren.training.errors import UserError
-
-_SIDES = re.compile(r"\b(left|right)\b|\d", re.IGNORECASE)
 
 
 @dataclass(kw_only=True)
@@ -89,28 +86,6 @@ def rejection(row: Row, kind: str, reason: str, value: str, text: str | None = N
     return line if text is None else line | {"text": text[:200]}
 
 
-def cut_view(image: Image.Image, view: int, key: str, flip: bool, scale: float, keep_size: bool) -> Image.Image:
-    """View 0 is the image; others are crops of its own shape with `scale` to 1 of its area, half of them mirrored.
-
-    The same `key` and number give the same view, whoever computes it.
-
-    Args:
-        keep_size: scale the crop back, for encoders whose number of patches follows the size.
-    """
-    if view == 0:
-        return image
-    rng = random.Random(f"{key}/{view}")
-    edge = rng.uniform(scale, 1.0) ** 0.5
-    width, height = max(1, round(image.width * edge)), max(1, round(image.height * edge))
-    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
-    mirrored = rng.random() < 0.5
-    size = image.size
-    image = image.crop((left, top, left + width, top + height))
-    if keep_size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    return ImageOps.mirror(image) if mirrored and flip else image
-
-
 def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[Image.Image], list[dict[str, Any]]]:
     """One row: what to cache of it, its views as images, and what of it was rejected (a row, or some of its texts)."""
     rejected = [rejection(row, "text", rule, value) for rule, value in row.problems]
@@ -129,8 +104,7 @@ def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[
     split = row.split or split_by_hash(image_hash, config.validation_share, config.test_share)
     phash, thumb = image_signature(image)
     prepared = Prepared(row, split, image_hash, phash, thumb, left.prompts, left.answers, left.kept)
-    # Sides and digits in the texts would be wrong in a mirror.
-    flip = config.view_flip and not any(_SIDES.search(text) for text in [*left.answers, *filter(None, left.prompts)])
+    flip = config.view_flip and can_be_mirrored([*left.answers, *left.prompts])
     views = [
         cut_view(image, view, image_hash, flip, config.view_scale, config.variable) for view in range(config.views)
     ]

@@ -68,7 +68,7 @@ def predicted_scores(scores: torch.Tensor, image_of: torch.Tensor, features: tor
 
 
 def consensus_captions(source, count: int) -> dict[int, list[str]]:
-    """`count` different captions of other images for each image of a `CacheSource` that has captions, best first.
+    """`count` different captions of other images for each image of a `CachedData` that has captions, best first.
 
     Raises `UserError` where the images are too many to compare all with all, or too few.
     """

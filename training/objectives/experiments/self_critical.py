@@ -9,7 +9,8 @@ from collections import Counter, defaultdict
 
 import torch
 
-from blipren.training.data.batches.rows import Block, PromptEncoder, collate_padded, collate_shared
+from blipren.training.data.batches.blocks import Block, PromptEncoder
+from blipren.training.data.batches.collate import collate_padded, collate_shared
 from blipren.training.evaluation.metrics.tokenizer import tokenize
 from blipren.training.objectives.experiments.sampling import sample_answers
 

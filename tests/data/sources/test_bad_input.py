@@ -14,8 +14,7 @@ from PIL import Image
 from blipren.training.data.sources.images import Folder, ImageError, decode_image, image_bytes
 from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.engine.loading import load_checkpoint
-
-from .conftest import encoded, picture, run_embed, write_folder
+from tests.data.tools import encoded, picture, run_embed, write_folder
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 

@@ -12,8 +12,7 @@ import pytest
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.builder import CacheLock
 from blipren.training.errors import UserError
-
-from .conftest import encoded, picture, run_embed, write_folder
+from tests.data.tools import encoded, picture, run_embed, write_folder
 
 fork = multiprocessing.get_context("fork")
 OPTIONS = {"rows_per_shard": 8, "batch_size": 4, "dtype": "float32", "validation_share": 0.15, "test_share": 0.15}

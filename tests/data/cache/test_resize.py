@@ -10,8 +10,7 @@ from transformers import CLIPImageProcessorPil, Siglip2ImageProcessorPil, Siglip
 
 from blipren.image_blipren import with_fast_resize
 from blipren.training.engine.loading import load_checkpoint
-
-from .conftest import picture
+from tests.data.tools import picture
 
 SIZES = [(640, 480), (333, 500), (224, 224), (100, 90), (1, 1), (300, 3), (1000, 40)]
 

@@ -11,8 +11,7 @@ from PIL import Image
 from blipren.training.data.sources.mixture import split_weights
 from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.errors import UserError
-
-from .conftest import encoded, picture, write_folder, write_tar
+from tests.data.tools import encoded, picture, write_folder, write_tar
 
 
 def write_parquet(path, columns: dict) -> str:

@@ -12,8 +12,7 @@ import pytest
 from blipren.training.commands.embed import EmbedSettings
 from blipren.training.data.cache import FeatureCache, ray_engine
 from blipren.training.data.cache.embed import embed
-
-from .conftest import encoded, picture, run_embed
+from tests.data.tools import encoded, picture, run_embed
 
 OPTIONS = {
     "rows_per_shard": 2,

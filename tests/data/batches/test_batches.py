@@ -1,4 +1,4 @@
-"""Batches: a pure function of rows, seed and step; no token wasted; equal in loss and gradients to padded rows."""
+"""Batches: a pure function of rows, seed and step; little padding; equal in loss and gradients to padded rows."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,11 @@ from torch.nn import functional as F
 from torch.nn.attention import flex_attention
 
 from blipren.training.data.batches import masks
-from blipren.training.data.batches import rows as batches
-from blipren.training.data.batches.rows import BatchPlan, Layout, PromptEncoder, TrainBatches
+from blipren.training.data.batches.blocks import PromptEncoder, build_blocks
+from blipren.training.data.batches.datasets import EvalBatches, Layout, TrainBatches
+from blipren.training.data.batches.draws import DRAW, seeded_generator
+from blipren.training.data.batches.packing import pack_by_capacity, pack_rows
+from blipren.training.data.batches.plan import BatchPlan
 from blipren.training.data.cache.tokens import build_table
 
 IMAGE, EOS, PAD, VOCABULARY, VISUAL = 3, 2, 0, 60, 4
@@ -33,7 +36,7 @@ class ToyProcessor:
         return [self.encode_answer(answer) for answer in answers]
 
 
-class ToySource:
+class ToyData:
     def __init__(self, texts, width=8, patches=3, name="a"):
         prompts = [[q for q, _ in row] for row in texts]
         answers = [[a for _, a in row] for row in texts]
@@ -85,7 +88,7 @@ def test_weights_take_a_cache_more_or_less_often():
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_batches_do_not_depend_on_world_size_or_on_what_was_asked_before(world):
-    source = ToySource(toy_texts(23))
+    source = ToyData(toy_texts(23))
     prompts, layout = PromptEncoder(ToyProcessor()), Layout(pad_token_id=PAD)
     one = TrainBatches([source], prompts, plan(micro_batches=4), layout, steps=9)
     reference = [one[i] for i in range(len(one))]
@@ -99,29 +102,29 @@ def test_batches_do_not_depend_on_world_size_or_on_what_was_asked_before(world):
 
 
 def test_prompts_and_system_prompts_are_drawn_by_seed_and_fixed_in_validation():
-    source = ToySource([[(None, "rain")] * 5] * 12)
+    source = ToyData([[(None, "rain")] * 5] * 12)
     prompts, layout = PromptEncoder(ToyProcessor()), Layout(pad_token_id=PAD)
     train = TrainBatches([source], prompts, plan(sizes=(12,)), layout, steps=8)
     prefixes, tails = set(), set()
     for item in range(len(train)):
         epoch, images = train.plan.micro_batch(*divmod(item, 2))
         for _, image in images:
-            random = batches.generator(5, epoch, batches.DRAW, 0, image)
-            for block in batches.build_blocks((0, image), source.texts.answers(image), VISUAL, prompts, random):
+            random = seeded_generator(5, epoch, DRAW, 0, image)
+            for block in build_blocks((0, image), source.texts.answers(image), VISUAL, prompts, random):
                 prefixes.add(tuple(block.prefix))
                 tails |= {tuple(prompt) for prompt, _ in block.segments}
     assert len(prefixes) == 2 and len(tails) == 3
-    blocks = batches.build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts)
+    blocks = build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts)
     (block,) = blocks
     assert {tuple(prompt) for prompt, _ in block.segments} == {tuple(ToyProcessor().encode_answer("describe:")[:-1])}
 
 
 def test_every_answer_and_one_eos_each_are_targets_and_nothing_else():
     texts = toy_texts(9)
-    source, prompts = ToySource(texts), PromptEncoder(ToyProcessor())
+    source, prompts = ToyData(texts), PromptEncoder(ToyProcessor())
     wanted = sorted(tuple(ToyProcessor().encode_answer(answer)) for row in texts for _, answer in row)
     for shared in (True, False):
-        data = batches.EvalBatches(source, prompts, Layout(pad_token_id=PAD, shared_prefix=shared), 4)
+        data = EvalBatches(source, prompts, Layout(pad_token_id=PAD, shared_prefix=shared), 4)
         got, current = [], []
         for item in range(len(data)):
             for target in data[item]["targets"].tolist():
@@ -139,21 +142,21 @@ def test_pack_and_useful_share():
         shares = []
         for _ in range(20):
             lengths = random.integers(low, high, images).tolist()
-            bins = batches.pack_rows(lengths)
+            bins = pack_rows(lengths)
             assert sorted(i for b in bins for i in b) == list(range(images))
             area = len(bins) * max(sum(lengths[i] for i in b) for b in bins)
             shares.append(sum(lengths) / area)
         assert np.mean(shares) >= 0.96 and min(shares) >= 0.93, (low, high, images)
     lengths = random.integers(60, 130, 32).tolist()
-    assert all(sum(lengths[i] for i in b) <= 260 for b in batches.pack_rows(lengths, 260))
-    assert batches.pack([50, 10], 20) == [[0], [1]]  # too long for the capacity: alone
+    assert all(sum(lengths[i] for i in b) <= 260 for b in pack_rows(lengths, 260))
+    assert pack_by_capacity([50, 10], 20) == [[0], [1]]  # too long for the capacity: alone
 
 
 def test_long_image_is_cut_into_blocks_and_a_cut_answer_has_no_eos():
-    source, prompts = ToySource([[(None, "abcdefgh")] * 20]), PromptEncoder(ToyProcessor())
-    blocks = batches.build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts, max_block_tokens=80)
+    source, prompts = ToyData([[(None, "abcdefgh")] * 20]), PromptEncoder(ToyProcessor())
+    blocks = build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts, max_block_tokens=80)
     assert len(blocks) > 1 and all(len(b) <= 80 for b in blocks) and sum(len(b.segments) for b in blocks) == 20
-    (block,) = batches.build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts, max_answer_tokens=3)
+    (block,) = build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts, max_answer_tokens=3)
     assert all(len(answer) == 3 and EOS not in answer for _, answer in block.segments)
 
 
@@ -165,7 +168,7 @@ def test_a_step_too_small_for_its_parts_is_refused():
 
 
 def test_several_sources_keep_the_order_of_placeholders_and_pad_features():
-    a, b = ToySource(toy_texts(6), patches=3), ToySource(toy_texts(6, 1), patches=5, name="b")
+    a, b = ToyData(toy_texts(6), patches=3), ToyData(toy_texts(6, 1), patches=5, name="b")
     p = plan(sizes=(6, 6), weights=(1.0, 1.0), images_per_step=12, micro_batches=1)
     batch = TrainBatches([a, b], PromptEncoder(ToyProcessor()), p, Layout(pad_token_id=PAD), steps=1)[0]
     features, mask = batch["inputs"]["patch_features"], batch["inputs"]["patch_attention_mask"]
@@ -208,15 +211,15 @@ def loss_of(llm, batch, features):
     embeds = llm.get_input_embeddings()(batch["input_ids"])
     image_places = batch["input_ids"] == IMAGE
     embeds = embeds.masked_scatter(image_places[..., None], features[order])
-    mask = masks.row_mask(batch, llm)
+    mask = masks.build_attention_mask(batch, llm)
     out = llm(inputs_embeds=embeds, attention_mask=mask, position_ids=batch["position_ids"], use_cache=False)
     logits = out.logits.flatten(0, 1)[batch["predict_from"]]
     return F.cross_entropy(logits, batch["targets"], reduction="sum")
 
 
 def loss_and_gradients(llm, shared):
-    source, prompts = ToySource(toy_texts(5)), PromptEncoder(ToyProcessor())
-    batch = batches.EvalBatches(source, prompts, Layout(pad_token_id=PAD, shared_prefix=shared), 5)[0]
+    source, prompts = ToyData(toy_texts(5)), PromptEncoder(ToyProcessor())
+    batch = EvalBatches(source, prompts, Layout(pad_token_id=PAD, shared_prefix=shared), 5)[0]
     features = torch.randn(5, VISUAL, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     features.requires_grad_()
     llm.zero_grad()
@@ -270,15 +273,15 @@ def fresh_compiler():
 
 
 def test_flex_attention_compiled_and_with_hidden_words(fresh_compiler):
-    llm, source, prompts = tiny_llm("Llama").float(), ToySource(toy_texts(5)), PromptEncoder(ToyProcessor())
-    batch = batches.EvalBatches(source, prompts, Layout(pad_token_id=PAD), 5)[0]
-    unseen = batch["is_answer"] & (
+    llm, source, prompts = tiny_llm("Llama").float(), ToyData(toy_texts(5)), PromptEncoder(ToyProcessor())
+    batch = EvalBatches(source, prompts, Layout(pad_token_id=PAD), 5)[0]
+    hidden = batch["is_answer"] & (
         torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(0)) < 0.5
     )
     states = []
     for attention in ("sdpa", "flex_attention"):
         llm.set_attn_implementation(attention)
-        mask = masks.row_mask(batch, llm, unseen)
+        mask = masks.build_attention_mask(batch, llm, hidden)
         with torch.no_grad():
             out = llm(
                 input_ids=batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
@@ -294,7 +297,7 @@ def test_the_block_mask_is_what_makes_them_equal(monkeypatch):
 
     llm = tiny_llm("Llama")
     right = loss_and_gradients(llm, True)[0]
-    monkeypatch.setattr(masks, "who_sees_whom", lambda *ids: causal_only)
+    monkeypatch.setattr(masks, "build_attention_rule", lambda *ids: causal_only)
     assert abs(loss_and_gradients(llm, True)[0] - right) > 1e-3 * right
 
 
@@ -302,10 +305,10 @@ def test_first_token_behind_an_empty_prompt_is_predicted_by_the_last_image_token
     class NoPrompt(ToyProcessor):
         prompts = [""]
 
-    llm, source = tiny_llm("Llama"), ToySource([[(None, "rain"), (None, "")], [(None, "two cats")]])
+    llm, source = tiny_llm("Llama"), ToyData([[(None, "rain"), (None, "")], [(None, "two cats")]])
     features = torch.randn(2, VISUAL, 32, dtype=torch.float64)
     losses = [
-        loss_of(llm, batches.EvalBatches(source, PromptEncoder(NoPrompt()), layout, 2)[0], features).item()
+        loss_of(llm, EvalBatches(source, PromptEncoder(NoPrompt()), layout, 2)[0], features).item()
         for layout in (Layout(pad_token_id=PAD), Layout(pad_token_id=PAD, shared_prefix=False))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)

@@ -10,9 +10,8 @@ from blipren.training.data.cache.similarity_filter import judge
 from blipren.training.data.sources.caption_filter import CaptionFilter, count_captions, filter_texts
 from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.errors import UserError
+from tests.data.tools import encoded, make_model, picture, run_embed, write_folder
 from tests.tiny_models import make_tokenizer
-
-from .conftest import encoded, make_model, picture, run_embed, write_folder
 
 OFF = {
     "min_words": 0, "max_words": None, "max_chars": None, "max_repetition": None, "markup": False, "boilerplate": False,

@@ -12,9 +12,8 @@ from blipren.training.data.cache.shards import CacheDamage
 from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
+from tests.data.tools import encoded, make_model, picture, run_embed, write_folder
 from tests.tiny_models import make_llm, make_vision
-
-from .conftest import encoded, make_model, picture, run_embed, write_folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,198 @@
+"""The images and texts that batches are made of: from feature caches, or decoded as they are needed."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from blipren.training.data.batches.draws import VIEW, seeded_generator
+from blipren.training.data.cache import FeatureCache
+from blipren.training.data.cache.prepare import PrepareConfig, Prepared, prepare_row
+from blipren.training.data.cache.tokens import TokenTable, build_table
+from blipren.training.data.cache.views import can_be_mirrored, cut_view
+from blipren.training.data.sources.near_duplicates import NearIndex
+from blipren.training.data.sources.open_rows import open_rows
+from blipren.training.data.sources.settings import SourceSettings
+from blipren.training.data.sources.splits import SPLITS
+from blipren.training.errors import UsageError, UserError
+
+
+class TrainingData(Protocol):
+    """One split of what is trained on."""
+
+    ids: Sequence[str]
+    """Stable id of each image; messages name it."""
+    texts: TokenTable
+    """Prompts and answers of each image."""
+
+    def visual_tokens(self, image: int) -> int:
+        """Number of placeholders of an image."""
+
+    def inputs(self, images: list[int], seed: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+        """Return the model inputs of some images, such as `patch_features` `[images, patches, width]`.
+
+        Args:
+            seed: seed of what is drawn (views, augmentation), by `seeded_generator(*seed, VIEW, image)`; None draws
+                nothing.
+        """
+
+
+class CachedData:
+    """One split of a feature cache. Training draws one of the cached views of an image; validation takes the first."""
+
+    def __init__(self, cache: FeatureCache, split: str, model, processor, weight: float = 1.0):
+        self.cache, self.split, self.weight = cache, split, weight
+        self.ids = cache.ids(split)
+        self.texts = cache.tokens(split, processor)
+        # None: without a Q-Former, an image has as many visual tokens as patches
+        self.per_image = model.config.num_visual_tokens if model.config.connector == "qformer" else cache.num_patches
+        self.num_patches = None if self.per_image is not None else list(cache.split(split)["num_patches"])
+
+    def visual_tokens(self, image: int) -> int:
+        return self.per_image if self.per_image is not None else self.num_patches[image]
+
+    def inputs(self, images: list[int], seed: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+        views = None
+        if seed is not None and self.cache.views > 1:
+            views = [int(seeded_generator(*seed, VIEW, image).integers(self.cache.views)) for image in images]
+        features, mask = self.cache.patch_features(self.split, images, views, dtype=None)
+        return {"patch_features": features} | ({} if mask is None else {"patch_attention_mask": mask})
+
+    def references(self) -> dict[int, list[str]]:
+        """Return the captions of each image that has some."""
+        rows = self.cache.split(self.split)
+        return find_captions(zip(rows["prompts"], rows["answers"]))
+
+
+class OnlineData:
+    """One split of a data set. Images are read, decoded and resized when a batch needs them."""
+
+    weight = 1.0
+
+    def __init__(self, rows: list[Prepared], model, processor, augment: bool):
+        if model.config.num_visual_tokens is None:
+            raise UserError("online needs a fixed number of visual tokens: use connector qformer, or a feature cache")
+        self.rows, self.augment = rows, augment
+        self.image_processor = processor.image_processor
+        self.per_image = model.config.num_visual_tokens
+        self.ids = [row.row.id for row in rows]
+        self.texts = build_table([r.prompts for r in rows], [r.answers for r in rows], processor)
+
+    def visual_tokens(self, image: int) -> int:
+        return self.per_image
+
+    def inputs(self, images: list[int], seed: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+        pictures = []
+        for image in images:
+            prepared = self.rows[image]
+            picture = prepared.row.load()
+            if self.augment and seed is not None:
+                view = 1 + int(seeded_generator(*seed, VIEW, image).integers(1 << 30))
+                flip = can_be_mirrored([*prepared.answers, *prepared.prompts])
+                picture = cut_view(picture, view, prepared.image_hash, flip, 0.6, keep_size=False)
+            pictures.append(picture)
+        return dict(self.image_processor(images=pictures, return_tensors="pt"))
+
+    def references(self) -> dict[int, list[str]]:
+        """Return the captions of each image that has some."""
+        return find_captions((row.prompts, row.answers) for row in self.rows)
+
+
+def find_captions(texts: Iterable[tuple[Sequence[str | None], Sequence[str]]]) -> dict[int, list[str]]:
+    """Return image -> its captions (answers to the default caption prompt), of the images that have some.
+
+    Args:
+        texts: prompts and answers of each image.
+    """
+    found = {}
+    for image, (prompts, answers) in enumerate(texts):
+        captions = [answer for prompt, answer in zip(prompts, answers) if prompt is None]
+        if captions:
+            found[image] = captions
+    return found
+
+
+def read_images(dataset: str, processor, source: SourceSettings) -> dict[str, list[Prepared]]:
+    """Read the rows of a data set by split, filtered as `embed` filters them. Every image is decoded once.
+
+    Training images that are nearly a held-out image are left out.
+    """
+    rows = open_rows(dataset, **source.source_options())
+    config = PrepareConfig(
+        image_processor=processor.image_processor,
+        validation_share=source.validation_share,
+        test_share=source.test_share,
+    )
+    splits: dict[str, list[Prepared]] = {split: [] for split in SPLITS}
+    rejected: Counter[str] = Counter()
+    for row in rows:
+        prepared, _, refused = prepare_row(row, config)
+        rejected.update(line["reason"] for line in refused if line["kind"] == "row")
+        if prepared is not None:
+            splits[prepared.split].append(prepared)
+    held_out, train = splits["validation"] + splits["test"], splits["train"]
+    near: dict[int, int] = {}
+    if held_out and train:
+        index = NearIndex(np.array([p.phash for p in held_out], np.uint64), np.stack([p.thumb for p in held_out]))
+        near = index.find(np.array([p.phash for p in train], np.uint64), np.stack([p.thumb for p in train]))
+    splits["train"] = [p for i, p in enumerate(train) if i not in near]
+    reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.most_common()) or "none"
+    print(
+        f"online {rows.describe()}: train {len(splits['train']):,}, validation {len(splits['validation']):,}; "
+        f"rejected: {reasons}; near duplicates of held-out images left out: {len(near):,}"
+    )
+    return splits
+
+
+def open_online(
+    dataset: str, model, processor, source: SourceSettings, augment: bool
+) -> tuple[list[OnlineData], OnlineData | None]:
+    """Open a data set of images for training. Returns its train split, and its validation split if there is one."""
+    splits = read_images(dataset, processor, source)
+    if not splits["train"]:
+        raise UserError(f"{dataset} has no image in its train split")
+    validation = OnlineData(splits["validation"], model, processor, False) if splits["validation"] else None
+    return [OnlineData(splits["train"], model, processor, augment)], validation
+
+
+def open_caches(caches: str, model, processor) -> tuple[list[CachedData], CachedData | None]:
+    """Open feature caches for training.
+
+    Args:
+        caches: folders, with or without weights: `A=2,B`.
+
+    Returns:
+        The train split of each, and the validation split of the first that has one.
+
+    Raises:
+        UserError: a cache that is not there, that another encoder made, or whose train split is empty.
+    """
+    train, validation = [], None
+    for path, weight in parse_weights(caches):
+        cache = FeatureCache.open(path)
+        cache.check_model(model, processor)
+        if not cache.num_rows("train"):
+            raise UserError(f"cache {path} has no image in its train split: embed a dataset that has one")
+        train.append(CachedData(cache, "train", model, processor, weight))
+        if validation is None and cache.num_rows("validation"):
+            validation = CachedData(cache, "validation", model, processor)
+    return train, validation
+
+
+def parse_weights(text: str) -> list[tuple[str, float]]:
+    """Parse `a=2,b` to `[("a", 2.0), ("b", 1.0)]`. Raises `UsageError` for a weight that is no positive number."""
+    found = []
+    for part in text.split(","):
+        path, equals, weight = part.rpartition("=")
+        if not equals:
+            path, weight = part, "1"
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not path or value <= 0:
+            raise UsageError(f"cache {part!r} is not FOLDER or FOLDER=WEIGHT with a weight above 0")
+        found.append((path, value))
+    return found
