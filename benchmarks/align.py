@@ -20,9 +20,9 @@ import torch
 from blipren.training.cli import build_settings
 from blipren.training.commands.align import AlignSettings
 from blipren.training.commands.embed import EmbedSettings
+from blipren.training.commands.embed import run as embed
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.commands.new import run as new
-from blipren.training.data.cache.embed import embed
 from blipren.training.evaluation.evaluate import evaluate
 from blipren.training.quickstart.scenes import Split, write_scenes
 from blipren.training.quickstart.text_tokenizer import write_tokenizer

@@ -32,10 +32,13 @@ from blipren import BliprenConfig, BliprenForConditionalGeneration
 from blipren.image_blipren import with_fast_resize
 from blipren.training.commands.embed import EmbedSettings
 from blipren.training.data.cache import FeatureCache
-from blipren.training.data.cache.builder import CacheBuilder
-from blipren.training.data.cache.embed import cache_fingerprint, run_units
 from blipren.training.data.cache.encoder import Encoder
-from blipren.training.data.cache.prepare import PrepareConfig, default_workers
+from blipren.training.data.cache.engines.local import embed_units
+from blipren.training.data.cache.engines.workers import default_workers
+from blipren.training.data.cache.fingerprints import cache_fingerprint
+from blipren.training.data.cache.prepare import PrepareConfig
+from blipren.training.data.cache.writer.finish import finish_cache
+from blipren.training.data.cache.writer.units import CacheWriter
 from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.engine.memory import keep_freed_memory
 from blipren.vision_blipren import measure_vision
@@ -114,7 +117,7 @@ def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dic
     config = PrepareConfig(image_processor=encoder.image_processor)
     patches = encoder.measure()
     cache.mkdir()
-    builder = CacheBuilder(
+    writer = CacheWriter(
         cache,
         cache_fingerprint(s, source, encoder),
         dtype=s.dtype,
@@ -124,13 +127,13 @@ def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dic
         messages=False,
         rows_per_unit=s.rows_per_shard,
     )
-    builder.start()
+    writer.start()
     started = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
-        run_units(s, source, encoder, builder, config)
+        embed_units(s, source, encoder, writer, config)
     seconds = time.perf_counter() - started
     with contextlib.redirect_stdout(io.StringIO()):
-        builder.finalize({"views": 1, "num_patches": patches})
+        finish_cache(writer, {"views": 1, "num_patches": patches})
     return count / seconds
 
 

@@ -23,12 +23,12 @@ from torch import nn
 
 from blipren.training.cli import build_settings
 from blipren.training.commands.embed import EmbedSettings
+from blipren.training.commands.embed import run as embed
 from blipren.training.commands.new import NewSettings
 from blipren.training.commands.new import run as new
 from blipren.training.commands.train import TrainSettings
 from blipren.training.data.batches.blocks import PromptEncoder, build_blocks
 from blipren.training.data.batches.training_data import open_caches, read_images
-from blipren.training.data.cache.embed import embed
 from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.engine.memory import keep_freed_memory

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.commands.align import AlignSettings
 from blipren.training.commands.embed import EmbedSettings
-from blipren.training.data.cache.embed import embed
+from blipren.training.commands.embed import run as embed
 from tests.tiny_models import QFORMER, make_llm, make_vision
 
 WORDS = (

@@ -56,8 +56,8 @@ def make_model(folder, vision, llm, **options):
 def run_embed(model, dataset, cache, **options):
     """`blipren embed` in this process, without workers unless asked for; gives the opened cache."""
     from blipren.training.commands.embed import EmbedSettings
+    from blipren.training.commands.embed import run as embed
     from blipren.training.data.cache import FeatureCache
-    from blipren.training.data.cache.embed import embed
 
     settings = {"workers": 0, "batch_size": 4, "rows_per_shard": 8, "device": "cpu"} | options
     assert not embed(EmbedSettings(model=str(model), dataset=str(dataset), cache=str(cache), **settings))

@@ -3,8 +3,8 @@
 import pytest
 
 from blipren.training.commands.embed import EmbedSettings
+from blipren.training.commands.embed import run as embed
 from blipren.training.commands.train import TrainSettings
-from blipren.training.data.cache.embed import embed
 from tests import tiny_models
 from tests.training.tools import draw_dataset, make_model
 

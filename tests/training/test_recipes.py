@@ -12,8 +12,8 @@ import blipren
 from blipren import BliprenConfig, BliprenQFormer, BliprenQFormerConfig
 from blipren.modeling_blipren import build_projector
 from blipren.training.cli import build_settings, load_recipe, settings_class
+from blipren.training.commands.embed import run as embed
 from blipren.training.commands.new import run as new
-from blipren.training.data.cache.embed import embed
 from blipren.training.stages.align import align
 from blipren.training.stages.train import train
 from tests import tiny_models

@@ -1,23 +1,17 @@
 """Embed a data set once into a feature cache."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from blipren.training.data.sources.settings import SourceSettings
-from blipren.training.errors import UsageError
-from blipren.training.settings import choice, positional
+from blipren.training.data.sources.settings import CaptionFilterSettings, SourceSettings
+from blipren.training.errors import UsageError, UserError
+from blipren.training.settings import Settings, choice, positional
 
 
 @dataclass(kw_only=True)
-class EmbedSettings(SourceSettings):
-    """`blipren embed`: runs the frozen encoder once on every image and writes the feature cache."""
+class StorageSettings(Settings):
+    """What is stored."""
 
-    model: str = positional()
-    """Checkpoint folder or Hub id whose vision encoder embeds."""
-    dataset: str = positional()
-    """Anything that datasets.load_dataset reads: Hub id, folder with metadata.jsonl, Parquet, WebDataset tars; several
-    as A,B (all rows of both) or A=2,B=1 (drawn in these proportions)."""
-    cache: str = positional()
-    """Folder of the feature cache."""
     near_duplicates: str = choice("drop", "keep", default="drop")
     """Training images that are nearly a validation or test image: left out, or kept and only counted."""
     dtype: str = choice("float16", "float32", "int8", default="float16")
@@ -28,38 +22,32 @@ class EmbedSettings(SourceSettings):
     """Least share of the image's area in a view."""
     view_flip: bool = True
     """Mirror half of the views, unless the image's texts name sides or digits."""
-    min_words: int = 1
-    """Caption filter: fewest words."""
-    max_words: int | None = 256
-    """Caption filter: most words; null switches off."""
-    max_chars: int | None = 2000
-    """Caption filter: most characters; null switches off."""
-    max_repetition: float | None = 0.5
-    """Caption filter: largest share of repeated three-word sequences; null switches off."""
-    markup: bool = True
-    """Caption filter: refuse HTML tags, entities, URLs and file names."""
-    boilerplate: bool = True
-    """Caption filter: refuse credits, shop words, camera file names, refusals of other models."""
-    script: str | None = None
-    """Caption filter: script of the letters, as Unicode names it (LATIN, CYRILLIC, CJK, ...)."""
-    min_script_share: float = 0.9
-    """Caption filter: least share of letters in that script."""
-    tidy: bool = False
-    """Captions: take away doubled white space and spaces before punctuation marks, as in "a dog runs ."."""
-    duplicates: bool = True
-    """Caption filter: keep one of equal captions of an image."""
-    max_images_per_caption: int | None = None
-    """Caption filter: refuse a caption that more images than this have word for word."""
+    limit: int | None = None
+    """Take only the first rows."""
+    seed: int = 0
+    """Seed of a weighted mixture's order."""
+
+
+@dataclass(kw_only=True)
+class SimilaritySettings(Settings):
+    """Caption filter by image-text similarity, for SigLIP and CLIP."""
+
     min_similarity: float | None = None
-    """Caption filter, for SigLIP and CLIP: least cosine between image and caption in the encoder's own space."""
+    """Least cosine between image and caption in the encoder's own space."""
     keep_best: int | None = None
-    """Caption filter, for SigLIP and CLIP: keep the k captions of an image that are most similar to it."""
+    """Keep the k captions of an image that are most similar to it."""
+
+
+@dataclass(kw_only=True)
+class EngineSettings(Settings):
+    """How it is computed."""
+
     batch_size: int = 32
     """Views that the encoder takes at a time."""
     workers: int | None = None
     """Processes that decode; one less than the cores when not given, 0 for none."""
     rows_per_shard: int = 1024
-    """Rows that are redone at most after a crash, and at most in an Arrow file."""
+    """Rows of an Arrow file, and rows that are embedded again at most after a crash."""
     device: str = "auto"
     """Where the encoder runs: auto, cpu, cuda, cuda:1, mps."""
     precision: str = choice("auto", "float32", "bfloat16", "float16", default="auto")
@@ -69,14 +57,23 @@ class EmbedSettings(SourceSettings):
     file system that fsspec knows."""
     actors: int | None = None
     """Ray: encoders at work at the same time; one a GPU, or one for four cores, when not given."""
-    limit: int | None = None
-    """Take only the first rows."""
-    seed: int = 0
-    """Seed of a weighted mixture's order."""
     dry_run: bool = False
     """Only show what would be cached and what would be rejected; nothing is embedded or written."""
     verify: bool = False
     """Check every byte of a finished cache against its checksums, and write nothing."""
+
+
+@dataclass(kw_only=True)
+class EmbedSettings(EngineSettings, SimilaritySettings, CaptionFilterSettings, StorageSettings, SourceSettings):
+    """`blipren embed`: runs the frozen encoder once on every image and writes the feature cache."""
+
+    model: str = positional()
+    """Checkpoint folder or Hub id whose vision encoder embeds."""
+    dataset: str = positional()
+    """Anything that datasets.load_dataset reads: Hub id, folder with metadata.jsonl, Parquet, WebDataset tars; several
+    as A,B (all rows of both) or A=2,B=1 (drawn in these proportions)."""
+    cache: str = positional()
+    """Folder of the feature cache."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -92,7 +89,36 @@ class EmbedSettings(SourceSettings):
 
 
 def run(settings: EmbedSettings) -> int | None:
-    """Run the command. Returns the exit status."""
-    from blipren.training.data.cache.embed import embed
+    """Embed a data set into a feature cache. An unfinished cache is continued, a finished one used as it is.
 
-    return embed(settings)
+    Raises:
+        UserError: the data set cannot be read, the cache was made otherwise, the disk is full, features are not finite.
+    """
+    from blipren.training.data.cache.engines.local import embed_units
+    from blipren.training.data.cache.job import EmbedJob, reuse_cache, write_tokens
+    from blipren.training.data.cache.summary import describe_plan, dry_run, verify_cache
+    from blipren.training.data.cache.writer.lock import CacheLock
+
+    if settings.verify:
+        return verify_cache(settings.cache)
+    job = EmbedJob.open(settings)
+    print(describe_plan(settings, job.source, job.encoder, job.values))
+    if settings.dry_run:
+        return dry_run(settings, job.source, job.config)
+    if settings.engine == "ray":
+        from blipren.training.data.cache.engines.ray_cluster import embed_with_ray
+
+        return embed_with_ray(settings, job)
+    folder = Path(settings.cache)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; CACHE is a folder")
+    with CacheLock(folder):
+        if (folder / "cache.json").exists():
+            reuse_cache(folder, job)
+        else:
+            cache = job.writer(settings, folder)
+            cache.start()
+            embed_units(settings, job.source, job.encoder, cache, job.config, job.scorer)
+            job.finish(settings, cache)
+        write_tokens(folder, job.processor)
+    return None

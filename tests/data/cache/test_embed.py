@@ -173,7 +173,7 @@ def flip(path, place):
 
 def test_a_flipped_byte_is_found_when_read_and_by_verify(tmp_path, tiny_model, folder, capsys):
     from blipren.training.commands.embed import EmbedSettings
-    from blipren.training.data.cache.embed import embed
+    from blipren.training.commands.embed import run as embed
 
     cache = run_embed(tiny_model, folder, tmp_path / "c", rows_per_shard=40)
     settings = EmbedSettings(model=str(tiny_model), dataset=str(folder), cache=str(tmp_path / "c"), verify=True)
@@ -255,7 +255,7 @@ def test_another_filter_rebuilds_texts_and_leaves_features(tmp_path, tiny_model,
 
 def test_dry_run_shows_and_writes_nothing(tmp_path, tiny_model, folder, capsys):
     from blipren.training.commands.embed import EmbedSettings
-    from blipren.training.data.cache.embed import embed
+    from blipren.training.commands.embed import run as embed
 
     path = tmp_path / "c"
     options = {"model": str(tiny_model), "dataset": str(folder), "cache": str(path), "workers": 0, "min_words": 5}

@@ -10,8 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from blipren.training.commands.embed import EmbedSettings
-from blipren.training.data.cache import FeatureCache, ray_engine
-from blipren.training.data.cache.embed import embed
+from blipren.training.commands.embed import run as embed
+from blipren.training.data.cache import FeatureCache
+from blipren.training.data.cache.engines import ray_cluster
 from tests.data.tools import encoded, picture, run_embed
 
 OPTIONS = {
@@ -100,14 +101,14 @@ def test_a_cache_on_another_file_system(tmp_path, tiny_model, parquet, local, mo
     ran = []
 
     def run_here(s, job, units):
-        actor = ray_engine.EmbedUnits({name: getattr(s, name) for name in s.__dataclass_fields__})
+        actor = ray_cluster.EmbedUnits({name: getattr(s, name) for name in s.__dataclass_fields__})
         for number in units:
             ran.append(number)
             if len(ran) == 4:
                 raise KeyboardInterrupt
             actor({"unit": [number]})
 
-    monkeypatch.setattr(ray_engine, "_run", run_here)
+    monkeypatch.setattr(ray_cluster, "_run", run_here)
     settings = EmbedSettings(
         model=str(tiny_model), dataset="memory://photos/*.parquet", cache="memory://cache", engine="ray", **OPTIONS
     )

@@ -1,4 +1,4 @@
-"""A builder that is killed, meets a full disk or another builder: the cache is the same in the end."""
+"""A writer that is killed, meets a full disk or another writer: the cache is the same in the end."""
 
 import json
 import multiprocessing
@@ -10,7 +10,7 @@ import time
 import pytest
 
 from blipren.training.data.cache import FeatureCache
-from blipren.training.data.cache.builder import CacheLock
+from blipren.training.data.cache.writer.lock import CacheLock
 from blipren.training.errors import UserError
 from tests.data.tools import encoded, picture, run_embed, write_folder
 
@@ -59,7 +59,7 @@ def embed_in_child(model, folder, path, options, limit=None):
 
 
 def kill_until_done(model, folder, path, reference, kills: int, seed: int):
-    """Kills a builder at random moments, then lets one finish."""
+    """Kill a writer at random moments, then lets one finish."""
     expected, seconds = reference
     rng = random.Random(seed)
     seen = 0
@@ -99,10 +99,10 @@ def test_kill_at_twenty_random_moments(tmp_path, tiny_model, folder, reference, 
     kill_until_done(tiny_model, folder, tmp_path / "c", reference, kills=4, seed=100 + seed)
 
 
-@pytest.mark.parametrize("place", ["_take_out", "write_dataset_files", "remaining"])
+@pytest.mark.parametrize("place", ["remove_rows", "write_dataset_files", "remaining"])
 def test_kill_at_the_end_is_taken_up_too(tmp_path, tiny_model, folder, reference, monkeypatch, place):
-    """The moments that random kills seldom hit: while duplicates are taken out, before the last files."""
-    from blipren.training.data.cache import builder
+    """The moments that random kills seldom hit: while duplicates are removed, before the last files."""
+    from blipren.training.data.cache.writer import finish, units
 
     class Killed(BaseException):
         pass
@@ -120,12 +120,12 @@ def test_kill_at_the_end_is_taken_up_too(tmp_path, tiny_model, folder, reference
         return wrapper
 
     path = tmp_path / "c"
-    if place == "_take_out":
-        monkeypatch.setattr(builder.CacheBuilder, place, dying(builder.CacheBuilder._take_out, "second"))
+    if place == "remove_rows":
+        monkeypatch.setattr(units.CacheWriter, place, dying(units.CacheWriter.remove_rows, "second"))
     elif place == "write_dataset_files":
-        monkeypatch.setattr(builder, place, dying(builder.write_dataset_files, "before"))
+        monkeypatch.setattr(finish, place, dying(finish.write_dataset_files, "before"))
     else:
-        monkeypatch.setattr(builder.UnitWriter, "finish", dying(builder.UnitWriter.finish, "second"))
+        monkeypatch.setattr(units.UnitWriter, "finish", dying(units.UnitWriter.finish, "second"))
     try:
         with pytest.raises(Killed):
             run_embed(tiny_model, folder, path, **OPTIONS)
@@ -175,7 +175,7 @@ def hold(path, ready, seconds):
         time.sleep(seconds)
 
 
-def test_a_second_builder_says_so_and_waits(tmp_path, tiny_model, folder, reference, capsys):
+def test_a_second_writer_says_so_and_waits(tmp_path, tiny_model, folder, reference, capsys):
     ready = fork.Event()
     child = fork.Process(target=hold, args=(tmp_path / "c", ready, 1.0))
     child.start()
@@ -189,7 +189,7 @@ def test_a_second_builder_says_so_and_waits(tmp_path, tiny_model, folder, refere
     assert cache.info["content_hash"] == reference[0].info["content_hash"]
 
 
-def test_a_killed_builder_leaves_no_workers(tmp_path, tiny_model, folder):
+def test_a_killed_writer_leaves_no_workers(tmp_path, tiny_model, folder):
     """An orphan would hold the lock and memory for ever."""
     child = fork.Process(target=embed_in_child, args=(tiny_model, folder, tmp_path / "c", {**OPTIONS, "workers": 2}))
     child.start()
@@ -205,4 +205,4 @@ def test_a_killed_builder_leaves_no_workers(tmp_path, tiny_model, folder):
         except ProcessLookupError:
             return
         time.sleep(0.05)
-    pytest.fail("worker processes outlived their killed builder")
+    pytest.fail("worker processes outlived their killed writer")

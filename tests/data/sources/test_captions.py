@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, SiglipConfig, SiglipModel, ViTImageProcessorPil
 
-from blipren.training.data.cache.similarity_filter import judge
+from blipren.training.data.cache.similarity_filter import refuse_by_similarity
 from blipren.training.data.sources.caption_filter import CaptionFilter, count_captions, filter_texts
 from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.errors import UserError
@@ -75,11 +75,14 @@ def test_captions_of_too_many_images():
         assert len(filter_texts(*rows[0], CaptionFilter(max_images_per_caption=limit), counts).answers) == left
 
 
-def test_judge_ranks_and_cuts():
+def test_similarity_ranks_and_cuts():
     scores = [0.3, 0.1, None, 0.2, 0.4]
-    assert judge(scores, 0.15, None) == {1: ("min_similarity", "0.100")}
-    assert judge(scores, None, 2) == {3: ("keep_best", "0.200, rank 3"), 1: ("keep_best", "0.100, rank 4")}
-    assert judge(scores, 0.15, 3) == {1: ("min_similarity", "0.100")}
+    assert refuse_by_similarity(scores, 0.15, None) == {1: ("min_similarity", "0.100")}
+    assert refuse_by_similarity(scores, None, 2) == {
+        3: ("keep_best", "0.200, rank 3"),
+        1: ("keep_best", "0.100, rank 4"),
+    }
+    assert refuse_by_similarity(scores, 0.15, 3) == {1: ("min_similarity", "0.100")}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import torch
 
-from blipren.training.data.cache.encoder import encoder_fingerprint, first_difference
+from blipren.training.data.cache.fingerprints import as_stored, encoder_fingerprint, first_difference
 from blipren.training.data.cache.shards import CacheDamage, Shard, file_checksum
 from blipren.training.data.cache.tokens import TokenTable, load_or_build_tokens
 from blipren.training.data.sources.splits import SPLITS
@@ -78,7 +78,7 @@ class FeatureCache:
     def check_model(self, model: torch.nn.Module, processor: Any) -> None:
         """Raises `UserError` that names the field, where the cache was made with another encoder, layer, precision or
         preprocessing than the model's."""
-        now = json.loads(json.dumps(encoder_fingerprint(model, processor.image_processor), default=str))
+        now = as_stored(encoder_fingerprint(model, processor.image_processor))
         if found := first_difference(self.fingerprint["encoder"], now):
             field, cached, models = found
             raise UserError(

@@ -302,6 +302,11 @@ def write_dataset_files(
         write_atomically(folder / "dataset_dict.json", json.dumps({"splits": list(shards)}))
 
 
+def as_json(content: Any) -> bytes:
+    """Return JSON as the files of a cache hold it."""
+    return (json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n").encode()
+
+
 def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a shard as plain values, features as numpy views: for rewriting a shard without some of them."""
     with pa.memory_map(str(path)) as source:

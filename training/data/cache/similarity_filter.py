@@ -13,10 +13,10 @@ from blipren.training.errors import UserError
 
 
 class SimilarityScorer:
-    """Cosines between images and captions in the dual encoder that a vision tower came from.
+    """Cosines between images and captions in the dual encoder that the vision encoder is a part of.
 
     Args:
-        base: `config.base_models["vision"]` of the model: `id` and `revision`.
+        base: `config.base_models["vision"]` of the model, with `id` and `revision`.
         device: where it runs.
 
     Raises:
@@ -40,10 +40,10 @@ class SimilarityScorer:
 
     @torch.inference_mode()
     def __call__(self, pixels: dict[str, torch.Tensor], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Cosines of each image with each of its own texts.
+        """Return the cosines of each image with each of its own texts.
 
         Args:
-            pixels: the image processor's output, an image a row.
+            pixels: the image processor's output.
             texts: the texts of each image.
         """
         flat = [text for row in texts for text in row]
@@ -67,15 +67,15 @@ def _unit(output: Any) -> torch.Tensor:
     return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
-def judge(
+def refuse_by_similarity(
     scores: Sequence[float | None], min_similarity: float | None, keep_best: int | None
 ) -> dict[int, tuple[str, str]]:
-    """Which texts go: `{place: (rule, value)}`. A text without a score (an answer to a question) stays."""
-    out: dict[int, tuple[str, str]] = {}
+    """Return the texts to refuse, `{place: (rule, value)}`. A text without a score (an answer to a question) is kept."""
+    refused: dict[int, tuple[str, str]] = {}
     ranked = sorted((place for place, score in enumerate(scores) if score is not None), key=lambda p: -scores[p])
     for rank, place in enumerate(ranked):
         if min_similarity is not None and scores[place] < min_similarity:
-            out[place] = ("min_similarity", f"{scores[place]:.3f}")
+            refused[place] = ("min_similarity", f"{scores[place]:.3f}")
         elif keep_best is not None and rank >= keep_best:
-            out[place] = ("keep_best", f"{scores[place]:.3f}, rank {rank + 1}")
-    return out
+            refused[place] = ("keep_best", f"{scores[place]:.3f}, rank {rank + 1}")
+    return refused

@@ -13,7 +13,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from blipren.training.data.cache.shards import CacheDamage, file_checksum, write_dataset_files, write_table
+from blipren.training.data.cache.shards import CacheDamage, as_json, file_checksum, write_dataset_files, write_table
+from blipren.training.data.cache.writer.lock import CacheLock
 from blipren.training.errors import UserError
 from blipren.training.files import write_atomically
 
@@ -161,8 +162,6 @@ def load_or_build_tokens(cache: FeatureCache, split: str, processor: Any) -> Tok
 
     The folder opens with `datasets.load_from_disk` too: `id`, `prompt` (number in `table.json`), `answer_ids`.
     """
-    from blipren.training.data.cache.builder import CacheLock, as_json
-
     name, fingerprint = name_of_tokens(cache.info, processor)
     folder = cache.folder / "tokens" / name / split
     light = cache.split(split)

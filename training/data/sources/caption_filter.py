@@ -1,7 +1,7 @@
-"""Which caption texts are worth learning: small rules, each on or off, each rejection kept with rule and value.
+"""The caption filter: rules that reject captions, each rejection with its rule and value.
 
-The rules are for captions (answers to the default caption prompt). Answers to questions are only asked to hold text:
-"yes" and "3" are good answers and bad captions.
+The rules are for captions (answers to the default caption prompt). Answers to questions have to hold text and not be
+too long; the other rules would reject "yes" and "3".
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+
+from blipren.training.data.sources.settings import CaptionFilterSettings
 
 _TAGS = (
     "a|abbr|article|b|blockquote|body|br|button|center|code|div|em|embed|font|footer|form|frame|h[1-6]|head|header|hr|"
@@ -38,36 +40,17 @@ _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
 @dataclass(kw_only=True)
-class CaptionFilter:
-    """The rules and their limits; None, 0 or False switches a rule off."""
+class CaptionFilter(CaptionFilterSettings):
+    """The rules and their limits. None, 0 or False switches a rule off."""
 
-    min_words: int = 1
-    """Fewest words."""
-    max_words: int | None = 256
-    """Most words."""
-    max_chars: int | None = 2000
-    """Most characters: a megabyte of text is no caption."""
-    max_repetition: float | None = 0.5
-    """Largest share of a caption's three-word sequences that are repeats of an earlier one; also refuses one word five
-    times in a row."""
-    markup: bool = True
-    """Refuse HTML tags, entities, URLs and file names."""
-    boilerplate: bool = True
-    """Refuse what web pages write around pictures: credits, shop words, camera file names."""
-    script: str | None = None
-    """Script that the letters must be of, as Unicode names it: LATIN, CYRILLIC, ARABIC, CJK, HIRAGANA, ..."""
-    min_script_share: float = 0.9
-    """Least share of letters in that script."""
-    tidy: bool = False
-    """Refuses nothing: takes away doubled white space and spaces before punctuation marks, as in "a dog runs ."."""
-    duplicates: bool = True
-    """Keep only the first of equal captions of an image (letters and digits compared, in lower case)."""
-    max_images_per_caption: int | None = None
-    """A caption that more images than this have word for word says nothing about any of them. Reads all texts first."""
+    @classmethod
+    def from_settings(cls, settings: CaptionFilterSettings) -> CaptionFilter:
+        """Return the filter of a command's settings."""
+        return cls(**{rule.name: getattr(settings, rule.name) for rule in fields(cls)})
 
     def check(self, text: str) -> tuple[str, str] | None:
-        """The first rule that the caption breaks, and the value that breaks it; None for a good caption."""
-        if self.max_chars and len(text) > self.max_chars:  # first: no other rule has to read a megabyte
+        """Return the first rule that a caption breaks and the value that breaks it; None for a good caption."""
+        if self.max_chars and len(text) > self.max_chars:  # first, so that no other rule reads a megabyte
             return "max_chars", str(len(text))
         words = _WORD.findall(text.lower())
         if len(words) < self.min_words:
@@ -93,21 +76,22 @@ class CaptionFilter:
         return None
 
     def as_dict(self) -> dict:
+        """Return the settings of the rules, as a fingerprint holds them."""
         return asdict(self)
 
 
 def tidied(text: str) -> str:
-    """`"A dog  runs ."` -> `"A dog runs."`"""
+    """Return the text without doubled spaces and spaces before punctuation: "A dog  runs ." becomes "A dog runs."."""
     return re.sub(r"\s+([.,;:!?])", r"\1", " ".join(text.split()))
 
 
 def normalized(text: str) -> str:
-    """What two captions are compared by: words in lower case, without punctuation."""
+    """Return the words of a caption in lower case, without punctuation, by which captions are compared."""
     return " ".join(_WORD.findall(text.lower()))
 
 
 def count_captions(pairs: Iterable[tuple[Sequence[str | None], Sequence[str]]]) -> Counter[str]:
-    """How many images have each caption; captions of one image only are left out to save memory."""
+    """Count the images that have each caption. Captions of one image alone are left out to save memory."""
     seen: set[int] = set()
     counts: Counter[str] = Counter()
     for prompts, answers in pairs:
@@ -120,7 +104,7 @@ def count_captions(pairs: Iterable[tuple[Sequence[str | None], Sequence[str]]]) 
 
 @dataclass
 class FilteredTexts:
-    """What is left of a row's texts, which pairs they were, and what went for which reason."""
+    """The texts of a row that passed, their places among the row's own, and the texts that were rejected."""
 
     prompts: list[str | None]
     answers: list[str]
@@ -135,7 +119,12 @@ def filter_texts(
     rules: CaptionFilter,
     counts: Counter[str] | None = None,
 ) -> FilteredTexts:
-    """Applies the rules to the captions of one image; pairs of question and answer pass."""
+    """Apply the rules to the texts of one image.
+
+    Args:
+        prompts, answers: its texts; the prompt of a caption is None.
+        counts: images that have each caption, for `max_images_per_caption`.
+    """
     result = FilteredTexts([], [], [], [])
     seen: set[str] = set()
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -163,7 +152,12 @@ def filter_texts(
 
 
 def summary_table(rejected: Iterable[dict], rows: int, texts: int) -> str:
-    """One line a reason: how many rows and texts went, their share, and an example."""
+    """Return a table with one line a reason: number of rejected rows or texts, their share, and an example.
+
+    Args:
+        rejected: lines of `rejected.jsonl`.
+        rows, texts: numbers of all rows and texts.
+    """
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], str] = {}
     for line in rejected:

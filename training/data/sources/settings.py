@@ -1,4 +1,4 @@
-"""Settings of the commands that read a data set: embed, evaluate, train --online."""
+"""Settings of the commands that read a data set (embed, evaluate, train --online), and of the caption filter."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -48,6 +48,35 @@ class SourceSettings(Settings):
     def source_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `open_rows` that these settings give."""
         return {name: getattr(self, name) for name in SOURCE_OPTIONS}
+
+
+@dataclass(kw_only=True)
+class CaptionFilterSettings(Settings):
+    """Caption filter."""
+
+    min_words: int = 1
+    """Fewest words."""
+    max_words: int | None = 256
+    """Most words; null switches the rule off."""
+    max_chars: int | None = 2000
+    """Most characters; null switches the rule off."""
+    max_repetition: float | None = 0.5
+    """Largest share of a caption's three-word sequences that repeat an earlier one; one word five times in a row is
+    refused too. null switches the rule off."""
+    markup: bool = True
+    """Refuse HTML tags, entities, URLs and file names."""
+    boilerplate: bool = True
+    """Refuse credits, shop words, camera file names, refusals of other models."""
+    script: str | None = None
+    """Script of the letters, as Unicode names it (LATIN, CYRILLIC, ARABIC, CJK, HIRAGANA, ...)."""
+    min_script_share: float = 0.9
+    """Least share of letters in that script."""
+    tidy: bool = False
+    """Remove doubled white space and spaces before punctuation marks, as in "a dog runs ."; nothing is refused."""
+    duplicates: bool = True
+    """Keep one of equal captions of an image (words compared, in lower case)."""
+    max_images_per_caption: int | None = None
+    """Refuse a caption that more images than this have word for word. All texts are read once for it."""
 
 
 SOURCE_OPTIONS = tuple(setting.name for setting in fields(SourceSettings))

@@ -1,4 +1,4 @@
-"""Other captions for a finished cache: a new filter is applied to the texts that were kept, features stay untouched."""
+"""Another caption filter for a finished cache. It is applied to the texts of the source; features are not touched."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from blipren.training.data.cache.builder import as_json
-from blipren.training.data.cache.shards import write_dataset_files, write_table
-from blipren.training.data.cache.similarity_filter import judge
+from blipren.training.data.cache.shards import as_json, write_dataset_files, write_table
+from blipren.training.data.cache.similarity_filter import refuse_by_similarity
 from blipren.training.data.sources.caption_filter import CaptionFilter, count_captions, filter_texts, summary_table
 from blipren.training.data.sources.splits import SPLITS
 from blipren.training.errors import UserError
@@ -29,7 +28,7 @@ COLUMNS = datasets.Features(
 
 
 def _source_texts(folder: Path, info: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Every text that the source had for the cached rows of each split, in their order."""
+    """Return every text that the source had for the cached rows of each split, in their order."""
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for unit in info["index"]:
         table = datasets.Dataset.from_file(str(folder / "index" / unit["file"]))
@@ -41,11 +40,11 @@ def _source_texts(folder: Path, info: dict[str, Any]) -> dict[str, list[dict[str
     return rows
 
 
-def refilter(folder: Path, info: dict[str, Any], settings: dict[str, Any], rules: CaptionFilter) -> None:
-    """Makes another caption filter the cache's current one.
+def filter_captions_again(folder: Path, info: dict[str, Any], settings: dict[str, Any], rules: CaptionFilter) -> None:
+    """Make another caption filter the current one of a cache.
 
-    The texts go to `captions/FINGERPRINT/`, which `datasets.load_from_disk` opens, with a `rejected.jsonl`; the cache's
-    own columns stay as they were embedded. Rows left without text are passed over in training.
+    The texts are written to `captions/FINGERPRINT/`, which `datasets.load_from_disk` opens, with a `rejected.jsonl`.
+    The columns of the cache do not change. Training skips rows without texts.
 
     Args:
         settings: the whole caption section of the fingerprint, `min_similarity` and `keep_best` included.
@@ -61,7 +60,7 @@ def refilter(folder: Path, info: dict[str, Any], settings: dict[str, Any], rules
     counts = None
     if rules.max_images_per_caption:
         counts = count_captions((row["prompts"], row["answers"]) for rows in source.values() for row in rows)
-    similar = settings["min_similarity"] is not None or settings["keep_best"] is not None
+    by_similarity = settings["min_similarity"] is not None or settings["keep_best"] is not None
     rejected: list[dict[str, Any]] = []
     texts = 0
     files, left = {}, {}
@@ -71,14 +70,16 @@ def refilter(folder: Path, info: dict[str, Any], settings: dict[str, Any], rules
             texts += len(row["answers"])
             kept = filter_texts(row["prompts"], row["answers"], rules, counts)
             gone = list(kept.rejected)
-            if similar:
+            if by_similarity:
                 if "scores" not in row:
                     raise UserError(
                         f"{folder} was embedded without similarities; embed again with --min-similarity -1"
                     )
-                out = judge([row["scores"][i] for i in kept.kept], settings["min_similarity"], settings["keep_best"])
-                gone += [(*why, kept.answers[i]) for i, why in out.items()]
-                stay = [i for i in range(len(kept.answers)) if i not in out]
+                refused = refuse_by_similarity(
+                    [row["scores"][i] for i in kept.kept], settings["min_similarity"], settings["keep_best"]
+                )
+                gone += [(*why, kept.answers[i]) for i, why in refused.items()]
+                stay = [i for i in range(len(kept.answers)) if i not in refused]
                 kept.prompts, kept.answers = [kept.prompts[i] for i in stay], [kept.answers[i] for i in stay]
             for rule, value, text in gone:
                 line = {"kind": "text", "id": row["id"], "reason": rule, "value": value, "text": text[:200]}

@@ -22,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from blipren.training.commands.embed import EmbedSettings
-from blipren.training.data.cache.builder import CacheBuilder, CacheLock, refuse_difference
-from blipren.training.data.cache.embed import Job, reuse, run_units
+from blipren.training.data.cache.engines.local import embed_units
+from blipren.training.data.cache.fingerprints import check_same_fingerprint
+from blipren.training.data.cache.job import EmbedJob, reuse_cache
+from blipren.training.data.cache.writer.lock import CacheLock
+from blipren.training.data.cache.writer.units import CacheWriter
 from blipren.training.engine.memory import keep_freed_memory
 from blipren.training.errors import UserError
 
@@ -66,7 +69,7 @@ class CachePlace:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class RemoteCacheBuilder(CacheBuilder):
+class RemoteCacheWriter(CacheWriter):
     """The end of a cache that is elsewhere: shards are fetched only to take rows out of them."""
 
     place: CachePlace
@@ -74,11 +77,11 @@ class RemoteCacheBuilder(CacheBuilder):
     def _check_newest(self) -> None:
         """Nothing to check: a mark is put when its files are there."""
 
-    def _take_out(self, record: dict[str, Any], rows: dict[int, tuple[str, str]]) -> dict[str, Any]:
+    def remove_rows(self, record: dict[str, Any], rows: dict[int, tuple[str, str]]) -> dict[str, Any]:
         before = {split: shard["file"] for split, shard in record["shards"].items()}
         for split, name in before.items():
             self.place.pull(f"{split}/{name}*")
-        record = super()._take_out(record, rows)
+        record = super().remove_rows(record, rows)
         for path in self.unit_files(record):
             if path.parent.name != "index" and path.name != before.get(path.parent.name):
                 self.place.push(path.with_name(path.name + ".sums"))
@@ -101,7 +104,7 @@ class EmbedUnits:
         if not self.place.local:  # goes with the actor
             self._scratch = weakref.finalize(self, self.place.clean)
         with contextlib.redirect_stdout(None):
-            self.job = Job.make(self.s)
+            self.job = EmbedJob.open(self.s)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for number in batch["unit"]:
@@ -113,13 +116,13 @@ class EmbedUnits:
         mark = f"units/{number:05d}.json"
         if self.place.exists(mark):
             return
-        builder = self.job.builder(self.s, self.place.folder)
-        (builder.folder / "units").mkdir(parents=True, exist_ok=True)
-        run_units(self.s, self.job.source, self.job.encoder, builder, self.job.config, self.job.scorer, only=number)
-        path = builder.unit_path(number)
+        cache = self.job.writer(self.s, self.place.folder)
+        (cache.folder / "units").mkdir(parents=True, exist_ok=True)
+        embed_units(self.s, self.job.source, self.job.encoder, cache, self.job.config, self.job.scorer, only=number)
+        path = cache.unit_path(number)
         if self.place.local or not path.exists():
             return
-        files = builder.unit_files(json.loads(path.read_text()))
+        files = cache.unit_files(json.loads(path.read_text()))
         for file in files:
             self.place.push(file.with_name(file.name + ".sums"))
             self.place.push(file)
@@ -147,7 +150,7 @@ def ray_session() -> Iterator[Any]:
             ray.shutdown()
 
 
-def embed_with_ray(s: EmbedSettings, job: Job) -> int | None:
+def embed_with_ray(s: EmbedSettings, job: EmbedJob) -> int | None:
     """Embeds with a pool of actors. Raises `UserError` as the local engine does."""
     if "://" not in s.cache:
         s = dataclasses.replace(s, cache=os.path.abspath(s.cache))
@@ -164,41 +167,41 @@ def embed_with_ray(s: EmbedSettings, job: Job) -> int | None:
         place.clean()
 
 
-def _embed(s: EmbedSettings, job: Job, place: CachePlace) -> int | None:
+def _embed(s: EmbedSettings, job: EmbedJob, place: CachePlace) -> int | None:
     if place.exists("cache.json"):
         if place.local:
-            return reuse(s, place.folder, job.fingerprint, job.config.rules)
+            return reuse_cache(place.folder, job)
         stored = json.loads(place.fs.cat_file(f"{place.root}/cache.json"))
-        refuse_difference(stored["fingerprint"], job.fingerprint, Path(s.cache))
+        check_same_fingerprint(stored["fingerprint"], job.fingerprint, s.cache)
         print(f"{s.cache} is complete: nothing to embed")
         return None
     place.pull("units/*")
-    builder = job.builder(s, place.folder, CacheBuilder if place.local else RemoteCacheBuilder)
-    builder.start()
+    cache = job.writer(s, place.folder, CacheWriter if place.local else RemoteCacheWriter)
+    cache.start()
     if not place.local:
-        builder.place = place
+        cache.place = place
         place.push(place.folder / "units" / "fingerprint.json")
     rows = job.source.count_rows() if s.limit is None else min(s.limit, job.source.count_rows())
-    units = [number for number in range(-(-rows // s.rows_per_shard)) if not builder.is_done(number)]
+    units = [number for number in range(-(-rows // s.rows_per_shard)) if not cache.is_done(number)]
     if units:
         _run(s, job, units)
     place.pull("units/*")
-    missing = [number for number in units if not builder.is_done(number)]
+    missing = [number for number in units if not cache.is_done(number)]
     if missing:
         raise UserError(f"{len(missing)} units were not embedded, such as {missing[0]}: run the same command again")
     place.pull("index/*")
-    cache = job.finish(s, builder)
+    info = job.finish(s, cache)
     if not place.local:
         for path in sorted(place.folder.rglob("*")):
             small = path.suffix in (".json", ".jsonl") or path.name.startswith("data-empty")
             if path.is_file() and path.name != "cache.json" and small:
                 place.push(path)
         place.push(place.folder / "cache.json")
-        print(f"{s.cache}: content {cache['content_hash'][:16]}; copy it to a local disk to train from it")
+        print(f"{s.cache}: content {info['content_hash'][:16]}; copy it to a local disk to train from it")
     return None
 
 
-def _run(s: EmbedSettings, job: Job, units: list[int]) -> None:
+def _run(s: EmbedSettings, job: EmbedJob, units: list[int]) -> None:
     """The Ray data set of unit numbers through the actors."""
     with ray_session() as ray:
         resources = ray.cluster_resources()

@@ -1,0 +1,1 @@
+"""Writing a cache: units of rows, what is taken out as duplicates, the finished folder."""
