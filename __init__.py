@@ -1,77 +1,88 @@
-"""BLIPren: give any language model eyes.
+"""BLIPren: connect a frozen vision encoder to any causal language model.
 
-Names are imported when they are first used, so that `import blipren` imports no torch; with them, transformers' auto
-classes get to know our classes. Type checkers read the imports under `TYPE_CHECKING`.
+Each public name is imported when it is first used, so that `import blipren` imports no torch.
 """
 
 import importlib
 import sys
-from typing import TYPE_CHECKING
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .configuration_blipren import BliprenConfig, BliprenQFormerConfig
-    from .modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval, BliprenModel
-    from .pipeline_blipren import BliprenImageToTextPipeline
-    from .processing_blipren import BliprenProcessor
-    from .qformer_blipren import BliprenQFormer
+if TYPE_CHECKING:  # "as" marks a public name for type checkers; a test compares these imports with _NAMES
+    from .configuration_blipren import BliprenConfig as BliprenConfig
+    from .configuration_blipren import BliprenQFormerConfig as BliprenQFormerConfig
+    from .modeling_blipren import BliprenForConditionalGeneration as BliprenForConditionalGeneration
+    from .modeling_blipren import BliprenModel as BliprenModel
+    from .pipeline_blipren import BliprenImageToTextPipeline as BliprenImageToTextPipeline
+    from .processing_blipren import BliprenProcessor as BliprenProcessor
+    from .qformer_blipren import BliprenQFormer as BliprenQFormer
+    from .retrieval_blipren import BliprenForImageTextRetrieval as BliprenForImageTextRetrieval
 
-_FILES = {
-    "BliprenConfig": "configuration_blipren",
-    "BliprenForConditionalGeneration": "modeling_blipren",
-    "BliprenForImageTextRetrieval": "modeling_blipren",
-    "BliprenImageToTextPipeline": "pipeline_blipren",
-    "BliprenModel": "modeling_blipren",
-    "BliprenProcessor": "processing_blipren",
-    "BliprenQFormer": "qformer_blipren",
-    "BliprenQFormerConfig": "configuration_blipren",
+_NAMES = {  # file -> its public names
+    "configuration_blipren": ("BliprenConfig", "BliprenQFormerConfig"),
+    "modeling_blipren": ("BliprenForConditionalGeneration", "BliprenModel"),
+    "pipeline_blipren": ("BliprenImageToTextPipeline",),
+    "processing_blipren": ("BliprenProcessor",),
+    "qformer_blipren": ("BliprenQFormer",),
+    "retrieval_blipren": ("BliprenForImageTextRetrieval",),
 }
-__all__ = [  # noqa: F822 - defined by __getattr__
-    "BliprenConfig",
-    "BliprenForConditionalGeneration",
-    "BliprenForImageTextRetrieval",
-    "BliprenImageToTextPipeline",
-    "BliprenModel",
-    "BliprenProcessor",
-    "BliprenQFormer",
-    "BliprenQFormerConfig",
-]
+_FILES = {name: file for file, names in _NAMES.items() for name in names}
+__all__ = sorted(_FILES)
 
 
-def _register() -> None:
-    """Tell transformers' auto classes of ours, so that they need no remote code."""
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForImageTextToText,
-        AutoModelForMultimodalLM,
-        AutoProcessor,
-    )
-
-    from .configuration_blipren import BliprenConfig
-    from .modeling_blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
-    from .processing_blipren import BliprenProcessor
-
-    AutoConfig.register("blipren", BliprenConfig, exist_ok=True)
-    # a checkpoint's `architectures` says which of the two it is
-    models = (BliprenForConditionalGeneration, BliprenForImageTextRetrieval)
-    AutoModel.register(BliprenConfig, models, exist_ok=True)
-    AutoModelForImageTextToText.register(BliprenConfig, BliprenForConditionalGeneration, exist_ok=True)
-    AutoModelForMultimodalLM.register(BliprenConfig, BliprenForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(BliprenConfig, BliprenProcessor, exist_ok=True)
-
-
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _register()
-    for public, file in _FILES.items():
-        globals()[public] = getattr(importlib.import_module(f".{file}", __name__), public)
-    return globals()[name]
+    return getattr(importlib.import_module(f".{_FILES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-if "transformers.models.auto.modeling_auto" in sys.modules:  # torch is imported already
-    _register()
+# With the package installed, transformers' auto classes load our checkpoints without remote code. They find our classes
+# as they find transformers' own: by model type and class name in tables, imported at first use from
+# `transformers.models.MODEL_TYPE`. `AutoModel.register` would import torch here, and importing our files while
+# transformers imports its own would be circular.
+_AUTO_CLASSES: dict[str, dict[str, str | tuple[str, ...]]] = {  # module -> its tables -> our class names
+    "transformers.models.auto.configuration_auto": {"CONFIG_MAPPING": "BliprenConfig"},
+    "transformers.models.auto.modeling_auto": {
+        # `architectures` of a checkpoint's config says which of the two it is
+        "MODEL_MAPPING": ("BliprenForConditionalGeneration", "BliprenForImageTextRetrieval"),
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": "BliprenForConditionalGeneration",
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING": "BliprenForConditionalGeneration",
+    },
+    "transformers.models.auto.processing_auto": {"PROCESSOR_MAPPING": "BliprenProcessor"},
+}
+
+
+def _add_to_auto_classes(module: ModuleType) -> None:
+    for mapping, names in _AUTO_CLASSES[module.__name__].items():
+        getattr(module, f"{mapping}_NAMES")["blipren"] = names
+        if mapping != "CONFIG_MAPPING":  # the other tables are read by the name of the config class
+            getattr(module, mapping)._reverse_config_mapping["BliprenConfig"] = "blipren"
+
+
+class _AutoClassesFinder:
+    """Import finder that adds our names to a module of auto classes right after its import."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in _AUTO_CLASSES:
+            return None
+        spec = PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def execute_and_add(module: ModuleType) -> None:
+            execute(module)
+            _add_to_auto_classes(module)
+
+        spec.loader.exec_module = execute_and_add
+        return spec
+
+
+sys.modules["transformers.models.blipren"] = sys.modules[__name__]
+sys.meta_path.insert(0, _AutoClassesFinder)
+for _name in _AUTO_CLASSES.keys() & sys.modules.keys():
+    _add_to_auto_classes(sys.modules[_name])

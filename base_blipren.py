@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -12,57 +10,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
+from .base_models_blipren import hash_weights, weight_files
 from .configuration_blipren import AUTO_MAP, CUSTOM_PIPELINES, BliprenConfig, copy_code_files
+from .vision_blipren import run_vision_encoder, select_patch_features
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-def weight_files(model_id: str, revision: str | None = None, **hub_kwargs) -> list[Path]:
-    """The files that hold a checkpoint's weights, single or sharded. Raises `OSError` when there is none."""
-    keywords = {**hub_kwargs, "revision": revision, "_raise_exceptions_for_missing_entries": False}
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if path := cached_file(model_id, name, **keywords):
-            return [Path(path)]
-        if index := cached_file(model_id, f"{name}.index.json", **keywords):
-            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-            return [Path(cached_file(model_id, shard, **hub_kwargs, revision=revision)) for shard in shards]
-    raise OSError(f"{model_id} has no weights: neither model.safetensors nor pytorch_model.bin, single or sharded")
-
-
-def hash_weights(files: list[Path], sampled: bool = False) -> str:
-    """SHA-256 over weight files, whole, or over their sizes and 66 samples of each (fast at any size)."""
-    digest = hashlib.sha256()
-    sample = 1 << 18
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with path.open("rb") as file:
-            if not sampled or size <= 66 * sample:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-                continue
-            for i in range(66):
-                file.seek((size - sample) * i // 65)
-                digest.update(file.read(sample))
-    return digest.hexdigest()
-
-
-def base_model_reference(model_id: str, revision: str | None, **hub_kwargs) -> dict:
-    """Where a frozen part came from: id, revision (the commit, where there is one), hashes of its weights."""
-    files = weight_files(model_id, revision, **hub_kwargs)
-    # a file of the Hub lies in the cache under its commit
-    commit = None if os.path.isdir(model_id) else extract_commit_hash(str(files[0]), None)
-    return {
-        "id": str(model_id),
-        "revision": commit or revision,
-        "sha256": hash_weights(files),
-        "sampled_sha256": hash_weights(files, sampled=True),
-    }
-
-
-def _sparing_the_connector(quantization_config):
+def _exclude_connector(quantization_config):
     """The same config with the connector and the head left as they are: the one is small and trained, the other tied."""
     config = copy.deepcopy(quantization_config)
     for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes; torchao and others
@@ -172,6 +128,39 @@ class BliprenPreTrainedModel(PreTrainedModel):
                 and any(m.training for m in module.modules())
             ):
                 module.eval()
+
+    # ---- patch features ---------------------------------------------------------------------------------------------
+
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute patch features `(num_images, num_patches, vision_hidden)`, which the feature cache stores.
+
+        Without gradient and in eval mode, unless the vision tower is trained.
+
+        Args:
+            pixel_values: `(num_images, channels, height, width)`; for NaFlex `(num_images, max_patches, patch_width)`.
+            pixel_attention_mask: `(num_images, max_patches)`, NaFlex only; also the mask of the patch features.
+            spatial_shapes: `(num_images, 2)`, NaFlex only.
+        """
+        return self._encode(pixel_values, pixel_attention_mask, spatial_shapes)[1]
+
+    def _encode(self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, **wanted):
+        """Return the vision encoder's own output and the patch features selected from it."""
+        vision_tower = self.base_model.vision_tower
+        frozen = not any(p.requires_grad for p in vision_tower.parameters())
+        if frozen and vision_tower.training:
+            vision_tower.eval()
+        extra = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        extra = {key: value for key, value in extra.items() if value is not None} | wanted
+        layers = self.config.vision_feature_layer
+        prefix = self.config.num_prefix_tokens if self.config.vision_feature_select == "patches" else 0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            outputs = run_vision_encoder(vision_tower, pixel_values.to(vision_tower.dtype), layers, **extra)
+            return outputs, select_patch_features(outputs, layers, prefix)
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 
@@ -292,7 +281,7 @@ class BliprenPreTrainedModel(PreTrainedModel):
                 None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
             )
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _sparing_the_connector(kwargs["quantization_config"])
+            kwargs["quantization_config"] = _exclude_connector(kwargs["quantization_config"])
         # the library's own error names no weight: all three kinds are told apart below
         kwargs.setdefault("ignore_mismatched_sizes", True)
         hub_kwargs = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
@@ -388,4 +377,4 @@ class BliprenPreTrainedModel(PreTrainedModel):
         return {**state, **{f"lm_head.{key}": value for key, value in head.items()}}
 
 
-__all__ = ["BliprenPreTrainedModel", "base_model_reference", "hash_weights", "weight_files"]
+__all__ = ["BliprenPreTrainedModel"]

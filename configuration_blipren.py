@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-from .base_code_blipren import load_base_code
+from .base_models_blipren import load_base_code
 
 # goes up when an older version of this code would read a checkpoint wrongly instead of failing
 FORMAT = 1
@@ -240,9 +240,11 @@ class BliprenConfig(PreTrainedConfig):
         for part, sub_config in (("vision", vision_config), ("llm", text_config)):
             if base_models and isinstance(sub_config, dict):
                 load_base_code(part, sub_config, base_models[part]["id"], base_models[part]["revision"])
-        self.vision_config = _sub_config(vision_config, "siglip_vision_model", {"vision_use_head": False})
-        self.text_config = _sub_config(text_config, "llama", {})
-        self.vision_hidden_size = vision_hidden_size if vision_hidden_size is not None else _width(self.vision_config)
+        self.vision_config = _build_sub_config(vision_config, "siglip_vision_model", {"vision_use_head": False})
+        self.text_config = _build_sub_config(text_config, "llama", {})
+        self.vision_hidden_size = (
+            vision_hidden_size if vision_hidden_size is not None else _vision_hidden_size(self.vision_config)
+        )
         if isinstance(qformer_config, dict):
             qformer_config = BliprenQFormerConfig(**qformer_config)
         elif qformer_config is None:
@@ -286,7 +288,7 @@ class BliprenConfig(PreTrainedConfig):
         return self.qformer_config.hidden_size if self.connector == "qformer" else self.vision_hidden_size
 
 
-def _sub_config(config, default_model_type: str, defaults: dict):
+def _build_sub_config(config, default_model_type: str, defaults: dict):
     if config is None:
         return AutoConfig.for_model(default_model_type, **defaults)
     if isinstance(config, dict):
@@ -294,7 +296,7 @@ def _sub_config(config, default_model_type: str, defaults: dict):
     return config
 
 
-def _width(vision_config) -> int:
+def _vision_hidden_size(vision_config) -> int:
     """Width of an encoder's last hidden state by its config; `from_vision_text_pretrained` measures instead."""
     hidden_sizes = getattr(vision_config, "hidden_sizes", None)
     return hidden_sizes[-1] if hidden_sizes else vision_config.hidden_size

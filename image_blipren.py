@@ -77,7 +77,7 @@ def with_fast_resize(image_processor):
     return image_processor
 
 
-def refuse_strange_images(images) -> None:
+def check_image_sources(images) -> None:
     """Where strangers ask (`BLIPREN_IMAGES=data` in the environment of a server), an image that is a string must be the
     picture itself, a `data:` address: not a path of this machine, not an address that it would fetch from inside.
 
@@ -88,7 +88,7 @@ def refuse_strange_images(images) -> None:
         return
     for image in images if isinstance(images, (list, tuple)) else [images]:
         if isinstance(image, (list, tuple)):
-            refuse_strange_images(image)
+            check_image_sources(image)
         elif isinstance(image, (str, os.PathLike)) and not str(image).startswith("data:image/"):
             raise ValueError(
                 f"image {str(image)[:80]!r} is refused: this server takes pictures inside the request alone, as "
@@ -96,4 +96,4 @@ def refuse_strange_images(images) -> None:
             )
 
 
-__all__ = ["BliprenFastResize", "refuse_strange_images", "with_fast_resize"]
+__all__ = ["BliprenFastResize", "check_image_sources", "with_fast_resize"]

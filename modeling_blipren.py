@@ -22,18 +22,18 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
 )
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .base_blipren import BliprenPreTrainedModel, base_model_reference
-from .base_code_blipren import load_base_code
+from .base_blipren import BliprenPreTrainedModel
+from .base_models_blipren import base_model_reference, load_base_code
 from .configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_revision
-from .processing_blipren import end_of_answer_id, pick_image_token
-from .qformer_blipren import BliprenQFormer, copy_bert_weights
-from .retrieval_blipren import BliprenForImageTextRetrieval
-from .vision_blipren import load_vision_config, measure_vision, patches_of, used_parameters, vision_outputs_of
+from .projector_blipren import BliprenMlp, BliprenMoeProjector, build_projector
+from .prompts_blipren import end_of_answer_id, pick_image_token
+from .qformer_blipren import BliprenQFormer
+from .qformer_weights_blipren import copy_bert_weights
+from .vision_blipren import load_vision_config, measure_vision, used_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -91,165 +91,8 @@ class BliprenCausalLMOutputWithPast(ModelOutput):
     router_aux_loss: torch.Tensor | None = None
 
 
-class BliprenMlp(nn.Module):
-    """`LN(x + MLP(LN(x)))`: the residual projector of the BLIPren notebooks; a linear first where widths differ."""
-
-    def __init__(self, config: BliprenConfig, out_size: int):
-        super().__init__()
-        hidden = config.projector_hidden_size or 4 * out_size
-        width = config.connector_hidden_size
-        self.input = nn.Linear(width, out_size) if width != out_size else nn.Identity()
-        self.norm = nn.LayerNorm(out_size)
-        self.fc1 = nn.Linear(out_size, hidden)
-        self.activation = ACT2FN[config.projector_hidden_act]
-        self.dropout = nn.Dropout(config.projector_dropout)
-        self.fc2 = nn.Linear(hidden, out_size)
-        self.output_norm = nn.LayerNorm(out_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.input(hidden_states)
-        update = self.fc2(self.dropout(self.activation(self.fc1(self.norm(hidden_states)))))
-        return self.output_norm(hidden_states + self.dropout(update))
-
-
-class BliprenMlp2(nn.Module):
-    """Two plain layers, the LLaVA-1.5 way (https://arxiv.org/abs/2310.03744), with a norm between them on request."""
-
-    def __init__(self, config: BliprenConfig, out_size: int):
-        super().__init__()
-        hidden = config.projector_hidden_size or out_size
-        self.fc1 = nn.Linear(config.connector_hidden_size, hidden)
-        self.activation = ACT2FN[config.projector_hidden_act]
-        self.norm = nn.LayerNorm(hidden) if config.projector_mid_norm else nn.Identity()
-        self.fc2 = nn.Linear(hidden, out_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.norm(self.activation(self.fc1(hidden_states))))
-
-
-class BliprenExpert(nn.Module):
-    """LN, linear, activation, linear, LN."""
-
-    def __init__(self, config: BliprenConfig, out_size: int):
-        super().__init__()
-        hidden = config.projector_hidden_size or 4 * out_size
-        self.norm = nn.LayerNorm(config.connector_hidden_size)
-        self.fc1 = nn.Linear(config.connector_hidden_size, hidden)
-        self.activation = ACT2FN[config.projector_hidden_act]
-        self.fc2 = nn.Linear(hidden, out_size)
-        self.output_norm = nn.LayerNorm(out_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.output_norm(self.fc2(self.activation(self.fc1(self.norm(hidden_states)))))
-
-
-class BliprenMoeProjector(nn.Module):
-    """Experts mixed per image by a router that reads the image's mean patch feature: densely, or the top k only."""
-
-    def __init__(self, config: BliprenConfig, out_size: int):
-        super().__init__()
-        self.config = config
-        width = config.vision_hidden_size
-        self.router = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, config.num_experts)
-        )
-        self.experts = nn.ModuleList([BliprenExpert(config, out_size) for _ in range(config.num_experts)])
-
-    def forward(
-        self, hidden_states: torch.Tensor, patch_features: torch.Tensor, patch_attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`(B, N, D)`, `(B, P, Dv)`, `(B, P)` -> image features `(B, N, text_hidden)`, router probabilities `(B, E)`,
-        auxiliary loss `()` in training."""
-        if patch_attention_mask is None:
-            pooled = patch_features.mean(dim=1)
-        else:
-            mask = patch_attention_mask.unsqueeze(-1).to(patch_features.dtype)
-            pooled = (patch_features * mask).sum(dim=1) / mask.sum(dim=1)
-        logits = self.router(pooled)  # [B, E]
-        if self.training and self.config.router_noise:
-            logits = logits + torch.randn_like(logits) * self.config.router_noise
-        probs = logits.softmax(dim=-1)
-        weights, top_k = probs, self.config.experts_top_k
-        if top_k is not None:
-            values, chosen = probs.topk(top_k, dim=-1)
-            weights = torch.zeros_like(probs).scatter(-1, chosen, values / values.sum(dim=-1, keepdim=True))
-        if top_k is None:
-            outputs = torch.stack([expert(hidden_states) for expert in self.experts], dim=1)  # [B, E, N, D]
-            mixed = torch.einsum("be,bend->bnd", weights, outputs)
-        else:
-            mixed = 0.0
-            for index, expert in enumerate(self.experts):
-                # each expert sees the images routed to it; those not routed get weight zero
-                rows = weights[:, index].nonzero(as_tuple=True)[0]
-                update = expert(hidden_states[rows]) * weights[rows, index, None, None]
-                base = torch.zeros(
-                    *hidden_states.shape[:2], update.shape[-1], dtype=update.dtype, device=update.device
-                )
-                mixed = mixed + base.index_add(0, rows, update)
-        aux_loss = None
-        if self.training:
-            # Switch Transformer: share of images an expert gets times its mean probability; 1 when balanced
-            load = (weights > 0).to(probs.dtype).mean(dim=0) / (top_k or 1) if top_k is not None else probs.mean(dim=0)
-            balance = self.config.num_experts * (load * probs.mean(dim=0)).sum()
-            z_loss = logits.logsumexp(dim=-1).square().mean()
-            aux_loss = self.config.router_balance_weight * balance + self.config.router_z_weight * z_loss
-        return mixed, probs, aux_loss
-
-
-def build_projector(config: BliprenConfig, out_size: int) -> nn.Module:
-    """The projector that the config names, from connector width to the width of the LLM's embeddings."""
-    if config.projector == "linear":
-        return nn.Linear(config.connector_hidden_size, out_size)
-    return {"mlp2": BliprenMlp2, "mlp": BliprenMlp, "moe": BliprenMoeProjector}[config.projector](config, out_size)
-
-
-class BliprenModel(BliprenPreTrainedModel):
-    """Vision tower, connector and headless language model."""
-
-    def __init__(self, config: BliprenConfig):
-        super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.qformer = BliprenQFormer(config.qformer_config) if config.connector == "qformer" else None
-        # OPT's embeddings can be narrower than its layers: the embedding's own width is what counts
-        self.projector = build_projector(config, self.language_model.get_input_embeddings().weight.shape[1])
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def encode_images(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Images -> patch features `(num_images, num_patches, vision_hidden)`: what the feature cache stores.
-
-        Without gradient and in eval mode, unless the vision tower is being trained.
-
-        Args:
-            pixel_values: `(num_images, channels, height, width)`; for NaFlex `(num_images, max_patches, patch_width)`.
-            pixel_attention_mask: `(num_images, max_patches)`, NaFlex only; it is the mask of the patch features too.
-            spatial_shapes: `(num_images, 2)`, NaFlex only.
-        """
-        return self._encode(pixel_values, pixel_attention_mask, spatial_shapes)[1]
-
-    def _encode(self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, **wanted):
-        """The vision encoder's own output, and the patch features made of it."""
-        frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
-        if frozen and self.vision_tower.training:
-            self.vision_tower.eval()
-        extra = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        extra = {key: value for key, value in extra.items() if value is not None} | wanted
-        layers = self.config.vision_feature_layer
-        prefix = self.config.num_prefix_tokens if self.config.vision_feature_select == "patches" else 0
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            outputs = vision_outputs_of(self.vision_tower, pixel_values.to(self.vision_tower.dtype), layers, **extra)
-            return outputs, patches_of(outputs, layers, prefix)
+class BliprenImageFeaturesMixin:
+    """Image features of a model that has a vision tower and a connector, itself or in its `base_model`."""
 
     @can_return_tuple
     def get_image_features(
@@ -277,6 +120,7 @@ class BliprenModel(BliprenPreTrainedModel):
                 runs with eager attention.
             output_hidden_states: return the vision encoder's hidden states.
         """
+        parts = self.base_model
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -286,7 +130,7 @@ class BliprenModel(BliprenPreTrainedModel):
         vision_outputs = {}
         if patch_features is None:
             wanted = {"output_hidden_states": True} if output_hidden_states else {}
-            if output_attentions and self.vision_tower.config._attn_implementation == "eager":
+            if output_attentions and parts.vision_tower.config._attn_implementation == "eager":
                 wanted["output_attentions"] = True
             vision_outputs, patch_features = self._encode(pixel_values, pixel_attention_mask, spatial_shapes, **wanted)
             patch_attention_mask = pixel_attention_mask
@@ -295,13 +139,13 @@ class BliprenModel(BliprenPreTrainedModel):
                 f"patch_features have shape {tuple(patch_features.shape)}; the model takes (num_images, num_patches, "
                 f"{self.config.vision_hidden_size}): they come from another vision encoder or layer"
             )
-        hidden_states = patch_features.to(next(self.projector.parameters()).dtype)
+        hidden_states = patch_features.to(next(parts.projector.parameters()).dtype)
         cross_attentions = None
-        if self.qformer is not None:
+        if parts.qformer is not None:
             if self.config.qformer_reads_prompt != (qformer_input_ids is not None):
                 wanted = "needs" if self.config.qformer_reads_prompt else "takes no"
                 raise ValueError(f"this model {wanted} qformer_input_ids: its processor gives what it needs")
-            outputs = self.qformer(
+            outputs = parts.qformer(
                 hidden_states,
                 patch_attention_mask,
                 qformer_input_ids,
@@ -312,11 +156,11 @@ class BliprenModel(BliprenPreTrainedModel):
         else:
             states = hidden_states
         router_probs = aux_loss = None
-        if isinstance(self.projector, BliprenMoeProjector):
-            image_features, router_probs, aux_loss = self.projector(states, hidden_states, patch_attention_mask)
+        if isinstance(parts.projector, BliprenMoeProjector):
+            image_features, router_probs, aux_loss = parts.projector(states, hidden_states, patch_attention_mask)
         else:
-            image_features = self.projector(states)
-        if self.qformer is None and patch_attention_mask is not None:
+            image_features = parts.projector(states)
+        if parts.qformer is None and patch_attention_mask is not None:
             per_image = [features[mask.bool()] for features, mask in zip(image_features, patch_attention_mask)]
         else:
             per_image = list(image_features)
@@ -329,6 +173,25 @@ class BliprenModel(BliprenPreTrainedModel):
             vision_outputs.get("hidden_states") if output_hidden_states else None,
             vision_outputs.get("attentions") if output_attentions else None,
         )
+
+
+class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
+    """Vision tower, connector and headless language model."""
+
+    def __init__(self, config: BliprenConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.qformer = BliprenQFormer(config.qformer_config) if config.connector == "qformer" else None
+        # OPT's embeddings can be narrower than its layers: the embedding's own width is what counts
+        self.projector = build_projector(config, self.language_model.get_input_embeddings().weight.shape[1])
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
@@ -374,7 +237,7 @@ class BliprenModel(BliprenPreTrainedModel):
             image_features = torch.cat(list(image.pooler_output), dim=0)  # [tokens of all images, D]
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             if image_mask is None:
-                image_mask = self._placeholders_among(inputs_embeds)
+                image_mask = self._find_placeholders(inputs_embeds)
             self._check_count(image_mask, image_features.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), image_features)
         elif image_mask is not None and input_ids.shape[1] > 1:
@@ -398,7 +261,7 @@ class BliprenModel(BliprenPreTrainedModel):
             router_aux_loss=image.get("router_aux_loss") if image is not None else None,
         )
 
-    def _placeholders_among(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def _find_placeholders(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Where embeddings are those of the placeholder, as upstream models find it; `(batch, length)`."""
         embeddings = self.get_input_embeddings()
         if self.config.image_token_id >= embeddings.weight.shape[0]:
@@ -420,7 +283,7 @@ class BliprenModel(BliprenPreTrainedModel):
             )
 
 
-def _refuse_missing(name: str, keys) -> None:
+def _check_complete(name: str, keys) -> None:
     """A base model that does not hold all of its weights would be filled with random values."""
     if keys := sorted(keys):
         raise ValueError(f"{name} lacks {len(keys)} weights of its architecture, such as {keys[0]!r}")
@@ -482,7 +345,7 @@ def summed_cross_entropy(
     )
 
 
-class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
+class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrainedModel, GenerationMixin):
     """The whole model: images and text in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -516,42 +379,6 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
     @property
     def language_model(self) -> nn.Module:
         return self.model.language_model
-
-    def encode_images(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See [`BliprenModel.encode_images`]."""
-        return self.model.encode_images(pixel_values, pixel_attention_mask, spatial_shapes)
-
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
-        patch_features: torch.Tensor | None = None,
-        patch_attention_mask: torch.Tensor | None = None,
-        qformer_input_ids: torch.LongTensor | None = None,
-        qformer_attention_mask: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> BliprenImageFeatures:
-        """See [`BliprenModel.get_image_features`]."""
-        return self.model.get_image_features(
-            pixel_values,
-            pixel_attention_mask,
-            spatial_shapes,
-            patch_features,
-            patch_attention_mask,
-            qformer_input_ids,
-            qformer_attention_mask,
-            output_attentions,
-            output_hidden_states,
-            **kwargs,
-        )
 
     @can_return_tuple
     def forward(
@@ -774,7 +601,7 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
         causal_lm, info = AutoModelForCausalLM.from_pretrained(
             llm, revision=llm_revision, dtype=dtype, output_loading_info=True, **hub_kwargs
         )
-        _refuse_missing(llm, info["missing_keys"])
+        _check_complete(llm, info["missing_keys"])
         vision_model, info = AutoModel.from_pretrained(
             vision,
             revision=vision_revision,
@@ -785,7 +612,7 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
         )
         if info["missing_keys"]:  # a pooler that nobody reads may be missing, a layer may not
             used = used_parameters(vision_model, image_inputs, vision_feature_layer)
-            _refuse_missing(vision, set(info["missing_keys"]) & used)
+            _check_complete(vision, set(info["missing_keys"]) & used)
         config = BliprenConfig(
             vision_config=vision_config,
             text_config=causal_lm.config,
@@ -866,14 +693,14 @@ class BliprenForConditionalGeneration(BliprenPreTrainedModel, GenerationMixin):
             )
 
 
-def _ship_pipeline() -> None:
-    """Never called: the import makes the remote-code loader ship the file."""
+def _ship_other_files() -> None:
+    """Make the remote-code loader copy two more files. This function is never called; the imports are read as text."""
     from .pipeline_blipren import BliprenImageToTextPipeline  # noqa: F401
+    from .retrieval_blipren import BliprenForImageTextRetrieval  # noqa: F401
 
 
 __all__ = [
     "BliprenForConditionalGeneration",
-    "BliprenForImageTextRetrieval",
     "BliprenModel",
     "BliprenPreTrainedModel",
 ]

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import GenerationConfig, Pipeline
 from transformers.image_utils import load_image
 
-from .image_blipren import refuse_strange_images
+from .image_blipren import check_image_sources
 
 
 class BliprenImageToTextPipeline(Pipeline):
@@ -44,7 +44,7 @@ class BliprenImageToTextPipeline(Pipeline):
     def preprocess(self, image, prompt=None, timeout=None):
         if isinstance(image, dict):  # a row of a dataset
             prompt, image = image.get("text", prompt), image["image"]
-        refuse_strange_images(image)
+        check_image_sources(image)
         inputs = self.processor(images=load_image(image, timeout=timeout), text=prompt, return_tensors="pt")
         return inputs.to(dtype=self.dtype)
 

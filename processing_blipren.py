@@ -1,81 +1,26 @@
 """Processor: one resize, one prompt layout and one tokenisation for training, inference and serving."""
 
 import os
-import re
 from pathlib import Path
 
 from PIL import Image
-from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .configuration_blipren import AUTO_MAP, copy_code_files, split_revision
-from .image_blipren import refuse_strange_images, with_fast_resize
+from .image_blipren import check_image_sources, with_fast_resize
+from .prompts_blipren import (
+    DEFAULT_CHAT_PROMPT,
+    DEFAULT_PROMPT,
+    IMAGE_TOKEN,
+    build_chat_template,
+    end_of_answer_id,
+    pick_image_token,
+)
 from .vision_blipren import load_vision_config, measure_vision
 
-IMAGE_TOKEN = "<image>"
-QFORMER_TOKENIZER = "qformer_tokenizer"
-DEFAULT_PROMPT = "Short caption:"
-DEFAULT_CHAT_PROMPT = "Write a short caption for this image."
-# what a language model's template may leave open, and must not: a date or a thinking block that differs from training
-_TEMPLATE_HEAD = """{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}
-{%- if date_string is not defined -%}{%- set date_string = '26 Jul 2024' -%}{%- endif -%}
-{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-  {%- if message['content'] is string or message['content'] is none or message['content'] is not defined -%}
-    {%- set flat.messages = flat.messages + [message] -%}
-  {%- else -%}
-    {%- set content = namespace(text='') -%}
-    {%- for part in message['content'] -%}
-      {%- if part['type'] in ('image', 'image_url') -%}{%- set content.text = content.text + 'IMAGE_TOKEN' -%}
-      {%- else -%}{%- set content.text = content.text + part['text'] -%}{%- endif -%}
-    {%- endfor -%}
-    {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}
-"""
-# for language models without a template: prompt, one space, answer, end
-_PLAIN_TEMPLATE = """{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{% generation %}{{ 'ANSWER_START' + message['content'] }}{% if not (loop.last and continue_final_message) %}{{ eos_token }}{% endif %}{% endgeneration %}
-{%- else -%}{{ message['content'] }}{%- endif -%}
-{%- endfor -%}"""
-
-
-def pick_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """The placeholder and its id, without touching the vocabulary of the model.
-
-    In this order: a token that the tokenizer reserves (for images, or for nothing); else `<image>` is added to the
-    tokenizer alone, where it takes a spare embedding row or an id beyond the vocabulary, which is never embedded.
-    """
-    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-    for pattern in (r"<\|?image(_pad)?\|?>", r"<\|?reserved_special_token_\d+\|?>", r"<\|?(unused|extra_id_)\d+\|?>"):
-        for token, index in sorted(added.items(), key=lambda item: item[1]):
-            if re.fullmatch(pattern, token):
-                return token, index
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return IMAGE_TOKEN, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-
-
-def end_of_answer_id(tokenizer: PreTrainedTokenizerBase, generation_eos: list[int]) -> int:
-    """The one token that ends an answer: what the chat template writes there, if generation stops at it; else EOS.
-
-    Raises:
-        ValueError: when neither tokenizer nor model has an end-of-sequence token.
-    """
-    if tokenizer.chat_template:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ANSWER"}], tokenize=False
-        )
-        tail = tokenizer(rendered.rpartition("ANSWER")[2].lstrip(), add_special_tokens=False).input_ids
-        if tail and tail[0] in {tokenizer.eos_token_id, *generation_eos}:
-            return tail[0]
-    if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id
-    if generation_eos:
-        return generation_eos[0]
-    raise ValueError(f"{tokenizer.name_or_path} has no end-of-sequence token: its captions could never stop")
+QFORMER_TOKENIZER = "qformer_tokenizer"  # folder of a checkpoint
 
 
 class BliprenProcessorKwargs(ProcessingKwargs, total=False):
@@ -186,8 +131,7 @@ class BliprenProcessor(ProcessorMixin):
         return cls(
             image_processor,
             tokenizer,
-            chat_template=_TEMPLATE_HEAD.replace("IMAGE_TOKEN", image_token)
-            + (chat or _PLAIN_TEMPLATE.replace("ANSWER_START", answer_start)),
+            chat_template=build_chat_template(chat, image_token, answer_start),
             image_token=image_token,
             num_visual_tokens=num_visual_tokens,
             answer_end=tokenizer.convert_ids_to_tokens(end),
@@ -235,7 +179,7 @@ class BliprenProcessor(ProcessorMixin):
             num_visual_tokens: placeholders of each image; one image of `self.num_visual_tokens` by default.
         """
         counts = [self.num_visual_tokens] if num_visual_tokens is None else num_visual_tokens
-        pieces = self._without_double_bos(self.prompt_text(prompt, system, len(counts))).split(self.image_token)
+        pieces = self._strip_duplicate_bos(self.prompt_text(prompt, system, len(counts))).split(self.image_token)
         text = pieces[0] + "".join(self.image_token * n + piece for n, piece in zip(counts, pieces[1:], strict=True))
         return self.tokenizer(text).input_ids
 
@@ -274,7 +218,7 @@ class BliprenProcessor(ProcessorMixin):
             ids = ids[: ids.index(end)] if end in ids else ids
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def _without_double_bos(self, text: str) -> str:
+    def _strip_duplicate_bos(self, text: str) -> str:
         bos = self.tokenizer.bos_token
         if bos and text.startswith(bos) and self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id:
             return text[len(bos) :]
@@ -291,7 +235,7 @@ class BliprenProcessor(ProcessorMixin):
                 raise ValueError(
                     "qformer_reads_prompt needs the Q-Former's tokenizer, in the folder qformer_tokenizer"
                 )
-            prompts = self._prompts_of_images(len(outputs["pixel_values"]), text)
+            prompts = self._image_prompts(len(outputs["pixel_values"]), text)
             tokens = self.qformer_tokenizer(
                 prompts, padding=True, truncation=True, max_length=512, return_tensors="pt"
             )
@@ -299,7 +243,7 @@ class BliprenProcessor(ProcessorMixin):
             outputs["qformer_attention_mask"] = tokens["attention_mask"]
         return outputs
 
-    def _prompts_of_images(self, num_images: int, text) -> list[str]:
+    def _image_prompts(self, num_images: int, text) -> list[str]:
         """The prompt that belongs to each image, without placeholders; the caption prompt where there is no text."""
         texts = [text] if text is None or isinstance(text, str) else list(text)
         prompts = []
@@ -319,7 +263,7 @@ class BliprenProcessor(ProcessorMixin):
         """Text without the placeholder gets the prompt layout of training; no text gets the caption prompt."""
         single = isinstance(text, str)
         if images is not None:
-            refuse_strange_images(images)
+            check_image_sources(images)
             nested = isinstance(images, (list, tuple)) and bool(images) and isinstance(images[0], (list, tuple))
             flat = isinstance(images, (list, tuple)) and not nested
             if text is None:
@@ -344,7 +288,7 @@ class BliprenProcessor(ProcessorMixin):
             # apply_chat_template says so itself when its template already wrote BOS
             given = kwargs.get("add_special_tokens", kwargs.get("text_kwargs", {}).get("add_special_tokens", True))
             texts = [text] if isinstance(text, str) else list(text)
-            text = [self._without_double_bos(t) for t in texts] if given else texts
+            text = [self._strip_duplicate_bos(t) for t in texts] if given else texts
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:

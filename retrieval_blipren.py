@@ -15,8 +15,9 @@ from transformers.utils import ModelOutput
 
 from .base_blipren import BliprenPreTrainedModel
 from .configuration_blipren import BliprenConfig, BliprenQFormerConfig
-from .qformer_blipren import BliprenQFormer, copy_blip2_weights
-from .vision_blipren import patch_features_of
+from .projector_blipren import build_projector
+from .qformer_blipren import BliprenQFormer
+from .qformer_weights_blipren import copy_blip2_weights
 
 # the library knows this encoder's config, but gives AutoModel no class for it
 AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
@@ -65,8 +66,6 @@ class BliprenImageTextModel(BliprenPreTrainedModel):
 
     def __init__(self, config: BliprenConfig):
         super().__init__(config)
-        from .modeling_blipren import build_projector  # here: that file imports this one
-
         text = config.text_config.get_text_config()
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.qformer = BliprenQFormer(config.qformer_config)
@@ -135,7 +134,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         del self.config.custom_pipelines
         self.config.auto_map = {
             "AutoConfig": "configuration_blipren.BliprenConfig",
-            "AutoModel": "modeling_blipren.BliprenForImageTextRetrieval",
+            "AutoModel": "retrieval_blipren.BliprenForImageTextRetrieval",
             "AutoProcessor": "processing_blipren.BliprenProcessor",
         }
 
@@ -146,24 +145,6 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         self.model.qformer.word_embeddings = value
 
     # ---- embeddings -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def encode_images(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Patch features `(num_images, num_patches, vision_hidden)` of the frozen encoder: what the cache stores."""
-        vision_inputs = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        cut = self.config.num_prefix_tokens if self.config.vision_feature_select == "patches" else 0
-        return patch_features_of(
-            self.model.vision_tower,
-            pixel_values.to(self.model.vision_tower.dtype),
-            self.config.vision_feature_layer,
-            cut,
-            **{name: value for name, value in vision_inputs.items() if value is not None},
-        )
 
     def _patches(self, pixel_values, patch_features, patch_attention_mask, pixel_attention_mask, spatial_shapes):
         if (pixel_values is None) == (patch_features is None):

@@ -53,7 +53,7 @@ def _select_layers(outputs, layers: int | list[int]) -> list[torch.Tensor]:
     return states
 
 
-def patch_features_of(
+def compute_patch_features(
     vision_tower: nn.Module,
     pixel_values: torch.Tensor,
     layers: int | list[int] = -1,
@@ -72,19 +72,19 @@ def patch_features_of(
     Returns:
         `(num_images, num_patches, vision_hidden)`.
     """
-    return patches_of(
-        vision_outputs_of(vision_tower, pixel_values, layers, **vision_inputs), layers, num_prefix_tokens
+    return select_patch_features(
+        run_vision_encoder(vision_tower, pixel_values, layers, **vision_inputs), layers, num_prefix_tokens
     )
 
 
-def vision_outputs_of(vision_tower: nn.Module, pixel_values: torch.Tensor, layers: int | list[int] = -1, **inputs):
+def run_vision_encoder(vision_tower: nn.Module, pixel_values: torch.Tensor, layers: int | list[int] = -1, **inputs):
     """What the encoder itself gives, with its hidden states where a layer needs them."""
     if layers != -1 and layers != [-1]:
         inputs["output_hidden_states"] = True
     return vision_tower(pixel_values, return_dict=True, **inputs)
 
 
-def patches_of(outputs, layers: int | list[int] = -1, num_prefix_tokens: int = 0) -> torch.Tensor:
+def select_patch_features(outputs, layers: int | list[int] = -1, num_prefix_tokens: int = 0) -> torch.Tensor:
     """An encoder's output flattened, cut and joined to `(num_images, num_patches, vision_hidden)`."""
     states = _select_layers(outputs, layers)
     if states[-1].dim() == 4:  # feature maps [B, C, H, W]
@@ -101,7 +101,7 @@ def used_parameters(
     parameters = dict(vision_tower.named_parameters())
     inputs = dict(image_inputs)
     pixel_values = inputs.pop("pixel_values").to(vision_tower.dtype)
-    features = patch_features_of(vision_tower.eval(), pixel_values, layers, **inputs)
+    features = compute_patch_features(vision_tower.eval(), pixel_values, layers, **inputs)
     gradients = torch.autograd.grad(features.float().sum(), list(parameters.values()), allow_unused=True)
     return {name for name, gradient in zip(parameters, gradients) if gradient is not None}
 
@@ -131,7 +131,7 @@ def measure_vision(
     Args:
         vision_config: the encoder's config.
         image_inputs: what the image processor gives for one image.
-        layers: as in [`patch_features_of`].
+        layers: as in [`compute_patch_features`].
 
     Raises:
         ValueError: when sequence length and patch grid cannot be brought together.
@@ -162,4 +162,4 @@ def measure_vision(
     return BliprenVisionShape((height, breadth), length - height * breadth, width)
 
 
-__all__ = ["BliprenVisionShape", "load_vision_config", "measure_vision", "patch_features_of", "used_parameters"]
+__all__ = ["BliprenVisionShape", "load_vision_config", "measure_vision", "compute_patch_features", "used_parameters"]

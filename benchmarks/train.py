@@ -36,7 +36,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenQFormerConfig
 from blipren.modeling_blipren import copy_weights
-from blipren.qformer_blipren import copy_blip2_weights
+from blipren.qformer_weights_blipren import copy_blip2_weights
 from blipren.training.data.batches.blocks import PromptEncoder, build_blocks
 from blipren.training.data.batches.collate import collate_padded, collate_shared, useful_share
 from blipren.training.data.batches.masks import FLEX, build_attention_mask, shared_prefix_block_mask

@@ -9,7 +9,7 @@ from tiny import tiny_tokenizer
 from transformers import SiglipImageProcessorPil
 
 from blipren import BliprenProcessor
-from blipren.processing_blipren import _PLAIN_TEMPLATE, _TEMPLATE_HEAD
+from blipren.prompts_blipren import build_chat_template
 
 try:
     common = library_module("test_processing_common")
@@ -41,5 +41,5 @@ class ProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):
 
     @staticmethod
     def prepare_processor_dict():
-        template = _TEMPLATE_HEAD.replace("IMAGE_TOKEN", "<image>") + _PLAIN_TEMPLATE
+        template = build_chat_template(None, "<image>")
         return {"image_token": "<image>", "num_visual_tokens": 4, "chat_template": template}

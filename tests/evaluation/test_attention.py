@@ -184,7 +184,7 @@ def test_mobilenet_maps_lie_on_its_7x7_grid(tmp_path):
 def test_a_convolution_keeps_its_places(shared_data):
     from transformers import AutoImageProcessor, AutoModel
 
-    from blipren.vision_blipren import patch_features_of
+    from blipren.vision_blipren import compute_patch_features
 
     folder = shared_data("tiny-vision")
     tower = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -194,7 +194,7 @@ def test_a_convolution_keeps_its_places(shared_data):
         box = (column * 32, row * 32, column * 32 + 32, row * 32 + 32)
         photos = [dark_photo((224, 224), box), dark_photo((224, 224), (0, 0, 0, 0))]
         with torch.no_grad():
-            features = patch_features_of(tower, image_processor(photos, return_tensors="pt")["pixel_values"])
+            features = compute_patch_features(tower, image_processor(photos, return_tensors="pt")["pixel_values"])
         change = grid.maps((features[0] - features[1]).norm(dim=-1))
         found = divmod(int(change.argmax()), 7)
         assert abs(found[0] - row) <= 1 and abs(found[1] - column) <= 1

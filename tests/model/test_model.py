@@ -13,8 +13,8 @@ from blipren import (
     BliprenQFormer,
     BliprenQFormerConfig,
 )
-from blipren.modeling_blipren import BliprenMoeProjector
-from blipren.qformer_blipren import copy_bert_weights, copy_blip2_weights
+from blipren.projector_blipren import BliprenMoeProjector
+from blipren.qformer_weights_blipren import copy_bert_weights, copy_blip2_weights
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 from tiny_models import make_llm, make_tokenizer, random_image
 
 from blipren import BliprenProcessor
-from blipren.processing_blipren import end_of_answer_id, pick_image_token
+from blipren.prompts_blipren import end_of_answer_id, pick_image_token
 
 
 @pytest.fixture(scope="module", params=["plain", "chat"])

@@ -10,7 +10,7 @@ from transformers import BertTokenizerFast, DistilBertConfig, DistilBertModel
 
 import blipren
 from blipren import BliprenConfig, BliprenQFormer, BliprenQFormerConfig
-from blipren.modeling_blipren import build_projector
+from blipren.projector_blipren import build_projector
 from blipren.training.cli import build_settings, load_recipe, settings_class
 from blipren.training.commands.embed import run as embed
 from blipren.training.commands.new import run as new

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from blipren.base_blipren import hash_weights, weight_files
+from blipren.base_models_blipren import hash_weights, weight_files
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.engine.device import choose_device
 from blipren.training.errors import UserError

@@ -13,8 +13,8 @@ from transformers import (
 
 from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProcessor, BliprenQFormerConfig
 from blipren.configuration_blipren import split_revision
-from blipren.processing_blipren import end_of_answer_id, pick_image_token
-from blipren.qformer_blipren import copy_blip2_weights
+from blipren.prompts_blipren import end_of_answer_id, pick_image_token
+from blipren.qformer_weights_blipren import copy_blip2_weights
 from blipren.training.errors import UserError, one_line
 
 _SOURCES = {"blip-2": Blip2ForConditionalGeneration, "instructblip": InstructBlipForConditionalGeneration}

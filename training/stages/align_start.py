@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval, BliprenProcessor
 from blipren.configuration_blipren import split_revision
-from blipren.qformer_blipren import copy_bert_weights
+from blipren.qformer_weights_blipren import copy_bert_weights
 from blipren.training.commands.align import AlignSettings
 from blipren.training.engine.loading import load_checkpoint, load_config
 from blipren.training.errors import UserError

@@ -1,6 +1,9 @@
 """Base models whose architecture is not transformers' own: their repository's code, run only where a person names it."""
 
+import hashlib
+import json
 import os
+from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -11,6 +14,49 @@ from transformers.utils.hub import extract_commit_hash
 TRUST_VARIABLE = "BLIPREN_TRUST_BASE_CODE"
 _AUTO_CLASSES = {"vision": (AutoModel,), "llm": (AutoModel, AutoModelForCausalLM)}
 _registered: dict[str, str] = {}  # model type -> id@commit
+
+
+def weight_files(model_id: str, revision: str | None = None, **hub_kwargs) -> list[Path]:
+    """The files that hold a checkpoint's weights, single or sharded. Raises `OSError` when there is none."""
+    keywords = {**hub_kwargs, "revision": revision, "_raise_exceptions_for_missing_entries": False}
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if path := cached_file(model_id, name, **keywords):
+            return [Path(path)]
+        if index := cached_file(model_id, f"{name}.index.json", **keywords):
+            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+            return [Path(cached_file(model_id, shard, **hub_kwargs, revision=revision)) for shard in shards]
+    raise OSError(f"{model_id} has no weights: neither model.safetensors nor pytorch_model.bin, single or sharded")
+
+
+def hash_weights(files: list[Path], sampled: bool = False) -> str:
+    """SHA-256 over weight files, whole, or over their sizes and 66 samples of each (fast at any size)."""
+    digest = hashlib.sha256()
+    sample = 1 << 18
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            if not sampled or size <= 66 * sample:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                continue
+            for i in range(66):
+                file.seek((size - sample) * i // 65)
+                digest.update(file.read(sample))
+    return digest.hexdigest()
+
+
+def base_model_reference(model_id: str, revision: str | None, **hub_kwargs) -> dict:
+    """Where a frozen part came from: id, revision (the commit, where there is one), hashes of its weights."""
+    files = weight_files(model_id, revision, **hub_kwargs)
+    # a file of the Hub lies in the cache under its commit
+    commit = None if os.path.isdir(model_id) else extract_commit_hash(str(files[0]), None)
+    return {
+        "id": str(model_id),
+        "revision": commit or revision,
+        "sha256": hash_weights(files),
+        "sampled_sha256": hash_weights(files, sampled=True),
+    }
 
 
 def load_base_code(part: str, config: dict, model_id: str, revision: str | None, **hub_kwargs) -> None:
@@ -64,4 +110,4 @@ def load_base_code(part: str, config: dict, model_id: str, revision: str | None,
     _registered[model_type] = pinned
 
 
-__all__ = ["TRUST_VARIABLE", "load_base_code"]
+__all__ = ["TRUST_VARIABLE", "base_model_reference", "hash_weights", "load_base_code", "weight_files"]

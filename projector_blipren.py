@@ -1,0 +1,122 @@
+"""Projectors: from the width of the connector to the width of the language model's embeddings."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_blipren import BliprenConfig
+
+
+class BliprenMlp(nn.Module):
+    """`LN(x + MLP(LN(x)))`: the residual projector of the BLIPren notebooks; a linear first where widths differ."""
+
+    def __init__(self, config: BliprenConfig, out_size: int):
+        super().__init__()
+        hidden = config.projector_hidden_size or 4 * out_size
+        width = config.connector_hidden_size
+        self.input = nn.Linear(width, out_size) if width != out_size else nn.Identity()
+        self.norm = nn.LayerNorm(out_size)
+        self.fc1 = nn.Linear(out_size, hidden)
+        self.activation = ACT2FN[config.projector_hidden_act]
+        self.dropout = nn.Dropout(config.projector_dropout)
+        self.fc2 = nn.Linear(hidden, out_size)
+        self.output_norm = nn.LayerNorm(out_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.input(hidden_states)
+        update = self.fc2(self.dropout(self.activation(self.fc1(self.norm(hidden_states)))))
+        return self.output_norm(hidden_states + self.dropout(update))
+
+
+class BliprenMlp2(nn.Module):
+    """Two plain layers, the LLaVA-1.5 way (https://arxiv.org/abs/2310.03744), with a norm between them on request."""
+
+    def __init__(self, config: BliprenConfig, out_size: int):
+        super().__init__()
+        hidden = config.projector_hidden_size or out_size
+        self.fc1 = nn.Linear(config.connector_hidden_size, hidden)
+        self.activation = ACT2FN[config.projector_hidden_act]
+        self.norm = nn.LayerNorm(hidden) if config.projector_mid_norm else nn.Identity()
+        self.fc2 = nn.Linear(hidden, out_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.norm(self.activation(self.fc1(hidden_states))))
+
+
+class BliprenExpert(nn.Module):
+    """LN, linear, activation, linear, LN."""
+
+    def __init__(self, config: BliprenConfig, out_size: int):
+        super().__init__()
+        hidden = config.projector_hidden_size or 4 * out_size
+        self.norm = nn.LayerNorm(config.connector_hidden_size)
+        self.fc1 = nn.Linear(config.connector_hidden_size, hidden)
+        self.activation = ACT2FN[config.projector_hidden_act]
+        self.fc2 = nn.Linear(hidden, out_size)
+        self.output_norm = nn.LayerNorm(out_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.output_norm(self.fc2(self.activation(self.fc1(self.norm(hidden_states)))))
+
+
+class BliprenMoeProjector(nn.Module):
+    """Experts mixed per image by a router that reads the image's mean patch feature: densely, or the top k only."""
+
+    def __init__(self, config: BliprenConfig, out_size: int):
+        super().__init__()
+        self.config = config
+        width = config.vision_hidden_size
+        self.router = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, config.num_experts)
+        )
+        self.experts = nn.ModuleList([BliprenExpert(config, out_size) for _ in range(config.num_experts)])
+
+    def forward(
+        self, hidden_states: torch.Tensor, patch_features: torch.Tensor, patch_attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`(B, N, D)`, `(B, P, Dv)`, `(B, P)` -> image features `(B, N, text_hidden)`, router probabilities `(B, E)`,
+        auxiliary loss `()` in training."""
+        if patch_attention_mask is None:
+            pooled = patch_features.mean(dim=1)
+        else:
+            mask = patch_attention_mask.unsqueeze(-1).to(patch_features.dtype)
+            pooled = (patch_features * mask).sum(dim=1) / mask.sum(dim=1)
+        logits = self.router(pooled)  # [B, E]
+        if self.training and self.config.router_noise:
+            logits = logits + torch.randn_like(logits) * self.config.router_noise
+        probs = logits.softmax(dim=-1)
+        weights, top_k = probs, self.config.experts_top_k
+        if top_k is not None:
+            values, chosen = probs.topk(top_k, dim=-1)
+            weights = torch.zeros_like(probs).scatter(-1, chosen, values / values.sum(dim=-1, keepdim=True))
+        if top_k is None:
+            outputs = torch.stack([expert(hidden_states) for expert in self.experts], dim=1)  # [B, E, N, D]
+            mixed = torch.einsum("be,bend->bnd", weights, outputs)
+        else:
+            mixed = 0.0
+            for index, expert in enumerate(self.experts):
+                # each expert sees the images routed to it; those not routed get weight zero
+                rows = weights[:, index].nonzero(as_tuple=True)[0]
+                update = expert(hidden_states[rows]) * weights[rows, index, None, None]
+                base = torch.zeros(
+                    *hidden_states.shape[:2], update.shape[-1], dtype=update.dtype, device=update.device
+                )
+                mixed = mixed + base.index_add(0, rows, update)
+        aux_loss = None
+        if self.training:
+            # Switch Transformer: share of images an expert gets times its mean probability; 1 when balanced
+            load = (weights > 0).to(probs.dtype).mean(dim=0) / (top_k or 1) if top_k is not None else probs.mean(dim=0)
+            balance = self.config.num_experts * (load * probs.mean(dim=0)).sum()
+            z_loss = logits.logsumexp(dim=-1).square().mean()
+            aux_loss = self.config.router_balance_weight * balance + self.config.router_z_weight * z_loss
+        return mixed, probs, aux_loss
+
+
+def build_projector(config: BliprenConfig, out_size: int) -> nn.Module:
+    """The projector that the config names, from connector width to the width of the LLM's embeddings."""
+    if config.projector == "linear":
+        return nn.Linear(config.connector_hidden_size, out_size)
+    return {"mlp2": BliprenMlp2, "mlp": BliprenMlp, "moe": BliprenMoeProjector}[config.projector](config, out_size)
+
+
+__all__ = ["BliprenExpert", "BliprenMlp", "BliprenMlp2", "BliprenMoeProjector", "build_projector"]

@@ -1,0 +1,81 @@
+"""Chat templates, the placeholder of an image, the token that ends an answer."""
+
+import re
+
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+IMAGE_TOKEN = "<image>"
+DEFAULT_PROMPT = "Short caption:"
+DEFAULT_CHAT_PROMPT = "Write a short caption for this image."
+# what a language model's template may leave open, and must not: a date or a thinking block that differs from training
+_TEMPLATE_HEAD = """{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}
+{%- if date_string is not defined -%}{%- set date_string = '26 Jul 2024' -%}{%- endif -%}
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- if message['content'] is string or message['content'] is none or message['content'] is not defined -%}
+    {%- set flat.messages = flat.messages + [message] -%}
+  {%- else -%}
+    {%- set content = namespace(text='') -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] in ('image', 'image_url') -%}{%- set content.text = content.text + 'IMAGE_TOKEN' -%}
+      {%- else -%}{%- set content.text = content.text + part['text'] -%}{%- endif -%}
+    {%- endfor -%}
+    {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+# for language models without a template: prompt, one space, answer, end
+_PLAIN_TEMPLATE = """{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{ 'ANSWER_START' + message['content'] }}{% if not (loop.last and continue_final_message) %}{{ eos_token }}{% endif %}{% endgeneration %}
+{%- else -%}{{ message['content'] }}{%- endif -%}
+{%- endfor -%}"""
+
+
+def build_chat_template(text_template: str | None, image_token: str, answer_start: str = " ") -> str:
+    """Return a Jinja template that places images and then renders as the language model's own template does.
+
+    Args:
+        text_template: template of the language model; `None` for a model without one.
+        image_token: placeholder of an image.
+        answer_start: text between prompt and answer, where the language model has no template.
+    """
+    return _TEMPLATE_HEAD.replace("IMAGE_TOKEN", image_token) + (
+        text_template or _PLAIN_TEMPLATE.replace("ANSWER_START", answer_start)
+    )
+
+
+def pick_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """The placeholder and its id, without touching the vocabulary of the model.
+
+    In this order: a token that the tokenizer reserves (for images, or for nothing); else `<image>` is added to the
+    tokenizer alone, where it takes a spare embedding row or an id beyond the vocabulary, which is never embedded.
+    """
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    for pattern in (r"<\|?image(_pad)?\|?>", r"<\|?reserved_special_token_\d+\|?>", r"<\|?(unused|extra_id_)\d+\|?>"):
+        for token, index in sorted(added.items(), key=lambda item: item[1]):
+            if re.fullmatch(pattern, token):
+                return token, index
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    return IMAGE_TOKEN, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+
+def end_of_answer_id(tokenizer: PreTrainedTokenizerBase, generation_eos: list[int]) -> int:
+    """The one token that ends an answer: what the chat template writes there, if generation stops at it; else EOS.
+
+    Raises:
+        ValueError: when neither tokenizer nor model has an end-of-sequence token.
+    """
+    if tokenizer.chat_template:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ANSWER"}], tokenize=False
+        )
+        tail = tokenizer(rendered.rpartition("ANSWER")[2].lstrip(), add_special_tokens=False).input_ids
+        if tail and tail[0] in {tokenizer.eos_token_id, *generation_eos}:
+            return tail[0]
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    if generation_eos:
+        return generation_eos[0]
+    raise ValueError(f"{tokenizer.name_or_path} has no end-of-sequence token: its captions could never stop")
