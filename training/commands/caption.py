@@ -2,29 +2,22 @@
 
 from dataclasses import dataclass
 
-from blipren.training.settings import Settings, choice, positional
+from blipren.training.evaluation.settings import GenerationSettings
+from blipren.training.settings import choice, positional
 
 
 @dataclass(kw_only=True)
-class CaptionSettings(Settings):
+class CaptionSettings(GenerationSettings):
     """`blipren caption`: captions for images."""
 
     model: str = positional()
     """Checkpoint folder or Hub id."""
     images: list[str] = positional()
     """Image files."""
-    prompt: str | None = None
-    """Prompt or question; by default the model's own caption prompt."""
     json: bool = False
-    """One JSON object a line instead of text."""
-    max_new_tokens: int = 64
-    """Longest answer."""
-    num_beams: int = 1
-    """Beams; 1 is greedy."""
-    batch_size: int = 16
-    """Images that are captioned together."""
+    """Print one JSON object a line instead of text."""
     device: str = choice("auto", "cpu", "cuda", "mps", default="auto")
-    """Where to compute."""
+    """Device to compute on."""
 
 
 def run(settings: CaptionSettings) -> int | None:

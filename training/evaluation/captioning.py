@@ -178,8 +178,7 @@ def caption(settings: CaptionSettings) -> None:
         photos,
         settings.prompt,
         settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=settings.num_beams,
+        **settings.generate_options(),
     )
     for path, result in zip(settings.images, results):
         if settings.json:

@@ -52,15 +52,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def generation_settings(settings: EvaluateSettings) -> dict:
-    generation = {"max_new_tokens": settings.max_new_tokens, "num_beams": settings.num_beams}
-    if settings.num_beams > 1:
-        generation["length_penalty"] = settings.length_penalty
-    if settings.no_repeat_ngram_size:
-        generation["no_repeat_ngram_size"] = settings.no_repeat_ngram_size
-    return generation
-
-
 def read_predictions(path: str, split: Split) -> dict[str, dict]:
     """Captions by image id, from JSON lines with `id` and `caption`, or from one JSON object.
 
@@ -237,7 +228,7 @@ def evaluate(settings: EvaluateSettings) -> None:
             questions="vqa" in settings.tasks,
             probe=settings.probe,
             prompt=settings.prompt,
-            generation=generation_settings(settings),
+            generation=settings.generate_options(),
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
@@ -298,7 +289,7 @@ def _before(settings: EvaluateSettings, split: Split, result: Evaluation) -> Eva
         captions = read_predictions(str(said), same)
     else:
         model, processor = load_model(settings.before, settings.device)
-        generation = generation_settings(settings)
+        generation = settings.generate_options()
         plan = SweepPlan(probe=False, prompt=settings.prompt, generation=generation, batch_size=settings.batch_size)
         records = sweep(model, processor, same, plan, partial, model_fingerprint(settings.before))
         captions = {record["id"]: record["caption"] for record in records}

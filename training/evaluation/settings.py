@@ -1,0 +1,40 @@
+"""Settings of the commands that generate answers: evaluate, caption."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from blipren.training.errors import UsageError
+from blipren.training.settings import Settings
+
+
+@dataclass(kw_only=True)
+class GenerationSettings(Settings):
+    """Generation of captions and answers."""
+
+    prompt: str | None = None
+    """Caption prompt or question; by default the model's own caption prompt."""
+    max_new_tokens: int = 64
+    """Maximum number of tokens of an answer."""
+    num_beams: int = 1
+    """Number of beams; 1 is greedy search."""
+    length_penalty: float = 1.0
+    """Beam search: above 1 prefers longer answers."""
+    no_repeat_ngram_size: int = 0
+    """Length of a word sequence that no answer may repeat; 0 allows all."""
+    batch_size: int = 32
+    """Number of answers that are generated together."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch_size", "max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def generate_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `generate` that these settings give."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams}
+        if self.num_beams > 1:
+            options["length_penalty"] = self.length_penalty
+        if self.no_repeat_ngram_size:
+            options["no_repeat_ngram_size"] = self.no_repeat_ngram_size
+        return options
