@@ -51,7 +51,7 @@ ELSEWHERE = {
     "model", "cache", "out", "device", "online",  # in all tests of this folder
     "llm_bits", "compile_backend", "report_to", "fsdp", "deepspeed",  # test_caption.py, test_processes.py
     "image_column", "question_column", "answer_column", "id_column", "split_column", "status_column",  # ../data/sources
-    "dataset_config", "streaming", "validation_share", "test_share",  # ../data/sources
+    "dataset_config", "streaming", "follow_links", "validation_share", "test_share",  # ../data/sources
 }  # fmt: skip
 
 

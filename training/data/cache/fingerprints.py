@@ -68,7 +68,8 @@ def cache_fingerprint(s: EmbedSettings, source: Source, encoder: Encoder) -> dic
             "rows_per_shard": s.rows_per_shard,
             "batch_size": s.batch_size,
         },
-        "source": {"dataset": source.fingerprint, "columns": source.columns.describe(), "limit": s.limit},
+        "source": {"dataset": source.fingerprint, "columns": source.columns.describe(), "limit": s.limit}
+        | ({"follow_links": True} if s.follow_links else {}),
         "splits": {
             "validation_share": s.validation_share,
             "test_share": s.test_share,

@@ -5,20 +5,38 @@ from __future__ import annotations
 import glob
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blipren.training.data.sources.images import is_link_out_of
 from blipren.training.errors import UserError
+
+# files that libraries open by themselves; pictures are opened row by row
+DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".json", ".csv")
 
 
 def files_of(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of the folders in it."""
     for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent, name)
             if path.exists():
                 yield path
+
+
+def check_readable(files: Iterable[Path], root: Path, follow_links: bool) -> None:
+    """Check files that libraries open by themselves.
+
+    Raises:
+        UserError: one is a pipe, socket or device, which would be waited for, or a link out of the folder `root`.
+    """
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is no regular file; take it out of the data set")
+        if not follow_links and is_link_out_of(file, [str(root)]):
+            raise UserError(f"{file} is a link out of the folder; give --follow-links to read it")
 
 
 @dataclass

@@ -109,8 +109,12 @@ class HuggingFaceSource(Source):
             yield row
 
 
-def open_hugging_face(path: str, options: dict[str, Any], config: str | None, streaming: bool | None) -> Source:
+def open_hugging_face(
+    path: str, options: dict[str, Any], config: str | None, streaming: bool | None, follow_links: bool
+) -> Source:
+    """Open what `datasets` reads. Raises `UserError` where there is no data set."""
     import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     local = Path(path)
     try:
@@ -120,7 +124,7 @@ def open_hugging_face(path: str, options: dict[str, Any], config: str | None, st
             loaded = datasets.load_from_disk(path)
             splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
             fingerprint = hash_texts(data._fingerprint for data in splits.values())
-            return HuggingFaceSource(path, splits, Folder(root=path), fingerprint, options)
+            return HuggingFaceSource(path, splits, Folder(root=path, follow_links=follow_links), fingerprint, options)
         data_files = find_data_files(path)
         if data_files is not None:
             kind, files, root, sizes = data_files
@@ -128,17 +132,19 @@ def open_hugging_face(path: str, options: dict[str, Any], config: str | None, st
             # Local files are streamed: loading would copy every image into the library's cache first.
             loaded = datasets.load_dataset(kind, data_files=files, streaming=streamed)
             ordered = Files(kind, [files[split] for split in loaded]) if streamed else None
-            return HuggingFaceSource(path, dict(loaded), Folder(root=root), hash_texts(sizes), options, ordered)
+            return HuggingFaceSource(
+                path, dict(loaded), Folder(root=root, follow_links=follow_links), hash_texts(sizes), options, ordered
+            )
         builder = datasets.load_dataset_builder(path, config)
         loaded = datasets.load_dataset(path, config, streaming=bool(streaming))
         if local.exists():
             listing = [f"{p.relative_to(local)}:{p.stat().st_size}" for p in sorted(files_of(local))]
             root = os.path.abspath(path)
-            folder = Folder(root=root, absolute_roots=(root,))
+            folder = Folder(root=root, absolute_roots=(root,), follow_links=follow_links)
         else:
             data = builder.config.data_files or {}
             listing = [f"{split}:{file}" for split in sorted(data) for file in map(str, data[split])]
-            caches = (str(datasets.config.HF_DATASETS_CACHE), str(datasets.config.HF_CACHE_HOME))
+            caches = tuple(map(str, (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME, HF_HUB_CACHE)))
             folder = Folder(absolute_roots=caches, remote_prefix=f"hf://datasets/{path}@")
         return HuggingFaceSource(path, dict(loaded), folder, hash_texts([builder.config.name, *listing]), options)
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:

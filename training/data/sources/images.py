@@ -10,8 +10,10 @@ import hashlib
 import io
 import os
 import re
+import stat
 import struct
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,45 +42,57 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class Folder:
-    """Where a data set's image paths may lead. Metadata is foreign input: it names no file elsewhere, and no address.
+    """The files that the rows of a data set may name. Rows are foreign input: they name no file elsewhere, no address.
 
     Args:
-        root: folder that relative paths start from, and that they may not leave; None: no path is followed.
-        absolute_roots: folders inside which absolute paths are followed: those that a library's own listing of the
-            data set's files yields, never those that a row may name.
+        root: folder that relative paths start from and may not leave; None: no relative path is read.
+        absolute_roots: folders in which absolute paths are read, for the paths of `datasets`' own listing.
         remote_prefix: `hf://datasets/ID`, which streaming from the Hub uses for the data set's own files.
+        link_root: folder that symbolic links in `root` may not leave; `root` itself by default.
+        follow_links: read symbolic links that lead out of these folders.
     """
 
     root: str | None = None
     absolute_roots: tuple[str, ...] = ()
     remote_prefix: str | None = None
+    link_root: str | None = None
+    follow_links: bool = False
 
     def resolve(self, path: str) -> Path:
-        """The file that `path` means, or `ImageError`. Links inside the folder are followed, as the Hub's cache has
-        them."""
+        """Return the file that `path` names. Raises `ImageError` for one outside the folders."""
         if _SCHEME.match(path):
             raise ImageError("remote_path", f"{path[:200]} is an address, and only files of the data set are read")
         if "\0" in path or not path:
             raise ImageError("missing_file", f"{path[:200]!r} is no file name")
         if os.path.isabs(path) or re.match(r"^([a-zA-Z]:)?[\\/]", path):
-            full = Path(os.path.normpath(path))
-            if any(full.is_relative_to(os.path.abspath(root)) for root in self.absolute_roots):
-                return full
-            raise ImageError(
-                "outside_folder", f"{path[:200]} is absolute; paths are relative to the data set's folder"
-            )
-        if self.root is None:
+            full, roots = Path(os.path.normpath(path)), self.absolute_roots
+            if not any(full.is_relative_to(os.path.abspath(root)) for root in roots):
+                raise ImageError(
+                    "outside_folder", f"{path[:200]} is absolute; paths are relative to the data set's folder"
+                )
+        elif self.root is None:
             raise ImageError("outside_folder", f"{path[:200]}: this data set has no folder of files")
-        base = Path(os.path.abspath(self.root))
-        full = Path(os.path.normpath(base / path))
-        if not full.is_relative_to(base):
-            raise ImageError("outside_folder", f"{path[:200]} leaves the folder {base.name}")
+        else:
+            base, roots = Path(os.path.abspath(self.root)), (self.link_root or self.root,)
+            full = Path(os.path.normpath(base / path))
+            if not full.is_relative_to(base):
+                raise ImageError("outside_folder", f"{path[:200]} leaves the folder {base.name}")
+        if not self.follow_links and is_link_out_of(full, roots):
+            raise ImageError("outside_link", f"{path[:200]} is a link out of the folder; --follow-links reads it")
         return full
 
 
+def is_link_out_of(path: Path, roots: Iterable[str]) -> bool:
+    """Return whether `path`, which lies in one of the folders by its name, is a file outside of all of them."""
+    real = Path(os.path.realpath(path))
+    return not any(real.is_relative_to(os.path.realpath(root)) for root in roots)
+
+
 def read_file(path: Path) -> bytes:
-    """The bytes of a file, or `ImageError("missing_file")`."""
+    """Return the bytes of a file. Raises `ImageError` for none, and for pipes, sockets and devices without opening them."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ImageError("no_regular_file", f"{path.name} is a folder, pipe, socket or device")
         return path.read_bytes()
     except OSError as error:
         raise ImageError("missing_file", f"{path.name}: {error.strerror or error}") from error
@@ -92,12 +106,14 @@ def _why_not_an_image(data: bytes) -> ImageError:
         return ImageError("svg", "a vector drawing; render it to PNG first")
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         return ImageError("html", "a web page where a picture should be")
-    return ImageError("unreadable", f"no known picture format; starts with {data[:8].hex(' ')}")
+    return ImageError("unreadable", f"{len(data):,} bytes of no known picture format")
 
 
 def _broken(error: Exception) -> ImageError:
-    cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
-    return ImageError("truncated" if cut else "unreadable", f"{type(error).__name__}: {error}")
+    """Return the reason for a picture that a decoder refuses. Decoders' messages quote the file, so none is taken over."""
+    if "truncated" in str(error).lower() or isinstance(error, EOFError):
+        return ImageError("truncated", "the file ends before the picture does")
+    return ImageError("unreadable", f"damaged ({type(error).__name__} in its decoder)")
 
 
 def _grey_from_wide(values: np.ndarray) -> Image.Image:

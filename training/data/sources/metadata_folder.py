@@ -28,9 +28,9 @@ class MetadataFolder(Source):
     Rows that name the same file are one row with all their texts. Broken lines are rejected rows.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path], options: dict[str, Any]):
+    def __init__(self, folder: Path, files: Sequence[Path], options: dict[str, Any], follow_links: bool = False):
         self.name = str(folder)
-        self.folder = folder
+        self.folder, self.follow_links = folder, follow_links
         self.merged_rows = 0
         self._entries: list[tuple[int, list[bytes]]] = []  # (file number, JSON of each line of one image)
         self._splits: list[str | None] = []
@@ -69,7 +69,7 @@ class MetadataFolder(Source):
     def rows(self, start: int = 0) -> Iterator[Row]:
         for index in range(start, len(self._entries)):
             number, lines = self._entries[index]
-            folder = Folder(root=str(self._roots[number]))
+            folder = Folder(root=str(self._roots[number]), link_root=str(self.folder), follow_links=self.follow_links)
             parsed = [parse_record(line) for line in lines]
             if parsed[0] is None:
                 text = lines[0][:200].decode("utf-8", "replace")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blipren.training.data.sources.data_files import files_of
+from blipren.training.data.sources.data_files import DATA_SUFFIXES, check_readable, files_of
 from blipren.training.data.sources.hugging_face import open_hugging_face
 from blipren.training.data.sources.images import ImageError
 from blipren.training.data.sources.metadata_folder import METADATA_FILES, MetadataFolder
@@ -30,6 +30,7 @@ def open_rows(
     status_column: str | None = None,
     dataset_config: str | None = None,
     streaming: bool | None = None,
+    follow_links: bool = False,
     validation_share: float = 0.05,
     test_share: float = 0.05,
     text_required: bool = True,
@@ -44,6 +45,7 @@ def open_rows(
         split: only the rows of this split; the image hash decides where neither a column nor the data set does,
             with `validation_share` and `test_share`.
         streaming: read the Hub, or local files, as a stream; by default only local Parquet and tars are.
+        follow_links: read links that lead out of the data set's folder; else rows that name one are rejected.
         text_required: raise when there is no column of captions or questions.
 
     Raises:
@@ -60,7 +62,7 @@ def open_rows(
         "text_required": text_required,
     }
     parts = split_weights(dataset)
-    opened = [_open_one(name, options, dataset_config, streaming) for name, _ in parts]
+    opened = [_open_one(name, options, dataset_config, streaming, follow_links) for name, _ in parts]
     weights = [weight for _, weight in parts]
     if len(opened) == 1:
         source = opened[0]
@@ -76,21 +78,28 @@ def open_rows(
     return SplitView(source, wanted, validation_share, test_share)
 
 
-def _open_one(path: str, options: dict[str, Any], config: str | None, streaming: bool | None) -> Source:
+def _open_one(
+    path: str, options: dict[str, Any], config: str | None, streaming: bool | None, follow_links: bool
+) -> Source:
     local = Path(path)
     if local.is_file() and local.suffix in (".jsonl", ".csv"):
-        return MetadataFolder(local.parent, [local], options)
+        return MetadataFolder(local.parent, [local], options, follow_links)
+    if local.is_dir():
+        check_readable((file for file in files_of(local) if file.suffix in DATA_SUFFIXES), local, follow_links)
+    elif glob.has_magic(path):
+        for file in glob.glob(path, recursive=True):
+            check_readable([Path(file)], Path(file).parent, follow_links)
     if local.is_dir() and not (local / "dataset_dict.json").exists() and not (local / "state.json").exists():
         places = [local, *sorted(child for child in local.iterdir() if child.is_dir())]
         files = [place / name for place in places for name in METADATA_FILES if (place / name).exists()]
         if files:
-            return MetadataFolder(local, files, options)
+            return MetadataFolder(local, files, options, follow_links)
         if not any(files_of(local)):
             raise UserError(f"{path} is an empty folder")
     here = path.startswith((".", "/", "~")) or (path.count("/") > 1 and "://" not in path)
     if here and not local.exists() and not glob.glob(path):
         raise UserError(f"{path} does not exist; give a folder, files, or the id of a data set on the Hub")
-    return open_hugging_face(path, options, config, streaming)
+    return open_hugging_face(path, options, config, streaming, follow_links)
 
 
 class SplitView(Source):

@@ -30,6 +30,8 @@ class SourceSettings(Settings):
     """Configuration of a data set on the Hub."""
     streaming: bool | None = None
     """Read as a stream, without a copy of the data set on disk; by default local Parquet and tars only."""
+    follow_links: bool = False
+    """Read symbolic links that lead out of the data set's folder; without it, such a row is rejected."""
     validation_share: float = 0.05
     """Share of images for validation, where neither a column nor the data set has splits."""
     test_share: float = 0.05
