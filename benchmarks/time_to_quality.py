@@ -28,7 +28,7 @@ from blipren.training.commands.new import NewSettings
 from blipren.training.commands.new import run as new
 from blipren.training.commands.train import TrainSettings
 from blipren.training.data.batches.blocks import PromptEncoder, build_blocks
-from blipren.training.data.batches.training_data import open_caches, read_images
+from blipren.training.data.batches.training_data import open_caches, read_caches, read_images
 from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.engine.memory import keep_freed_memory
@@ -58,7 +58,9 @@ class Notebook:
 
     def __init__(self, options: argparse.Namespace, model, processor, cache: Path, settings: TrainSettings):
         self.options, self.model, self.processor = options, model, processor
-        (self.text,), self.validation = open_caches(settings.cache, model, processor)  # the same tokens as ours
+        (self.text,), self.validation = open_caches(
+            read_caches(settings.cache), model, processor
+        )  # the same tokens as ours
         by_id = {p.row.id: p for p in read_images(options.dataset, processor, SourceSettings())["train"]}
         self.images = [by_id[id] for id in self.text.ids]
         prompts = PromptEncoder(processor)

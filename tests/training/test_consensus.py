@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blipren.training.data.batches.training_data import open_caches
+from blipren.training.data.batches.training_data import open_caches, read_caches
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UsageError, UserError
 from blipren.training.objectives.experiments.consensus import (
@@ -57,7 +57,7 @@ def test_predicted_scores_are_the_regression_without_the_image():
 @pytest.fixture
 def source(settings, model_dir):
     model, processor = load_checkpoint(str(model_dir))
-    sources, _ = open_caches(settings().cache, model, processor)
+    sources, _ = open_caches(read_caches(settings().cache), model, processor)
     return sources[0], processor
 
 

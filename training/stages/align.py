@@ -426,12 +426,12 @@ def prepare(settings: AlignSettings, folder: RunFolder, cache: FeatureCache | No
     zero.refuse_foreign_launch()
     torch.manual_seed(settings.seed)
     cache = FeatureCache.open(settings.cache) if cache is None else cache
+    for split in ("train", "validation"):
+        if not cache.num_with_captions(split):
+            raise UserError(f"{settings.cache} has no caption in its {split} split: stage 1 learns from captions")
     model, processor, tokenizer = starting_point(settings)
     cache.check_model(model, processor)
     pairs = {s: CaptionPairs(cache.split(s), tokenizer, settings.max_text_tokens) for s in ("train", "validation")}
-    for split, found in pairs.items():
-        if not len(found):
-            raise UserError(f"{settings.cache} has no caption in its {split} split: stage 1 learns from captions")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; nothing is distributed yet
     size = min(settings.batch_size, len(pairs["train"]))
     if size < processes:

@@ -21,7 +21,7 @@ from blipren.training.data.batches.blocks import PromptEncoder
 from blipren.training.data.batches.datasets import EvalBatches, Layout, TrainBatches
 from blipren.training.data.batches.masks import build_attention_mask, dense_attention
 from blipren.training.data.batches.plan import BatchPlan
-from blipren.training.data.batches.training_data import open_caches, open_online
+from blipren.training.data.batches.training_data import open_caches, open_online, read_caches
 from blipren.training.engine import checkpoints, flops
 from blipren.training.engine import deepspeed as zero
 from blipren.training.engine.device import choose_device
@@ -469,11 +469,12 @@ def train(settings: TrainSettings) -> int:
         print_line(f"{run.path} is finished: {done['steps']} steps; the model is in {run.path}")
         return 0
     torch.manual_seed(settings.seed)
+    caches = [] if settings.online else read_caches(settings.cache)
     model, processor = load_quantised(settings, precision) if settings.llm_bits else load(settings)
     if settings.online:
         sources, validation = open_online(settings.cache, model, processor, settings, settings.augment)
     else:
-        sources, validation = open_caches(settings.cache, model, processor)
+        sources, validation = open_caches(caches, model, processor)
     if settings.consensus_captions:
         for source in sources:
             print_line(replace_captions_by_consensus(source, settings.consensus_captions, processor))

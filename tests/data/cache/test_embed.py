@@ -4,10 +4,17 @@ import json
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 
+from blipren.training.commands.align import AlignSettings
+from blipren.training.commands.align import run as align
+from blipren.training.commands.train import TrainSettings
+from blipren.training.commands.train import run as train
 from blipren.training.data.cache import FeatureCache
+from blipren.training.data.cache.engines import local
 from blipren.training.data.cache.shards import CacheDamage
 from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.engine.loading import load_checkpoint
@@ -336,16 +343,58 @@ def test_another_language_model_reuses_the_features(tmp_path, tiny_model, tiny_v
     assert again.tokens("train", processor).answers(4)[1] == (None, processor.encode_answer(text))
 
 
-def test_conversations_are_kept(tmp_path, tiny_model):
+def test_conversations_are_kept_beside_captions_and_rejected_alone(tmp_path, tiny_model):
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
     rows = [
-        {"file_name": "a.png", "conversations": turns, "split": "train"},
+        {"file_name": "a.png", "conversations": turns, "caption": "a cat", "split": "train"},
         {"file_name": "b.png", "caption": "just a caption", "split": "train"},
+        {"file_name": "c.png", "conversations": turns, "split": "train"},
     ]
-    write_folder(tmp_path / "d", rows, {name: encoded(picture(i), "PNG") for i, name in enumerate(["a.png", "b.png"])})
+    pictures = {row["file_name"]: encoded(picture(i), "PNG") for i, row in enumerate(rows)}
+    write_folder(tmp_path / "d", rows, pictures)
     cache = run_embed(tiny_model, tmp_path / "d", tmp_path / "c")
     kept = cache.split("train")["messages"]
     assert json.loads(kept[0]) == [
         {"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "A cat."},
     ]  # fmt: skip
-    assert kept[1] is None and cache.split("train")["answers"][0] == []
+    assert kept[1] is None and cache.ids("train") == ["a.png", "b.png"]
+    lines = map(json.loads, (cache.folder / "rejected.jsonl").open())
+    assert [(line["id"], line["reason"]) for line in lines if line["kind"] == "row"] == [
+        ("c.png", "conversation_only")
+    ]
+    assert cache.counts["rejected_by_reason"]["row"] == {"conversation_only": 1}
+
+
+def test_a_data_set_of_conversations_alone(tmp_path, tiny_model, capsys):
+    """As LLaVA's Parquet has it."""
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+    columns = {"image": [encoded(picture(i)) for i in range(3)], "conversations": [turns] * 3}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "llava.parquet")
+    with pytest.raises(UserError, match="no row of .*llava.parquet could be cached"):
+        run_embed(tiny_model, tmp_path / "llava.parquet", tmp_path / "c")
+    assert "conversation_only" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cache_without_texts(tmp_path, tiny_model, photo_folder, monkeypatch):
+    """What earlier versions wrote of rows with a conversation alone."""
+    add_row = local.add_row
+
+    def add_without_texts(unit, item, *stored):
+        item.row.prompts, item.row.answers = [], []
+        item.prompts, item.answers = [], []
+        unit.add(item, *stored)
+
+    monkeypatch.setattr(local, "add_row", add_without_texts)
+    cache = run_embed(tiny_model, photo_folder, tmp_path / "c")
+    monkeypatch.setattr(local, "add_row", add_row)
+    return cache
+
+
+def test_a_cache_without_texts_is_refused_before_a_model_is_loaded(cache_without_texts, tmp_path):
+    folder = str(cache_without_texts.folder)
+    nothing = "neither caption nor answer for 8 of the 8 images of its train split; embed the data set again"
+    with pytest.raises(UserError, match=nothing):
+        train(TrainSettings(model=str(tmp_path / "no-model"), cache=folder, out=str(tmp_path / "out"), device="cpu"))
+    with pytest.raises(UserError, match="no caption in its train split: stage 1 learns from captions"):
+        align(AlignSettings(model=str(tmp_path / "no-model"), cache=folder, out=str(tmp_path / "out"), device="cpu"))

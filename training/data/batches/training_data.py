@@ -157,24 +157,47 @@ def open_online(
     return [OnlineData(splits["train"], model, processor, augment)], validation
 
 
-def open_caches(caches: str, model, processor) -> tuple[list[CachedData], CachedData | None]:
-    """Open feature caches for training.
+def read_caches(caches: str) -> list[tuple[FeatureCache, float]]:
+    """Open feature caches to train on; no model is needed for it.
 
     Args:
         caches: folders, with or without weights: `A=2,B`.
 
     Returns:
+        Each cache with its weight.
+
+    Raises:
+        UserError: a cache is not there, its train split is empty, or an image has no text to learn.
+    """
+    found = []
+    for path, weight in parse_weights(caches):
+        cache = FeatureCache.open(path)
+        if not cache.num_rows("train"):
+            raise UserError(f"cache {path} has no image in its train split: embed a dataset that has one")
+        for split in ("train", "validation"):
+            if missing := cache.num_without_texts(split):
+                raise UserError(
+                    f"cache {path} has neither caption nor answer for {missing:,} of the {cache.num_rows(split):,} "
+                    f"images of its {split} split; embed the data set again, which rejects such rows"
+                )
+        found.append((cache, weight))
+    return found
+
+
+def open_caches(
+    caches: Sequence[tuple[FeatureCache, float]], model, processor
+) -> tuple[list[CachedData], CachedData | None]:
+    """Open feature caches and their weights for training.
+
+    Returns:
         The train split of each, and the validation split of the first that has one.
 
     Raises:
-        UserError: a cache that is not there, that another encoder made, or whose train split is empty.
+        UserError: another encoder made a cache.
     """
     train, validation = [], None
-    for path, weight in parse_weights(caches):
-        cache = FeatureCache.open(path)
+    for cache, weight in caches:
         cache.check_model(model, processor)
-        if not cache.num_rows("train"):
-            raise UserError(f"cache {path} has no image in its train split: embed a dataset that has one")
         train.append(CachedData(cache, "train", model, processor, weight))
         if validation is None and cache.num_rows("validation"):
             validation = CachedData(cache, "validation", model, processor)

@@ -84,7 +84,7 @@ def filter_captions_again(folder: Path, info: dict[str, Any], settings: dict[str
             for rule, value, text in gone:
                 line = {"kind": "text", "id": row["id"], "reason": rule, "value": value, "text": text[:200]}
                 rejected.append(line)
-            if kept.answers or "messages" in info.get("columns", ()):
+            if kept.answers:
                 ids.append(row["id"])
                 places.append(number)
                 prompts.append(kept.prompts)

@@ -79,9 +79,12 @@ def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[
         return None, [], [*rejected, rejection(row, "row", *row.rejected)]
     left = filter_texts(row.prompts, row.answers, config.rules, config.caption_counts)
     rejected += [rejection(row, "text", rule, value, text) for rule, value, text in left.rejected]
-    if not left.answers and not row.messages:
-        why = rejected[0]["reason"] if rejected else "no text in its columns"
-        return None, [], [*rejected, rejection(row, "row", "no_caption", why)]
+    if not left.answers:
+        if row.messages and not row.answers:
+            why = ("conversation_only", f"{len(row.messages)} turns; captions and answers alone are trained on")
+        else:
+            why = ("no_caption", rejected[0]["reason"] if rejected else "no text in its columns")
+        return None, [], [*rejected, rejection(row, "row", *why)]
     try:
         image_hash = row.image_hash()
         image = row.load()

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from blipren.training.data.cache.fingerprints import as_stored, encoder_fingerprint, first_difference
@@ -121,6 +122,18 @@ class FeatureCache:
     def num_rows(self, split: str) -> int:
         """Images of a split that have texts."""
         return len(self.split(split)) if self.info.get("captions") else int(self._first[split][-1])
+
+    def num_with_captions(self, split: str) -> int:
+        """Return the number of images of a split that have a caption."""
+        return sum(None in prompts for prompts in self.split(split)["prompts"])
+
+    def num_without_texts(self, split: str) -> int:
+        """Return the number of images of a split that have neither a caption nor an answer to a question.
+
+        Caches of earlier versions have them, for rows with a conversation alone.
+        """
+        answers = self.split(split).select_columns("answers").with_format("arrow")[:]["answers"]
+        return int(pc.sum(pc.equal(pc.list_value_length(answers), 0)).as_py() or 0)
 
     def ids(self, split: str) -> list[str]:
         return list(self.split(split)["id"])
