@@ -16,7 +16,9 @@ from pathlib import Path
 
 import yaml
 
+from blipren.training.engine.memory import keep_freed_memory
 from blipren.training.errors import UsageError, UserError
+from blipren.training.quiet import hide_library_notices
 from blipren.training.settings import Settings, field_docs, setting_groups
 
 FOLDER = Path(__file__).parent / "commands"
@@ -131,22 +133,13 @@ def build_settings(command: str, flags: dict, config: str | None = None) -> Sett
         if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise UsageError(
-            f"blipren {command} needs {', '.join(m.upper() for m in missing)}; see blipren {command} --help"
-        )
+        raise UsageError(f"needs {', '.join(m.upper() for m in missing)}; see blipren {command} --help")
     return chosen(**values)
 
 
 def run_command(name: str, settings: Settings) -> int:
     """Run a command in this process. Returns its exit status."""
-    import transformers
-
-    from blipren.training.engine.memory import keep_freed_memory
-
     keep_freed_memory()
-    # load reports and progress bars of base models say nothing that a user of a command can act on
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     return command_module(name).run(settings) or 0
 
 
@@ -173,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def command() -> None:
     """Run `main` as a process. The end is one that several processes can rely on."""
+    hide_library_notices()
     status = main()
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import HfApi, snapshot_download
 
 from blipren.training.checkpoint_folder import is_local
-from blipren.training.commands.push import PushSettings
+from blipren.training.commands.push import PushSettings, run
 from blipren.training.errors import UsageError, UserError
 from blipren.training.hub.publish import collect_files, publish
 from blipren.training.hub.upload import Upload
@@ -221,7 +221,7 @@ def test_refusals(model, tmp_path):
         with pytest.raises(UserError, match=message):
             publish(settings(model, dry_run=True))
     with pytest.raises(UserError, match="is not a folder"):
-        publish(settings(tmp_path / "missing"))
+        run(settings(tmp_path / "missing"))
     write_checkpoint(model, shards=2)
     (model / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="lacks model-00002"):

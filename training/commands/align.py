@@ -1,7 +1,9 @@
 """Stage 1: train the Q-Former with ITC, ITM and ITG."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from blipren.training.arguments import check_base_model, check_cache_folder, check_checkpoint
 from blipren.training.errors import UsageError
 from blipren.training.settings import Settings, choice, positional
 
@@ -117,6 +119,11 @@ class AlignSettings(Settings):
 
 def run(settings: AlignSettings) -> int | None:
     """Run the command. Returns the exit status."""
+    check_checkpoint(settings.model)
+    check_cache_folder(Path(settings.cache))
+    for name in filter(None, (settings.tokenizer, settings.qformer_init)):
+        check_base_model(name)
+
     from blipren.training.stages.align import align
 
     return align(settings)

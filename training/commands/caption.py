@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from blipren.training.arguments import check_checkpoint, check_files
 from blipren.training.evaluation.settings import GenerationSettings
 from blipren.training.settings import choice, positional
 
@@ -22,6 +23,9 @@ class CaptionSettings(GenerationSettings):
 
 def run(settings: CaptionSettings) -> int | None:
     """Run the command. Returns the exit status."""
+    check_checkpoint(settings.model)
+    check_files(*settings.images)
+
     from blipren.training.evaluation.captioning import caption
 
     return caption(settings)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from blipren.training.arguments import check_evaluation
 from blipren.training.settings import Settings, positional
 
 
@@ -25,6 +26,9 @@ class CompareSettings(Settings):
 
 def run(settings: CompareSettings) -> int | None:
     """Run the command. Returns the exit status."""
+    check_evaluation(settings.run_a)
+    check_evaluation(settings.run_b)
+
     from blipren.training.evaluation.report.compare import compare
 
     return compare(settings)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from blipren.training.arguments import check_checkpoint
 from blipren.training.files import check_new_folder
 from blipren.training.settings import Settings, choice, positional
 
@@ -21,6 +22,7 @@ class ConvertSettings(Settings):
 
 def run(settings: ConvertSettings) -> None:
     """Write MODEL as a checkpoint of the other kind."""
+    check_checkpoint(settings.model)
     check_new_folder(Path(settings.out))
 
     from blipren.training.hub.convert import convert_checkpoint

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from blipren.training.arguments import check_checkpoint
 from blipren.training.errors import UsageError
 from blipren.training.settings import Settings, positional
 
@@ -35,6 +36,8 @@ class DoctorSettings(OverfittingSettings):
 
 def run(settings: DoctorSettings) -> int:
     """Run every check and print a line per check. Return 1 when one failed."""
+    check_checkpoint(settings.model)
+
     import torch
 
     from blipren.training.doctor.checks import CHECKS, ModelUnderTest, draw_test_images, run_checks

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from blipren.training.arguments import check_cache_folder, check_checkpoint, check_dataset
 from blipren.training.data.sources.settings import CaptionFilterSettings, SourceSettings
 from blipren.training.errors import UsageError, UserError
 from blipren.training.settings import Settings, choice, positional
@@ -94,6 +95,12 @@ def run(settings: EmbedSettings) -> int | None:
     Raises:
         UserError: the data set cannot be read, the cache was made otherwise, the disk is full, features are not finite.
     """
+    if settings.verify:
+        check_cache_folder(Path(settings.cache))
+    else:
+        check_checkpoint(settings.model)
+        check_dataset(settings.dataset)
+
     from blipren.training.data.cache.engines.local import embed_units
     from blipren.training.data.cache.job import EmbedJob, reuse_cache, write_tokens
     from blipren.training.data.cache.summary import describe_plan, dry_run, verify_cache

@@ -1,7 +1,9 @@
 """Measure a model on held-out data: metrics, predictions and a report."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from blipren.training.arguments import check_checkpoint, check_dataset, check_files
 from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.errors import UsageError
 from blipren.training.evaluation.settings import GenerationSettings
@@ -85,6 +87,14 @@ class EvaluateSettings(ReportSettings, MetricSettings, GenerationSettings, Sourc
 
 def run(settings: EvaluateSettings) -> int | None:
     """Run the command. Returns the exit status."""
+    if settings.predictions is None:
+        check_checkpoint(settings.model)
+    else:
+        check_files(settings.predictions)
+    check_dataset(settings.dataset)
+    if settings.before is not None and not (Path(settings.before) / "metrics.json").is_file():
+        check_checkpoint(settings.before)
+
     from blipren.training.evaluation.evaluate import evaluate
 
     return evaluate(settings)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from blipren.training.arguments import check_base_model
 from blipren.training.files import check_new_folder, complete_or_absent_folder
 from blipren.training.settings import Settings, positional
 
@@ -19,6 +20,7 @@ class ImportSettings(Settings):
 
 def run(settings: ImportSettings) -> None:
     """Write the imported model as a full checkpoint; OUT is complete or absent."""
+    check_base_model(settings.source)
     check_new_folder(Path(settings.out))
 
     from blipren.training.hub.import_blip2 import import_blip2

@@ -1,12 +1,21 @@
 """Join a vision encoder and a language model into an untrained checkpoint."""
 
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blipren.training.arguments import check_base_model, constructor_arguments
 from blipren.training.errors import UsageError, UserError, one_line
 from blipren.training.files import check_new_folder, complete_or_absent_folder
 from blipren.training.settings import Settings, choice, positional
+
+
+def check_option_names(setting: str, given: dict, config_class: str, prefixes: tuple[str, ...]) -> None:
+    """Raise `UsageError` if `given` has a name that is not a parameter of the config with one of the prefixes."""
+    arguments = constructor_arguments("configuration_blipren.py", config_class)
+    known = sorted(name for name in arguments if name.startswith(prefixes))
+    for name in given:
+        if name not in known:
+            raise UsageError(f"unknown name {name!r} in {setting}; names are: {', '.join(known)}")
 
 
 @dataclass(kw_only=True)
@@ -60,6 +69,12 @@ class ConnectorSettings(Settings):
     projector_options: dict = field(default_factory=dict)
     """Projector settings by name, such as {num_experts: 4, experts_top_k: 2, projector_dropout: 0.1}."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        projector_prefixes = ("projector_", "num_experts", "experts_", "router_")
+        check_option_names("qformer", self.qformer, "BliprenQFormerConfig", ("",))
+        check_option_names("projector_options", self.projector_options, "BliprenConfig", projector_prefixes)
+
 
 @dataclass(kw_only=True)
 class NewSettings(CheckpointSettings, PromptSettings, VisionSettings, ConnectorSettings):
@@ -77,24 +92,18 @@ def run(settings: NewSettings) -> None:
     """Write an untrained checkpoint; OUT is complete or absent.
 
     Raises:
-        UsageError: a name in `qformer` or `projector_options` is unknown.
         UserError: OUT is not free, or a base model is not there or does not fit.
     """
     out = Path(settings.out)
     check_new_folder(out)
     for name in filter(None, (settings.vision, settings.llm, settings.qformer_init)):
-        if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-            raise UserError(f"there is no folder {name}")
+        check_base_model(name)
 
     import torch
     from transformers import AutoTokenizer, set_seed
 
-    from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProcessor, BliprenQFormerConfig
+    from blipren import BliprenForConditionalGeneration, BliprenProcessor
     from blipren.configuration_blipren import split_revision
-
-    check_option_names("qformer", settings.qformer, BliprenQFormerConfig, ("",))
-    projector_prefixes = ("projector_", "num_experts", "experts_", "router_")
-    check_option_names("projector_options", settings.projector_options, BliprenConfig, projector_prefixes)
 
     kind = "full" if settings.full else "bridge"
     connector = f"{settings.connector}/{settings.projector}"
@@ -148,12 +157,3 @@ def run(settings: NewSettings) -> None:
         f"prompt: {processor.prompt_text()!r}\n"
         f"checkpoint: {out} ({size / 2**20:.1f} MiB). Next: blipren doctor {out}"
     )
-
-
-def check_option_names(setting: str, given: dict, config_class: type, prefixes: tuple[str, ...]) -> None:
-    """Raise `UsageError` if `given` has a name that is not a parameter of the config with one of the prefixes."""
-    parameters = inspect.signature(config_class.__init__).parameters.values()
-    known = sorted(p.name for p in parameters if p.default is not p.empty and p.name.startswith(prefixes))
-    for name in given:
-        if name not in known:
-            raise UsageError(f"unknown name {name!r} in {setting}; names are: {', '.join(known)}")

@@ -2,8 +2,10 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
-from blipren.training.errors import UsageError
+from blipren.training.arguments import check_cache_folder, check_checkpoint, check_evaluation
+from blipren.training.errors import UsageError, UserError
 from blipren.training.settings import Settings, positional
 
 
@@ -70,6 +72,16 @@ class PushSettings(CardSettings, UploadSettings):
 
 def run(settings: PushSettings) -> None:
     """Publish MODEL as REPO, or print what would be sent."""
+    if not Path(settings.model).is_dir():
+        raise UserError(
+            f"{settings.model} is not a folder: push takes a checkpoint folder, as `blipren train` leaves it"
+        )
+    check_checkpoint(settings.model)
+    if settings.evaluation is not None:
+        check_evaluation(settings.evaluation)
+    if settings.cache is not None:
+        check_cache_folder(Path(settings.cache))
+
     from blipren.training.hub.publish import publish
 
     publish(settings)

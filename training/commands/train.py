@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from blipren.training.arguments import check_cache, check_checkpoint, check_dataset, check_files
 from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.errors import UsageError
 from blipren.training.settings import choice, positional
@@ -212,6 +213,14 @@ class TrainSettings(SourceSettings):
 
 def run(settings: TrainSettings) -> int | None:
     """Run the command. Returns the exit status."""
+    check_checkpoint(settings.model)
+    if settings.online:
+        check_dataset(settings.cache)
+    else:
+        check_cache(settings.cache)
+    if settings.deepspeed is not None:
+        check_files(settings.deepspeed)
+
     from blipren.training.stages.train import train
 
     return train(settings)

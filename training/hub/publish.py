@@ -42,8 +42,6 @@ def publish(settings: PushSettings) -> str | None:
 
 def checkpoint_to_publish(model: Path, bridge: bool, scratch: Path) -> Path:
     """Return the checkpoint folder itself where it is of the wanted kind, else a conversion of it in `scratch`."""
-    if not model.is_dir():
-        raise UserError(f"{model} is not a folder: push takes a checkpoint folder, as `blipren train` leaves it")
     config = read_config(model)
     if bridge:
         for part, base in local_bases(config).items():

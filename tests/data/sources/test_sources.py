@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from blipren.training.data.sources.mixture import split_weights
+from blipren.training.arguments import split_weights
 from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.errors import UserError
 from tests.data.tools import encoded, picture, write_folder, write_tar

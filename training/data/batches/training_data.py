@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from blipren.training.arguments import split_weights
 from blipren.training.data.batches.draws import VIEW, seeded_generator
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.prepare import PrepareConfig, Prepared, prepare_row
@@ -16,7 +17,7 @@ from blipren.training.data.sources.near_duplicates import NearIndex
 from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.data.sources.splits import SPLITS
-from blipren.training.errors import UsageError, UserError
+from blipren.training.errors import UserError
 
 
 class TrainingData(Protocol):
@@ -170,7 +171,7 @@ def read_caches(caches: str) -> list[tuple[FeatureCache, float]]:
         UserError: a cache is not there, its train split is empty, or an image has no text to learn.
     """
     found = []
-    for path, weight in parse_weights(caches):
+    for path, weight in split_weights(caches):
         cache = FeatureCache.open(path)
         if not cache.num_rows("train"):
             raise UserError(f"cache {path} has no image in its train split: embed a dataset that has one")
@@ -180,7 +181,7 @@ def read_caches(caches: str) -> list[tuple[FeatureCache, float]]:
                     f"cache {path} has neither caption nor answer for {missing:,} of the {cache.num_rows(split):,} "
                     f"images of its {split} split; embed the data set again, which rejects such rows"
                 )
-        found.append((cache, weight))
+        found.append((cache, 1.0 if weight is None else weight))
     return found
 
 
@@ -202,20 +203,3 @@ def open_caches(
         if validation is None and cache.num_rows("validation"):
             validation = CachedData(cache, "validation", model, processor)
     return train, validation
-
-
-def parse_weights(text: str) -> list[tuple[str, float]]:
-    """Parse `a=2,b` to `[("a", 2.0), ("b", 1.0)]`. Raises `UsageError` for a weight that is no positive number."""
-    found = []
-    for part in text.split(","):
-        path, equals, weight = part.rpartition("=")
-        if not equals:
-            path, weight = part, "1"
-        try:
-            value = float(weight)
-        except ValueError:
-            value = 0.0
-        if not path or value <= 0:
-            raise UsageError(f"cache {part!r} is not FOLDER or FOLDER=WEIGHT with a weight above 0")
-        found.append((path, value))
-    return found

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
+from blipren.training.arguments import check_cache_folder
 from blipren.training.data.cache.fingerprints import as_stored, encoder_fingerprint, first_difference
 from blipren.training.data.cache.shards import CacheDamage, Shard, file_checksum
 from blipren.training.data.cache.tokens import TokenTable, load_or_build_tokens
@@ -62,10 +63,7 @@ class FeatureCache:
         """
         folder = Path(folder)
         file = folder / "cache.json"
-        if not file.exists():
-            if (folder / "units").exists():
-                raise UserError(f"{folder} is not finished: run `blipren embed` again, which goes on where it stopped")
-            raise UserError(f"{folder} is no feature cache (no cache.json); make one with `blipren embed`")
+        check_cache_folder(folder)
         try:
             info = json.loads(file.read_text())
         except ValueError as error:

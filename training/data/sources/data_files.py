@@ -13,9 +13,6 @@ from typing import Any
 from blipren.training.data.sources.images import is_link_out_of
 from blipren.training.errors import UserError
 
-# files that libraries open by themselves; pictures are opened row by row
-DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".json", ".csv")
-
 
 def files_of(folder: Path) -> Iterator[Path]:
     """Yield the files of a folder and of the folders in it."""

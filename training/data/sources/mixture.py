@@ -5,29 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from blipren.training.data.sources.rows import Row, Source, hash_texts
-from blipren.training.errors import UserError
-
-
-def split_weights(spec: str) -> list[tuple[str, float | None]]:
-    """`A=2,B=1` to `[("A", 2.0), ("B", 1.0)]`; a name without weight has None. Raises `UserError`."""
-    if Path(spec).exists() or "," not in spec and "=" not in spec:
-        return [(spec, None)]
-    parts: list[tuple[str, float | None]] = []
-    for part in spec.split(","):
-        name, sign, weight = part.strip().rpartition("=")
-        if not sign or Path(part.strip()).exists():
-            parts.append((part.strip(), None))
-            continue
-        try:
-            parts.append((name, float(weight)))
-        except ValueError:
-            raise UserError(f"{part!r} is no NAME=WEIGHT: {weight!r} is no number") from None
-        if parts[-1][1] <= 0:
-            raise UserError(f"the weight of {name} is {weight}; it must be above 0")
-    return parts
 
 
 class Mixture(Source):

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blipren.training.data.sources.data_files import DATA_SUFFIXES, check_readable, files_of
+from blipren.training.arguments import DATA_SUFFIXES, check_dataset, split_weights
+from blipren.training.data.sources.data_files import check_readable, files_of
 from blipren.training.data.sources.hugging_face import open_hugging_face
 from blipren.training.data.sources.images import ImageError
 from blipren.training.data.sources.metadata_folder import METADATA_FILES, MetadataFolder
-from blipren.training.data.sources.mixture import Mixture, split_weights
+from blipren.training.data.sources.mixture import Mixture
 from blipren.training.data.sources.rows import Row, Source, hash_texts
 from blipren.training.data.sources.splits import normalize_split, split_by_hash
 from blipren.training.errors import UserError
@@ -61,6 +62,7 @@ def open_rows(
         "status_column": status_column,
         "text_required": text_required,
     }
+    check_dataset(dataset)
     parts = split_weights(dataset)
     opened = [_open_one(name, options, dataset_config, streaming, follow_links) for name, _ in parts]
     weights = [weight for _, weight in parts]
@@ -96,9 +98,6 @@ def _open_one(
             return MetadataFolder(local, files, options, follow_links)
         if not any(files_of(local)):
             raise UserError(f"{path} is an empty folder")
-    here = path.startswith((".", "/", "~")) or (path.count("/") > 1 and "://" not in path)
-    if here and not local.exists() and not glob.glob(path):
-        raise UserError(f"{path} does not exist; give a folder, files, or the id of a data set on the Hub")
     return open_hugging_face(path, options, config, streaming, follow_links)
 
 
