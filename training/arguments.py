@@ -86,10 +86,12 @@ def check_evaluation(name: str) -> None:
 
 
 def check_files(*names: str) -> None:
-    """Raise `UserError` unless all these files are there."""
+    """Raise `UserError` unless all these are files that are there."""
     for name in names:
-        if not Path(name).is_file():
+        if not Path(name).exists():
             raise UserError(f"there is no file {name}")
+        if not Path(name).is_file():
+            raise UserError(f"{name} is a folder, pipe, socket or device; give a file")
 
 
 def constructor_arguments(file: str, class_name: str) -> list[str]:
