@@ -1,4 +1,4 @@
-"""What every BLIPren model shares: what is frozen, and the two kinds of checkpoint."""
+"""Base class of the models: freezing, patch features, full and bridge checkpoints."""
 
 import contextlib
 import copy
@@ -19,17 +19,20 @@ _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "re
 
 
 def _exclude_connector(quantization_config):
-    """The same config with the connector and the head left as they are: the one is small and trained, the other tied."""
+    """Return a copy of a quantisation config that leaves connector and head unquantised.
+
+    The connector is small and trained; the head may share its weight with the embeddings.
+    """
     config = copy.deepcopy(quantization_config)
     for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes; torchao and others
         if hasattr(config, name):
-            spared = list(getattr(config, name) or [])
-            setattr(config, name, spared + ["model.qformer", "model.projector", "lm_head"])
+            excluded = list(getattr(config, name) or [])
+            setattr(config, name, excluded + ["model.qformer", "model.projector", "lm_head"])
     return config
 
 
 class BliprenPreTrainedModel(PreTrainedModel):
-    """Base class: freezing, full and bridge checkpoints."""
+    """Base class of `BliprenModel`, `BliprenForConditionalGeneration` and `BliprenForImageTextRetrieval`."""
 
     config_class = BliprenConfig
     config: BliprenConfig
@@ -44,9 +47,9 @@ class BliprenPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # the bridge is small and trained: it stays in float32 whatever the frozen parts are loaded in
+    # the connector is small and trained: it stays in float32 whatever dtype the frozen parts have
     _keep_in_fp32_modules_strict = ["qformer", "projector"]
-    # the frozen parts that this class holds, by their names in config.base_models
+    # names in config.base_models of the frozen parts that this class has
     _base_parts = ("vision", "llm")
 
     def __init__(self, config: BliprenConfig, *inputs, **kwargs):
@@ -54,10 +57,10 @@ class BliprenPreTrainedModel(PreTrainedModel):
         if config.connector == "patches":
             self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) - {"qformer"}
 
-    # ---- what is frozen -------------------------------------------------------------------------------------------
+    # ---- freezing -------------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, nn.Module]:
-        """The parts by name: `vision`, `qformer`, `projector`, `llm`, `head`; a subclass may have more."""
+        """Return the modules by part name: `vision`, `qformer`, `projector`, `llm`, `head`, and those of a subclass."""
         inner = self.base_model
         names = {"vision": "vision_tower", "qformer": "qformer", "projector": "projector", "llm": "language_model"}
         parts = {part: getattr(inner, name) for part, name in names.items() if getattr(inner, name, None) is not None}
@@ -66,43 +69,43 @@ class BliprenPreTrainedModel(PreTrainedModel):
         return parts
 
     def freeze(self, train: tuple[str, ...] | list[str] = ("connector",)) -> None:
-        """Decides what trains: the only place that does. Everything not named is frozen: no gradient, eval mode.
+        """Freeze every part that is not named: no gradient, eval mode.
 
         Args:
-            train: names of parts: those of [`parts`], `connector` (Q-Former and projector), `lora` (adapters in the
-                language model). `llm` includes its head.
+            train: names of the parts to train: those of [`parts`], `connector` (Q-Former and projector), `lora`
+                (adapters in the language model). `llm` includes its head.
 
         Raises:
-            ValueError: naming a part that the model does not have.
+            ValueError: for a part that the model does not have.
         """
         parts = self.parts()
-        wanted = set()
+        trained = set()
         for name in train:
-            wanted |= {"connector": {"qformer", "projector"}, "llm": {"llm", "head"}}.get(name, {name}) - (
+            trained |= {"connector": {"qformer", "projector"}, "llm": {"llm", "head"}}.get(name, {name}) - (
                 {"qformer", "projector", "head"} - set(parts)
             )
-        if unknown := wanted - set(parts) - {"lora"}:
+        if unknown := trained - set(parts) - {"lora"}:
             raise ValueError(
                 f"no part {sorted(unknown)[0]!r} to train; parts are {', '.join([*parts, 'connector', 'lora'])}"
             )
         for part, module in parts.items():
             for parameter in module.parameters():
-                # integer weights of a quantised model cannot take a gradient
-                parameter.requires_grad_(part in wanted and parameter.is_floating_point())
-        if "head" in parts and "llm" not in wanted and "llm" in parts:
-            # a tied head is the embedding: the part that was named last must not thaw it
+                # integer weights of a quantised model cannot have a gradient
+                parameter.requires_grad_(part in trained and parameter.is_floating_point())
+        if "head" in parts and "llm" not in trained and "llm" in parts:
+            # a tied head is the embedding of the language model, which stays frozen
             parts["head"].requires_grad_(False)
         if "qformer" in parts and "llm" in self._base_parts:
             for parameter in parts["qformer"].text_parameters():
-                parameter.requires_grad_(False)  # stage 1 has trained it; nothing reads it here
-        if "lora" in wanted:
+                parameter.requires_grad_(False)  # only stage 1 uses and trains the text side
+        if "lora" in trained:
             for name, parameter in parts["llm"].named_parameters():
-                if "lora_" in name:  # PEFT's own prefix
+                if "lora_" in name:  # the prefix that PEFT uses
                     parameter.requires_grad_(True)
         self.train(self.training)
 
     def describe_trainable(self) -> str:
-        """A line a part: its name, its parameters, and how many of them are trained."""
+        """Return one line a part: name, class, number of parameters, number of trained parameters."""
         lines, seen = [], set()
         for part, module in self.parts().items():
             parameters = [p for p in module.parameters() if id(p) not in seen]
@@ -118,7 +121,7 @@ class BliprenPreTrainedModel(PreTrainedModel):
         return self
 
     def _keep_frozen_in_eval(self) -> None:
-        # frozen means frozen: no dropout and no running statistics, whoever called train() on what
+        # train() may have been called on any module: a frozen one must have no dropout and no running statistics
         for module in self.modules():
             if (
                 module is not self
@@ -148,14 +151,14 @@ class BliprenPreTrainedModel(PreTrainedModel):
         """
         return self._encode(pixel_values, pixel_attention_mask, spatial_shapes)[1]
 
-    def _encode(self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, **wanted):
+    def _encode(self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, **options):
         """Return the vision encoder's own output and the patch features selected from it."""
         vision_tower = self.base_model.vision_tower
         frozen = not any(p.requires_grad for p in vision_tower.parameters())
         if frozen and vision_tower.training:
             vision_tower.eval()
         extra = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        extra = {key: value for key, value in extra.items() if value is not None} | wanted
+        extra = {key: value for key, value in extra.items() if value is not None} | options
         layers = self.config.vision_feature_layer
         prefix = self.config.num_prefix_tokens if self.config.vision_feature_select == "patches" else 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
@@ -170,25 +173,25 @@ class BliprenPreTrainedModel(PreTrainedModel):
         copy_code_files(save_directory)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Writes a full checkpoint with the code that loads it. LoRA adapters lie under `adapter/`."""
+        """Write a full checkpoint, with the code that loads it. LoRA adapters go to `adapter/`."""
         self._save(save_directory, "full", kwargs.pop("state_dict", None), **kwargs)
 
     def save_bridge(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
-        """Writes a bridge checkpoint: only what was trained, and the ids, revisions and hashes of the frozen parts.
+        """Write a bridge checkpoint: what was trained, and ids, revisions and hashes of the frozen parts.
 
         Raises:
-            ValueError: when the model does not know where its frozen parts came from, or one of them was trained.
+            ValueError: when `config.base_models` is empty, or a frozen part was trained.
         """
         if not self.config.base_models:
             raise ValueError(
-                "a bridge checkpoint needs config.base_models (where the frozen parts came from); "
-                "models made by from_vision_text_pretrained have it, others save with save_pretrained"
+                "a bridge checkpoint needs config.base_models (ids and revisions of the frozen parts), which "
+                "from_vision_text_pretrained sets; save this model with save_pretrained"
             )
         for part in ("vision", "llm"):
             module = self.parts().get(part)
             if module is not None and any(p.requires_grad and "lora_" not in n for n, p in module.named_parameters()):
                 raise ValueError(
-                    f"the {part} model was trained: a bridge checkpoint would lose it; use save_pretrained"
+                    f"the {part} model was trained, and a bridge checkpoint does not hold it; use save_pretrained"
                 )
         state_dict = state_dict if state_dict is not None else self.state_dict()
         frozen = self._frozen_prefixes()
@@ -196,19 +199,19 @@ class BliprenPreTrainedModel(PreTrainedModel):
         self._save(save_directory, "bridge", kept, **kwargs)
 
     def _frozen_prefixes(self) -> tuple[str, ...]:
-        """Prefixes of the weights that a bridge checkpoint leaves to the base models."""
+        """Return the prefixes of the weights that a bridge checkpoint leaves out."""
         return ("model.vision_tower.", "model.language_model.", "lm_head.")
 
     def _save(self, save_directory, checkpoint_type: str, state_dict: dict | None, **kwargs) -> None:
         with_adapter = getattr(self, "_hf_peft_config_loaded", False)
         if with_adapter and checkpoint_type == "full" and getattr(self, "hf_quantizer", None) is not None:
             raise ValueError(
-                "a quantised model with an adapter has no full checkpoint: use save_bridge, which loads with or without "
-                "quantisation, and `blipren convert` for a full one"
+                "a quantised model with an adapter cannot be saved as a full checkpoint: use save_bridge, which loads "
+                "with and without quantisation, then `blipren convert` for a full checkpoint"
             )
         self._write_code_and_maps(save_directory)
         if with_adapter:
-            # plain save_pretrained would write the adapter alone and lose the bridge
+            # transformers' save_pretrained would write the adapter only
             super().save_pretrained(Path(save_directory) / "adapter")
             state_dict = state_dict if state_dict is not None else self.state_dict()
             state_dict = {k.replace(".base_layer.", "."): v for k, v in state_dict.items() if "lora_" not in k}
@@ -219,7 +222,7 @@ class BliprenPreTrainedModel(PreTrainedModel):
                 self._hf_peft_config_loaded = True
             return
         if checkpoint_type == "bridge" and getattr(self, "hf_quantizer", None) is not None:
-            # what a bridge holds is not quantised; transformers would write the quantised rest instead
+            # no weight of a bridge is quantised; with a quantizer transformers would write the quantised weights
             quantizer, self.hf_quantizer = self.hf_quantizer, None
             quantization_config = self.config.__dict__.pop("quantization_config")
             try:
@@ -227,7 +230,7 @@ class BliprenPreTrainedModel(PreTrainedModel):
             finally:
                 self.hf_quantizer, self.config.quantization_config = quantizer, quantization_config
             return
-        for name in self.config.sub_configs:  # loading notes a dtype in every part: saving does so too
+        for name in self.config.sub_configs:  # loading sets a dtype in every sub-config: saving writes the same
             if getattr(self.config, name).dtype is None:
                 getattr(self.config, name).dtype = self.dtype
         previous, self.config.checkpoint_type = self.config.checkpoint_type, checkpoint_type
@@ -237,12 +240,15 @@ class BliprenPreTrainedModel(PreTrainedModel):
             self.config.checkpoint_type = previous
 
     def load_adapter(self, *args, **kwargs):
-        """As in transformers, which leaves the adapter's renaming of weights on the model: the next save would apply it
-        to everything; and which puts adapters of offloaded layers where nothing fetches them: they stay in memory."""
+        """Load an adapter as transformers does, with two of its faults corrected.
+
+        It leaves the adapter's renaming of weights on the model, which the next save would apply to all weights. It puts
+        the adapters of offloaded layers on a device from which nothing fetches them; here they stay in memory.
+        """
         conversions = getattr(self, "_weight_conversions", None)
         placed = getattr(self, "hf_device_map", None)
         if placed is not None:
-            # offloaded layers compute on the first device that is neither, as accelerate has it
+            # accelerate computes offloaded layers on the first device that is neither CPU nor disk
             computing = next((where for where in placed.values() if where not in ("cpu", "disk")), "cpu")
             self.hf_device_map = {n: computing if where in ("cpu", "disk") else where for n, where in placed.items()}
         try:
@@ -263,26 +269,26 @@ class BliprenPreTrainedModel(PreTrainedModel):
         verify_base_weights: bool = False,
         **kwargs,
     ):
-        r"""Loads a full or a bridge checkpoint, by folder or Hub id.
+        r"""Load a full or a bridge checkpoint.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
             config: config to use instead of the checkpoint's.
-            verify_base_weights: of a bridge: hash the whole weights of the frozen parts, not samples of them.
+            verify_base_weights: for a bridge: hash the frozen parts' weights completely, instead of samples of them.
             kwargs: as in [`~PreTrainedModel.from_pretrained`].
 
         Raises:
-            ValueError: naming weights that are missing or unexpected, or a frozen part that is another one than the
-                bridge was trained with.
+            ValueError: when weights are missing or unexpected or have another shape, or when a frozen part differs from
+                the one that the bridge was trained with.
         """
         output_loading_info = kwargs.pop("output_loading_info", False)
-        if pretrained_model_name_or_path is None:  # transformers' own way to load a state dict
+        if pretrained_model_name_or_path is None:  # transformers loads a given state dict so
             return super().from_pretrained(
                 None, *model_args, config=config, output_loading_info=output_loading_info, **kwargs
             )
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _exclude_connector(kwargs["quantization_config"])
-        # the library's own error names no weight: all three kinds are told apart below
+        # transformers' error names no weight; the checks below do
         kwargs.setdefault("ignore_mismatched_sizes", True)
         hub_kwargs = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
         raw, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
@@ -293,7 +299,7 @@ class BliprenPreTrainedModel(PreTrainedModel):
             )
         stage_1 = "BliprenForImageTextRetrieval" in (raw.get("architectures") or []) and "llm" in cls._base_parts
         if raw.get("checkpoint_type") == "bridge" or (stage_1 and raw.get("base_models")):
-            # stage 1 saves no language model: even its full checkpoints lack one part here
+            # a full checkpoint of stage 1 has no language model: that part comes from its base model
             config = config if config is not None else cls.config_class.from_dict(raw)
             state_dict = cls._merge_bridge(pretrained_model_name_or_path, config, verify_base_weights, hub_kwargs)
             own_kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_KEYWORDS}
@@ -302,7 +308,7 @@ class BliprenPreTrainedModel(PreTrainedModel):
             )
             model.config.name_or_path = str(pretrained_model_name_or_path)
             if cls.can_generate():
-                with contextlib.suppress(OSError):  # no such file: the defaults stay
+                with contextlib.suppress(OSError):  # without such a file the defaults stay
                     model.generation_config = GenerationConfig.from_pretrained(
                         pretrained_model_name_or_path, **hub_kwargs
                     )
@@ -315,8 +321,8 @@ class BliprenPreTrainedModel(PreTrainedModel):
         for kind in ("missing", "unexpected", "mismatched"):
             if keys := sorted(map(str, info[f"{kind}_keys"])):
                 raise ValueError(
-                    f"{pretrained_model_name_or_path}: {len(keys)} {kind} weights, such as {keys[0]!r}: the checkpoint "
-                    f"does not hold a whole {cls.__name__}"
+                    f"{pretrained_model_name_or_path} is not a complete {cls.__name__}: {len(keys)} {kind} weights, such "
+                    f"as {keys[0]!r}"
                 )
         adapter = cached_file(
             pretrained_model_name_or_path,
@@ -332,7 +338,7 @@ class BliprenPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _merge_bridge(cls, path, config: BliprenConfig, verify_whole: bool, hub_kwargs: dict) -> dict:
-        """The bridge's own weights beside those of its frozen parts, named as the whole model names them."""
+        """Return the weights of a bridge and of its frozen parts, under the names of the whole model."""
         base_hub_kwargs = {k: v for k, v in hub_kwargs.items() if k in ("cache_dir", "local_files_only", "token")}
         merged = {}
         for file in weight_files(str(path), **hub_kwargs):
@@ -350,13 +356,14 @@ class BliprenPreTrainedModel(PreTrainedModel):
                 files = weight_files(reference["id"], reference["revision"], **base_hub_kwargs)
             except OSError as error:
                 raise ValueError(
-                    f"{path} is a bridge checkpoint over the {part} model {where}, which is not there: {error}"
+                    f"{path} is a bridge checkpoint for the {part} model {where}, which cannot be found: {error}"
                 ) from error
             kind = "sha256" if verify_whole else "sampled_sha256"
             if (found := hash_weights(files, sampled=not verify_whole)) != reference[kind]:
                 raise ValueError(
-                    f"{path} is a bridge checkpoint over the {part} model {where}, but the weights there are other ones "
-                    f"({kind} {found[:12]}, trained with {reference[kind][:12]}); restore them, or load a full checkpoint"
+                    f"{path} is a bridge checkpoint for the {part} model {where}, whose weights differ from those it was "
+                    f"trained with ({kind} {found[:12]}, trained with {reference[kind][:12]}); restore them, or load a "
+                    "full checkpoint"
                 )
             base = auto_class.from_pretrained(
                 reference["id"],

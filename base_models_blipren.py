@@ -1,4 +1,4 @@
-"""Base models whose architecture is not transformers' own: their repository's code, run only where a person names it."""
+"""Base models: files and hashes of their weights, and the code of architectures that transformers does not have."""
 
 import hashlib
 import json
@@ -10,14 +10,18 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-# names, by whoever runs the process, the code that may run: "user/name@COMMIT", several apart by spaces
+# environment variable with the code that may run: "user/name@COMMIT", several separated by spaces
 TRUST_VARIABLE = "BLIPREN_TRUST_BASE_CODE"
 _AUTO_CLASSES = {"vision": (AutoModel,), "llm": (AutoModel, AutoModelForCausalLM)}
 _registered: dict[str, str] = {}  # model type -> id@commit
 
 
 def weight_files(model_id: str, revision: str | None = None, **hub_kwargs) -> list[Path]:
-    """The files that hold a checkpoint's weights, single or sharded. Raises `OSError` when there is none."""
+    """Return the files of a checkpoint's weights, one or several shards.
+
+    Raises:
+        OSError: when the checkpoint has no weights.
+    """
     keywords = {**hub_kwargs, "revision": revision, "_raise_exceptions_for_missing_entries": False}
     for name in ("model.safetensors", "pytorch_model.bin"):
         if path := cached_file(model_id, name, **keywords):
@@ -29,7 +33,7 @@ def weight_files(model_id: str, revision: str | None = None, **hub_kwargs) -> li
 
 
 def hash_weights(files: list[Path], sampled: bool = False) -> str:
-    """SHA-256 over weight files, whole, or over their sizes and 66 samples of each (fast at any size)."""
+    """Return the SHA-256 of weight files: of all bytes, or of sizes and 66 samples of 256 KiB a file if `sampled`."""
     digest = hashlib.sha256()
     sample = 1 << 18
     for path in files:
@@ -47,9 +51,9 @@ def hash_weights(files: list[Path], sampled: bool = False) -> str:
 
 
 def base_model_reference(model_id: str, revision: str | None, **hub_kwargs) -> dict:
-    """Where a frozen part came from: id, revision (the commit, where there is one), hashes of its weights."""
+    """Return id, revision (the commit on the Hub) and hashes of the weights of a base model."""
     files = weight_files(model_id, revision, **hub_kwargs)
-    # a file of the Hub lies in the cache under its commit
+    # the path of a cached file contains its commit
     commit = None if os.path.isdir(model_id) else extract_commit_hash(str(files[0]), None)
     return {
         "id": str(model_id),
@@ -60,46 +64,46 @@ def base_model_reference(model_id: str, revision: str | None, **hub_kwargs) -> d
 
 
 def load_base_code(part: str, config: dict, model_id: str, revision: str | None, **hub_kwargs) -> None:
-    """Registers the classes that a base model's repository brings with the auto classes, where transformers has none.
+    """Register the classes of a base model's repository with the auto classes, if transformers lacks its model type.
 
-    A checkpoint names the commit of its base models, so what was read and trusted once is what runs ever after. The
-    word of trust is the process's, not the checkpoint's: a checkpoint must not bring code of others to nobody's notice.
+    The environment variable `BLIPREN_TRUST_BASE_CODE` must name the repository and the commit. A checkpoint stores the
+    commit of its base models, so the code that runs is always the code that was read. A checkpoint alone cannot make
+    the code of another repository run.
 
     Args:
         part: `"vision"` or `"llm"`.
-        config: the base model's `config.json`.
-        model_id, revision: where it lies; `revision` may be a branch in `from_vision_text_pretrained` alone.
+        config: content of the base model's `config.json`.
+        model_id, revision: Hub id or folder, and revision; a branch only in `from_vision_text_pretrained`.
         hub_kwargs: `cache_dir`, `token`, `local_files_only`.
 
     Raises:
-        ValueError: when the code is of no known commit, not named in `BLIPREN_TRUST_BASE_CODE`, or lacks a class.
+        ValueError: when the code has no commit, is not named in `BLIPREN_TRUST_BASE_CODE`, or lacks a class.
     """
     model_type, auto_map = config.get("model_type"), config.get("auto_map")
     if not auto_map or (model_type in CONFIG_MAPPING and model_type not in _registered):
         return
-    needs = f"{model_id} needs the Python code of its own repository, for {model_type!r}; "
+    needs = f"{model_id} needs the Python code of its own repository for model type {model_type!r}; "
     if os.path.isdir(model_id):
         raise ValueError(
-            f"{needs}a folder has no commit that could be named as trusted: register its classes with "
-            "AutoConfig.register and AutoModel.register, or take it from the Hub"
+            f"{needs}a folder has no commit to trust: register its classes with AutoConfig.register and "
+            "AutoModel.register, or load it from the Hub"
         )
     commit = extract_commit_hash(cached_file(model_id, "config.json", revision=revision, **hub_kwargs), None)
     pinned = f"{model_id}@{commit}"
     if pinned not in os.environ.get(TRUST_VARIABLE, "").split():
-        raise ValueError(
-            f"{needs}such code is never run unless it is named with its commit: read it at that commit, then set "
-            f'{TRUST_VARIABLE}="{pinned}"'
-        )
+        raise ValueError(f'{needs}to allow it, read the code at this commit and set {TRUST_VARIABLE}="{pinned}"')
     if _registered.get(model_type, pinned) != pinned:
-        raise ValueError(f"{needs}this process already runs that of {_registered[model_type]}: use another process")
+        raise ValueError(
+            f"{needs}this process already uses the code of {_registered[model_type]}: use another process"
+        )
     if model_type in _registered:
         return
 
     def load(auto_class: str) -> type:
-        # an entry of another repository, as "other/name--file.Class", is not what was named
+        # an entry of another repository, such as "other/name--file.Class", was not trusted
         reference = auto_map.get(auto_class, "").removeprefix(f"{model_id}--")
         if not reference or "--" in reference:
-            raise ValueError(f"{needs}its auto_map has no {auto_class} of its own, but {auto_map}")
+            raise ValueError(f"{needs}its auto_map names no {auto_class} of this repository: {auto_map}")
         return get_class_from_dynamic_module(reference, model_id, revision=commit, code_revision=commit, **hub_kwargs)
 
     config_class: type[PreTrainedConfig] = load("AutoConfig")

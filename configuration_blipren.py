@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 
 from .base_models_blipren import load_base_code
 
-# goes up when an older version of this code would read a checkpoint wrongly instead of failing
+# version of the checkpoint format; raised when older code would load a new checkpoint wrongly instead of failing
 FORMAT = 1
 AUTO_MAP = {
     "AutoConfig": "configuration_blipren.BliprenConfig",
@@ -28,7 +28,7 @@ CUSTOM_PIPELINES = {
 
 
 def split_revision(model_id: str) -> tuple[str, str | None]:
-    """`"user/name@revision"` -> `("user/name", "revision")`; folders are left alone."""
+    """Split `"user/name@revision"` into id and revision; the revision of a folder is `None`."""
     if os.path.isdir(model_id) or "@" not in model_id:
         return model_id, None
     name, _, revision = model_id.rpartition("@")
@@ -36,7 +36,10 @@ def split_revision(model_id: str) -> tuple[str, str | None]:
 
 
 def copy_code_files(save_directory: str | os.PathLike) -> None:
-    """Copies the code that loads a checkpoint beside it: a class has but one auto class, so transformers would not."""
+    """Copy the model code into a checkpoint folder.
+
+    transformers copies the files of one auto class a model; our `auto_map` has several.
+    """
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     for source in sorted(Path(__file__).parent.glob("*_blipren.py")):
@@ -57,22 +60,22 @@ class BliprenQFormerConfig(PreTrainedConfig):
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0.1): dropout.
         layer_norm_eps (`float`, defaults to 1e-12): epsilon of every layer norm.
         initializer_range (`float`, defaults to 0.02): standard deviation of new linear weights.
-        num_query_tokens (`int`, defaults to 32): learned queries, which is the number of visual tokens.
+        num_query_tokens (`int`, defaults to 32): learned queries, as many as visual tokens of an image.
         query_init_std (`float`, defaults to 0.02): standard deviation of new queries.
         cross_attention_frequency (`int`, defaults to 2): every k-th layer cross-attends to the image.
-        cross_attention_offset (`int`, defaults to 0): first layer that does.
-        query_feed_forward (`str`, defaults to `"every_layer"`): where queries have a feed-forward of their own, apart
-            from the text's: `"every_layer"` (BLIP-2) or `"cross_layers"` (the shared one elsewhere).
-        norm_position (`str`, defaults to `"post"`): `"post"` as BERT and BLIP-2, or `"pre"` with a final norm.
+        cross_attention_offset (`int`, defaults to 0): first layer that cross-attends.
+        query_feed_forward (`str`, defaults to `"every_layer"`): layers where queries have their own feed-forward:
+            `"every_layer"` (BLIP-2) or `"cross_layers"` (in the other layers queries share the text's).
+        norm_position (`str`, defaults to `"post"`): `"post"` as in BERT and BLIP-2, or `"pre"` with a final norm.
         encoder_hidden_size (`int`, defaults to 1408): width of the patch features.
         project_patches (`bool`, defaults to `False`): map patch features linearly to `hidden_size` once, before the
             blocks, instead of in every cross-attention's keys and values.
-        normalize_patches (`bool`, defaults to `False`): a layer norm on patch features; layers of a convolutional encoder
-            differ much in scale.
+        normalize_patches (`bool`, defaults to `False`): apply a layer norm to patch features, for convolutional encoders,
+            whose layers differ in scale.
         use_text (`bool`, defaults to `False`): build the text side (embeddings and text feed-forward) for stage 1.
-        vocab_size, max_position_embeddings, pad_token_id: of the text side.
-        decoder_start_token_id (`int`, *optional*): what generation puts in the place of the first token, so that the
-            Q-Former tells it from contrast and matching; `None` keeps the first token.
+        vocab_size, max_position_embeddings, pad_token_id (`int`): of the text side.
+        decoder_start_token_id (`int`, *optional*): token that replaces the first one in image-grounded generation
+            (ITG), so that the Q-Former can tell it from contrast and matching; `None` keeps the first token.
     """
 
     model_type = "blipren_qformer"
@@ -117,8 +120,8 @@ class BliprenQFormerConfig(PreTrainedConfig):
             )
         if not 0 <= cross_attention_offset < num_hidden_layers:
             raise ValueError(
-                f"cross_attention_offset {cross_attention_offset} is not a layer of {num_hidden_layers}: "
-                "no layer would see the image"
+                f"cross_attention_offset {cross_attention_offset} must be less than num_hidden_layers "
+                f"{num_hidden_layers}: otherwise no layer cross-attends to the image"
             )
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -149,42 +152,45 @@ class BliprenConfig(PreTrainedConfig):
     r"""Configuration of a BLIPren model.
 
     Args:
-        vision_config (`PreTrainedConfig` or `dict`): the vision encoder's; SigLIP-B/16-224 by default.
-        text_config (`PreTrainedConfig` or `dict`): the language model's; Llama by default.
-        qformer_config (`BliprenQFormerConfig` or `dict`): the Q-Former's.
-        connector (`str`, defaults to `"qformer"`): `"qformer"` (Q-Former and projector) or `"patches"` (the projector
-            alone on every patch, as LLaVA, https://arxiv.org/abs/2304.08485).
-        projector (`str`, defaults to `"mlp"`): `"linear"`, `"mlp2"` (two plain layers), `"mlp"` (pre-norm residual MLP)
-            or `"moe"` (experts routed per image).
+        vision_config (`PreTrainedConfig` or `dict`): config of the vision encoder; SigLIP-B/16-224 by default.
+        text_config (`PreTrainedConfig` or `dict`): config of the language model; Llama by default.
+        qformer_config (`BliprenQFormerConfig` or `dict`): config of the Q-Former.
+        connector (`str`, defaults to `"qformer"`): `"qformer"` (Q-Former and projector) or `"patches"` (projector on
+            every patch, as LLaVA, https://arxiv.org/abs/2304.08485).
+        projector (`str`, defaults to `"mlp"`): `"linear"`, `"mlp2"` (two layers), `"mlp"` (pre-norm residual MLP) or
+            `"moe"` (mixture of experts, routed per image).
         projector_hidden_size (`int`, *optional*): hidden width; 4 x LLM width (`mlp`, `moe`) or LLM width (`mlp2`).
         projector_hidden_act (`str`, defaults to `"gelu"`): activation.
         projector_dropout (`float`, defaults to 0.1): dropout of `mlp`.
         projector_mid_norm (`bool`, defaults to `False`): a layer norm between the two layers of `mlp2`.
         num_experts (`int`, defaults to 4): experts of `moe`.
-        experts_top_k (`int`, *optional*): experts used per image; `None` is the dense soft mixture.
+        experts_top_k (`int`, *optional*): experts used per image; `None` mixes all of them.
         router_balance_weight, router_z_weight (`float`): weights of the load-balancing loss (Switch,
             https://arxiv.org/abs/2101.03961) and the router z-loss (ST-MoE, https://arxiv.org/abs/2202.08906).
         router_noise (`float`, defaults to 0.0): standard deviation of noise on router logits, in training only.
         vision_feature_layer (`int` or `list[int]`, defaults to -1): -1 is the encoder's `last_hidden_state`, any other
-            number an index into its `hidden_states`; several are concatenated along the width.
-        vision_feature_select (`str`, defaults to `"patches"`): take class and register tokens off, or `"full"`.
-        num_prefix_tokens (`int`, defaults to 0): class and register tokens in front of the patches, measured when a
-            model is made (sequence length minus grid).
-        vision_grid (`list[int]`, *optional*): `[height, width]` of the patch grid, measured; `None` where it differs
-            from image to image.
+            number an index into its `hidden_states`; several layers are concatenated along the width.
+        vision_feature_select (`str`, defaults to `"patches"`): `"patches"` drops class and register tokens, `"full"`
+            keeps them.
+        num_prefix_tokens (`int`, defaults to 0): class and register tokens in front of the patches: sequence length minus
+            size of the grid, measured when a model is made.
+        vision_grid (`list[int]`, *optional*): `[height, width]` of the patch grid, measured; `None` if images differ.
         vision_hidden_size (`int`, *optional*): width of the patch features, measured.
-        image_token_id (`int`): the placeholder in `input_ids` that the model fills with image features.
-        num_visual_tokens (`int`, *optional*): visual tokens an image; `None` where it differs from image to image.
+        image_token_id (`int`): id of the placeholder in `input_ids` that image features replace.
+        num_visual_tokens (`int`, *optional*): visual tokens an image; `None` if images differ.
         image_text_hidden_size (`int`, defaults to 256): width of the image and text embeddings of
             `BliprenForImageTextRetrieval`.
-        itc_pooling (`str`, defaults to `"max"`): how that model puts the queries' similarities together: `"max"` (the
-            best query counts, BLIP-2) or `"mean"` (the mean of the queries).
+        itc_pooling (`str`, defaults to `"max"`): similarity of an image and a text in that model: `"max"` over queries
+            (BLIP-2) or that of the `"mean"` of the queries.
         qformer_reads_prompt (`bool`, defaults to `False`): the Q-Former reads the prompt beside the image, through
             `qformer_input_ids` of its own tokenizer (InstructBLIP, https://arxiv.org/abs/2305.06500).
-        base_models (`dict`, *optional*): where the frozen parts came from: `{"vision": {"id", "revision", "sha256"},
-            "llm": {...}}`.
-        checkpoint_type (`str`, defaults to `"full"`): `"full"`, or `"bridge"` when a folder holds only what was trained.
-        format_version (`int`): of the checkpoint; one that is newer than this code is refused.
+        base_models (`dict`, *optional*): sources of the frozen parts: `{"vision": {"id", "revision", "sha256",
+            "sampled_sha256"}, "llm": {...}}`.
+        checkpoint_type (`str`, defaults to `"full"`): `"full"`, or `"bridge"` for a folder with only what was trained.
+        format_version (`int`): version of the checkpoint format; a newer one than this code's is refused.
+
+    Raises:
+        ValueError: for a value that is not allowed, or a base model whose code is not trusted.
     """
 
     model_type = "blipren"
@@ -223,8 +229,8 @@ class BliprenConfig(PreTrainedConfig):
     ):
         if format_version > FORMAT:
             raise ValueError(
-                f"the checkpoint has format {format_version}, made by a later BLIPren; this one reads up to {FORMAT}: "
-                "update the package blipren, or load the checkpoint without it, with trust_remote_code=True"
+                f"the checkpoint has format {format_version}, and this BLIPren reads formats up to {FORMAT}: update the "
+                "package blipren, or uninstall it and load the checkpoint with trust_remote_code=True"
             )
         for name, value, allowed in (
             ("itc_pooling", itc_pooling, ("max", "mean")),
@@ -265,7 +271,7 @@ class BliprenConfig(PreTrainedConfig):
         self.vision_feature_select = vision_feature_select
         self.num_prefix_tokens = num_prefix_tokens
         self.vision_grid = vision_grid
-        # beyond the vocabulary is always free: the model never embeds the placeholder
+        # an id beyond the vocabulary is always free, and the model never embeds the placeholder
         self.image_token_id = image_token_id if image_token_id is not None else self.text_config.vocab_size
         if num_visual_tokens is None and connector == "qformer":
             num_visual_tokens = self.qformer_config.num_query_tokens
@@ -278,13 +284,13 @@ class BliprenConfig(PreTrainedConfig):
         self.base_models = base_models
         self.checkpoint_type = checkpoint_type
         self.format_version = format_version
-        # the head is tied exactly where the language model's own is
+        # the head is tied if the language model's own is
         kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 
     @property
     def connector_hidden_size(self) -> int:
-        """Width of what enters the projector."""
+        """Width of the projector's input."""
         return self.qformer_config.hidden_size if self.connector == "qformer" else self.vision_hidden_size
 
 
@@ -297,12 +303,12 @@ def _build_sub_config(config, default_model_type: str, defaults: dict):
 
 
 def _vision_hidden_size(vision_config) -> int:
-    """Width of an encoder's last hidden state by its config; `from_vision_text_pretrained` measures instead."""
+    """Return the width of an encoder's last hidden state by its config; `from_vision_text_pretrained` measures it."""
     hidden_sizes = getattr(vision_config, "hidden_sizes", None)
     return hidden_sizes[-1] if hidden_sizes else vision_config.hidden_size
 
 
-# `transformers serve` looks model types up in this table, whatever code a checkpoint brings
+# `transformers serve` looks up model types in this table, also those of remote code
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("blipren", "BliprenForConditionalGeneration")
 
 __all__ = ["BliprenConfig", "BliprenQFormerConfig"]

@@ -1,7 +1,7 @@
 """BLIPren: a frozen vision encoder, a Q-Former and projector, any causal language model.
 
-`BliprenModel` has the layout of transformers' LLaVA (vision tower, connector, headless language model); the language
-model's own head, with its bias, scaling and soft-capping, sits on `BliprenForConditionalGeneration`.
+`BliprenModel` has the layout of transformers' LLaVA: vision tower, connector, language model without head.
+`BliprenForConditionalGeneration` adds the language model's head, with its bias, scaling and soft-capping.
 """
 
 import logging
@@ -43,11 +43,11 @@ class BliprenImageFeatures(ModelOutput):
     """
     Args:
         last_hidden_state (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden)`): patch features.
-        pooler_output (`list[torch.Tensor]` of shape `(num_visual_tokens, text_hidden)`): image features, one an image.
-        router_probs (`torch.Tensor` of shape `(num_images, num_experts)`, *optional*): the `moe` projector's weights.
-        router_aux_loss (`torch.Tensor`, *optional*): weighted balance loss and z-loss, in training only.
-        cross_attentions (`tuple[torch.Tensor]`, *optional*): the Q-Former's, on request.
-        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): the vision encoder's, on request.
+        pooler_output (`list[torch.Tensor]` of shape `(num_visual_tokens, text_hidden)`): image features of each image.
+        router_probs (`torch.Tensor` of shape `(num_images, num_experts)`, *optional*): of the `moe` projector.
+        router_aux_loss (`torch.Tensor` of shape `()`, *optional*): weighted balance loss and z-loss, in training only.
+        cross_attentions (`tuple[torch.Tensor]`, *optional*): of the Q-Former, if `output_attentions`.
+        hidden_states, attentions (`tuple[torch.Tensor]`, *optional*): of the vision encoder, if asked for.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -61,7 +61,7 @@ class BliprenImageFeatures(ModelOutput):
 
 @dataclass
 class BliprenModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast` with image features `(num_images * num_visual_tokens, text_hidden)` and the router's."""
+    """`BaseModelOutputWithPast` with image features `(num_visual_tokens of all images, text_hidden)` and router outputs."""
 
     image_hidden_states: torch.Tensor | None = None
     router_probs: torch.Tensor | None = None
@@ -73,7 +73,7 @@ class BliprenCausalLMOutputWithPast(ModelOutput):
     """
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): cross-entropy summed over label tokens, divided by their number.
-        logits (`torch.Tensor` of shape `(batch, length, vocab_size)`): as the language model's own; with
+        logits (`torch.Tensor` of shape `(batch, length, vocab_size)`): equal to the language model's own; with
             `label_logits_only`, `(num_label_tokens, vocab_size)`.
         past_key_values, hidden_states, attentions: of the language model.
         image_hidden_states (`torch.Tensor` of shape `(num_visual_tokens of all images, text_hidden)`): image features.
@@ -92,7 +92,7 @@ class BliprenCausalLMOutputWithPast(ModelOutput):
 
 
 class BliprenImageFeaturesMixin:
-    """Image features of a model that has a vision tower and a connector, itself or in its `base_model`."""
+    """`get_image_features` for a model whose `base_model` has a vision tower and a connector."""
 
     @can_return_tuple
     def get_image_features(
@@ -108,7 +108,7 @@ class BliprenImageFeaturesMixin:
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> BliprenImageFeatures:
-        """Images or cached patch features -> image features: the one path on which both meet.
+        """Compute image features from images or from cached patch features.
 
         Args:
             pixel_values, pixel_attention_mask, spatial_shapes: as in [`encode_images`].
@@ -116,9 +116,13 @@ class BliprenImageFeaturesMixin:
             patch_attention_mask: `(num_images, num_patches)`, 1 for patches and 0 for padding.
             qformer_input_ids, qformer_attention_mask: `(num_images, text_length)`, the prompt of each image for a
                 Q-Former that reads it (`config.qformer_reads_prompt`).
-            output_attentions: return the Q-Former's cross-attention weights, and the vision encoder's weights where it
-                runs with eager attention.
+            output_attentions: return the Q-Former's cross-attention weights, and the vision encoder's attention weights
+                if it runs with eager attention.
             output_hidden_states: return the vision encoder's hidden states.
+
+        Raises:
+            ValueError: with none or both of images and patch features, with patch features of another width, or with a
+                prompt for a Q-Former that does not read it, or without one for a Q-Former that does.
         """
         parts = self.base_model
         if output_attentions is None:
@@ -129,22 +133,24 @@ class BliprenImageFeaturesMixin:
             raise ValueError("give pixel_values or patch_features, one of them")
         vision_outputs = {}
         if patch_features is None:
-            wanted = {"output_hidden_states": True} if output_hidden_states else {}
+            options = {"output_hidden_states": True} if output_hidden_states else {}
             if output_attentions and parts.vision_tower.config._attn_implementation == "eager":
-                wanted["output_attentions"] = True
-            vision_outputs, patch_features = self._encode(pixel_values, pixel_attention_mask, spatial_shapes, **wanted)
+                options["output_attentions"] = True
+            vision_outputs, patch_features = self._encode(
+                pixel_values, pixel_attention_mask, spatial_shapes, **options
+            )
             patch_attention_mask = pixel_attention_mask
         if patch_features.dim() != 3 or patch_features.shape[-1] != self.config.vision_hidden_size:
             raise ValueError(
-                f"patch_features have shape {tuple(patch_features.shape)}; the model takes (num_images, num_patches, "
+                f"patch_features have shape {tuple(patch_features.shape)}, and the model takes (num_images, num_patches, "
                 f"{self.config.vision_hidden_size}): they come from another vision encoder or layer"
             )
         hidden_states = patch_features.to(next(parts.projector.parameters()).dtype)
         cross_attentions = None
         if parts.qformer is not None:
             if self.config.qformer_reads_prompt != (qformer_input_ids is not None):
-                wanted = "needs" if self.config.qformer_reads_prompt else "takes no"
-                raise ValueError(f"this model {wanted} qformer_input_ids: its processor gives what it needs")
+                verb = "needs" if self.config.qformer_reads_prompt else "does not take"
+                raise ValueError(f"this model {verb} qformer_input_ids: use the inputs that its processor returns")
             outputs = parts.qformer(
                 hidden_states,
                 patch_attention_mask,
@@ -176,14 +182,14 @@ class BliprenImageFeaturesMixin:
 
 
 class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
-    """Vision tower, connector and headless language model."""
+    """Vision tower, connector, and language model without head."""
 
     def __init__(self, config: BliprenConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.qformer = BliprenQFormer(config.qformer_config) if config.connector == "qformer" else None
-        # OPT's embeddings can be narrower than its layers: the embedding's own width is what counts
+        # image features are as wide as embeddings, which can be narrower than the layers (OPT)
         self.projector = build_projector(config, self.language_model.get_input_embeddings().weight.shape[1])
         self.post_init()
 
@@ -217,7 +223,7 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
             self._keep_frozen_in_eval()
         image_mask = input_ids == self.config.image_token_id if input_ids is not None else None
         if inputs_embeds is None:
-            # the placeholder may lie beyond the vocabulary, which is never resized: it is not embedded
+            # the id of the placeholder may lie beyond the vocabulary, so it is not embedded
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
 
         image = (mm_encoder_outputs or {}).get("image")
@@ -238,10 +244,10 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             if image_mask is None:
                 image_mask = self._find_placeholders(inputs_embeds)
-            self._check_count(image_mask, image_features.shape[0])
+            self._check_token_count(image_mask, image_features.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), image_features)
         elif image_mask is not None and input_ids.shape[1] > 1:
-            self._check_count(image_mask, 0)
+            self._check_token_count(image_mask, 0)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -262,20 +268,20 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
         )
 
     def _find_placeholders(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Where embeddings are those of the placeholder, as upstream models find it; `(batch, length)`."""
+        """Return the mask `(batch, length)` of the placeholder's embedding, as models of transformers do."""
         embeddings = self.get_input_embeddings()
         if self.config.image_token_id >= embeddings.weight.shape[0]:
             raise ValueError(
-                "images need input_ids, which say where they go: the placeholder lies beyond the vocabulary, so "
-                "inputs_embeds cannot hold it"
+                "images with inputs_embeds need a placeholder inside the vocabulary, and this model's lies beyond it: "
+                "pass input_ids instead"
             )
         token = torch.tensor(self.config.image_token_id, device=embeddings.weight.device)
         return (inputs_embeds == embeddings(token).to(inputs_embeds)).all(dim=-1)
 
     @staticmethod
-    def _check_count(image_mask: torch.Tensor, num_features: int) -> None:
+    def _check_token_count(image_mask: torch.Tensor, num_features: int) -> None:
         if torch.compiler.is_compiling():
-            return  # a count that depends on data would break the graph
+            return  # a condition that depends on data would break the graph
         num_tokens = int(image_mask.sum())
         if num_tokens != num_features:
             raise ValueError(
@@ -284,13 +290,13 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
 
 
 def _check_complete(name: str, keys) -> None:
-    """A base model that does not hold all of its weights would be filled with random values."""
+    """Raise `ValueError` if a base model lacks weights, which transformers would fill with random values."""
     if keys := sorted(keys):
         raise ValueError(f"{name} lacks {len(keys)} weights of its architecture, such as {keys[0]!r}")
 
 
 def build_lm_head(text_config) -> nn.Linear:
-    """The head of the language model's own family: width, vocabulary and bias as `AutoModelForCausalLM` has them."""
+    """Build a head with the width, vocabulary and bias that `AutoModelForCausalLM` has for this config."""
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(text_config)
     head = causal_lm.get_output_embeddings()
@@ -298,7 +304,7 @@ def build_lm_head(text_config) -> nn.Linear:
 
 
 def copy_weights(module: nn.Module, source: nn.Module) -> None:
-    """Weights and dtypes of `source`, tensor by tensor: rotary frequencies stay in float32 where weights are halves."""
+    """Copy weights with their dtypes from a module of the same class: some tensors may be float32 among halves."""
     dtypes = {name: tensor.dtype for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if name in dtypes:
@@ -307,7 +313,7 @@ def copy_weights(module: nn.Module, source: nn.Module) -> None:
 
 
 def scale_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
-    """Logit scaling and soft-capping of the families that have them (Cohere, Granite, Falcon-H1, Gemma)."""
+    """Apply the logit scaling or soft-capping of Cohere, Granite, Falcon-H1 and Gemma, by the fields of the config."""
     if (scale := getattr(text_config, "logit_scale", None)) is not None:
         logits = logits * scale
     if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
@@ -319,22 +325,22 @@ def scale_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
     return logits
 
 
-LOSS_CHUNK = 256  # positions whose logits are there at a time; fewer are slower, more save less
+LOSS_CHUNK = 256  # positions whose logits exist at a time; fewer are slower, more take more memory
 
 
 def summed_cross_entropy(
     head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, text_config
 ) -> torch.Tensor:
-    """Cross-entropy of `(n, hidden)` states at `(n,)` targets, summed, without holding `(n, vocab_size)` logits.
+    """Compute the summed cross-entropy of `(n, hidden)` states at `(n,)` targets, `LOSS_CHUNK` positions at a time.
 
     Raises:
-        ValueError: when the head is no plain linear layer, or the family scales or caps its logits.
+        ValueError: when the head is not a plain linear layer, or the family scales or caps its logits.
     """
     one = torch.ones((), dtype=torch.float32)
     if type(head) is not nn.Linear or scale_logits(one, text_config) != one:
         raise ValueError(
-            f"the loss of {text_config.model_type} with a {type(head).__name__} as head cannot be computed in pieces: "
-            "only that of a plain linear head, whose logits are neither scaled nor capped"
+            f"the loss of {text_config.model_type} with a {type(head).__name__} as head cannot be computed in chunks: "
+            "that needs a plain linear head, whose logits are neither scaled nor capped"
         )
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
@@ -346,18 +352,18 @@ def summed_cross_entropy(
 
 
 class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrainedModel, GenerationMixin):
-    """The whole model: images and text in, text out."""
+    """The whole model: generates text from images and text."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # the heads of stage 1, which a checkpoint of BliprenForImageTextRetrieval brings along
+    # the heads of stage 1, in a checkpoint of BliprenForImageTextRetrieval
     _keys_to_ignore_on_load_unexpected = [r"^(vision_proj|text_proj|itm_head|text_head)\.", r"^logit_(scale|bias)$"]
 
     def __init__(self, config: BliprenConfig):
         super().__init__(config)
         self.model = BliprenModel(config)
         self.lm_head = build_lm_head(config.text_config)
-        # the embedding has another path in every family
+        # the path of the embedding differs between families
         embeddings = self.model.get_input_embeddings()
         path = next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{path}.weight"}
@@ -404,25 +410,26 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         mm_encoder_outputs: dict[str, BliprenImageFeatures] | None = None,
         **kwargs,
     ) -> BliprenCausalLMOutputWithPast:
-        r"""
+        r"""Compute logits and, with labels or targets, the loss.
+
         Args:
             input_ids: `(batch, length)`, with the placeholder where image features go.
             pixel_values: images of the whole batch in order, `(num_images, channels, height, width)`.
-            attention_mask: `(batch, length)`, or a 4-D mask that the language model takes as it is.
+            attention_mask: `(batch, length)`, or a 4-D mask that the language model uses unchanged.
             labels: `(batch, length)`, -100 where there is no loss; image tokens and padding never have one.
             logits_to_keep: as in transformers; 0 keeps all.
-            label_logits_only: compute logits only where a label is predicted; they come back as
-                `(num_label_tokens, vocab_size)`.
-            logits_at: `(n,)` positions in the flattened `(batch * length)`: compute logits there only, returned as
-                `(n, vocab_size)`. For losses computed outside, without `labels`.
-            targets: `(n,)` tokens to predict at `logits_at`: `loss` is their summed cross-entropy, and `logits` is `None`.
-                Logits are made of few positions at a time and never kept (needs torch 2.13).
-            num_items_in_batch: what the summed loss is divided by: the number of label tokens of the global batch.
-                By default that of this batch.
-            patch_features, patch_attention_mask: cached, instead of `pixel_values`.
+            label_logits_only: compute logits only where a label is predicted, `(num_label_tokens, vocab_size)`.
+            logits_at: `(n,)` positions in the flattened `(batch * length)`: compute only these logits, `(n, vocab_size)`.
+                For losses outside of the model, without `labels`.
+            targets: `(n,)` tokens to predict at `logits_at`: `loss` is their summed cross-entropy and `logits` is `None`,
+                see [`summed_cross_entropy`] (needs torch 2.13).
+            num_items_in_batch: divisor of the summed loss: number of label tokens of the global batch; by default of this
+                batch.
+            patch_features, patch_attention_mask, qformer_input_ids, qformer_attention_mask: see [`get_image_features`].
+            mm_encoder_outputs: `{"image": BliprenImageFeatures}`, instead of images.
 
         Raises:
-            ValueError: when image tokens and image features differ in number.
+            ValueError: when image tokens and image features differ in number, or arguments exclude each other.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -464,7 +471,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             raise ValueError("targets needs logits_at: the positions that predict them")
         if logits_at is not None:
             if labels is not None:
-                raise ValueError("logits_at comes without labels: compute the loss from the logits it gives")
+                raise ValueError("logits_at excludes labels: compute the loss from the logits that it returns")
             hidden_states = hidden_states.flatten(0, 1)[logits_at]
         if targets is not None:
             loss, logits = summed_cross_entropy(self.lm_head, hidden_states, targets, self.config.text_config), None
@@ -479,7 +486,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
                 num_items_in_batch=num_items_in_batch,
             )
             if outputs.router_aux_loss is not None:
-                share = 1.0  # each micro-batch carries the auxiliary loss in proportion to its part of the batch
+                share = 1.0  # the auxiliary loss of a micro-batch is weighted by its part of the global batch
                 if num_items_in_batch is not None:
                     share = (shift_labels != -100).sum() / num_items_in_batch
                 loss = loss + share * outputs.router_aux_loss
@@ -496,7 +503,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
-        """As in transformers; `patch_features` may stand for `pixel_values`. Images go through the connector once."""
+        """Generate as in transformers; image features are computed once, from `pixel_values` or `patch_features`."""
         image_kwargs = {
             key: kwargs.pop(key)
             for key in (
@@ -515,7 +522,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
-        """As in transformers; before 5.20 it does not drop the images once their tokens are in the cache."""
+        """Prepare inputs as in transformers; drop images whose tokens are cached, which versions before 5.20 do not."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if inputs.get("mm_encoder_outputs") is not None and cache is not None and cache.get_seq_length() > 0:
@@ -543,24 +550,26 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         attn_implementation: str | None = None,
         **hub_kwargs,
     ) -> "BliprenForConditionalGeneration":
-        r"""Joins a pretrained vision encoder and a pretrained language model by an untrained connector.
+        r"""Connect a pretrained vision encoder and a pretrained language model by an untrained connector.
 
         Args:
             vision, llm: Hub ids (perhaps `id@revision`) or folders.
             connector, projector: see [`BliprenConfig`].
             num_queries: learned queries of the Q-Former.
             qformer: fields of [`BliprenQFormerConfig`].
-            qformer_init: BERT or DistilBERT checkpoint to start the Q-Former from; sizes are taken from it.
-            projector_options: fields of [`BliprenConfig`] that begin with `projector_`, `num_experts` or `router_`.
+            qformer_init: BERT or DistilBERT checkpoint that gives the Q-Former its sizes and first weights.
+            projector_options: fields of [`BliprenConfig`] for the projector, such as `{"projector_hidden_size": 512}`.
             vision_feature_layer, vision_feature_select: see [`BliprenConfig`].
             image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`.
-            match_embedding_scale: new image features start as large as the language model's own embeddings; a frozen
-                language model otherwise sees them many times too large.
-            dtype: of the frozen parts; the connector stays in float32.
+            match_embedding_scale: scale image features to the root mean square of the language model's embeddings;
+                otherwise they start many times larger.
+            dtype: dtype of the frozen parts; the connector is in float32.
+            attn_implementation: attention of vision encoder and language model, as in transformers.
             hub_kwargs: `cache_dir`, `token`, `local_files_only`.
 
         Raises:
-            ValueError: when sizes do not fit, or the language model's logits cannot be reproduced.
+            ValueError: when a base model cannot be used: its weights are incomplete, it is of another kind, or the logits
+                of the language model cannot be reproduced.
         """
         vision, vision_revision = split_revision(os.fspath(vision))
         llm, llm_revision = split_revision(os.fspath(llm))
@@ -574,7 +583,9 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
                 f"{llm} is an encoder-decoder model ({text_config.model_type}); BLIPren takes decoder-only language models"
             )
         if text_config.get_text_config() is not text_config:
-            raise ValueError(f"{llm} is a model of several parts ({text_config.model_type}); give a text-only one")
+            raise ValueError(
+                f"{llm} is a multimodal model ({text_config.model_type}); BLIPren takes text-only language models"
+            )
         image_processor = AutoImageProcessor.from_pretrained(
             vision, revision=vision_revision, **hub_kwargs, **(image_processor_options or {})
         )
@@ -610,7 +621,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             output_loading_info=True,
             **hub_kwargs,
         )
-        if info["missing_keys"]:  # a pooler that nobody reads may be missing, a layer may not
+        if info["missing_keys"]:  # an unused pooler may be missing
             used = used_parameters(vision_model, image_inputs, vision_feature_layer)
             _check_complete(vision, set(info["missing_keys"]) & used)
         config = BliprenConfig(
@@ -663,33 +674,33 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
 
     @torch.no_grad()
     def _match_embedding_scale(self) -> None:
-        """Scales the projector's last layer so that image features start with the root mean square of embeddings."""
+        """Scale the projector's last layer so that image features have the root mean square of embeddings."""
         embeddings = self.get_input_embeddings()
         ids = torch.arange(0, embeddings.weight.shape[0], max(1, embeddings.weight.shape[0] // 512))
-        wanted = embeddings(ids.to(embeddings.weight.device)).float().square().mean().sqrt()
+        target = embeddings(ids.to(embeddings.weight.device)).float().square().mean().sqrt()
         projector = self.model.projector
         if isinstance(projector, BliprenMlp):
-            projector.output_norm.weight.fill_(wanted)
+            projector.output_norm.weight.fill_(target)
         elif isinstance(projector, BliprenMoeProjector):
             for expert in projector.experts:
-                expert.output_norm.weight.fill_(wanted)
+                expert.output_norm.weight.fill_(target)
         else:
             states = torch.randn(64, self.config.connector_hidden_size)
             last = projector if isinstance(projector, nn.Linear) else projector.fc2
-            last.weight.mul_(wanted / projector(states).square().mean().sqrt())
+            last.weight.mul_(target / projector(states).square().mean().sqrt())
 
     @torch.no_grad()
     def _check_text_logits(self, causal_lm: nn.Module, name: str) -> None:
-        """Text logits must be the language model's own: families with a head of another shape are found here."""
+        """Raise `ValueError` unless text logits equal the language model's own: some families have an unusual head."""
         ids = torch.arange(8, device=self.device)[None] % self.get_input_embeddings().weight.shape[0]
         ids = ids.masked_fill(ids == self.config.image_token_id, 0)
-        own, wanted = self(input_ids=ids).logits.float(), causal_lm.eval()(input_ids=ids).logits.float()
-        if own.shape != wanted.shape or not torch.allclose(
-            own, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item()
+        own, expected = self(input_ids=ids).logits.float(), causal_lm.eval()(input_ids=ids).logits.float()
+        if own.shape != expected.shape or not torch.allclose(
+            own, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()
         ):
             raise ValueError(
                 f"language model {name} ({self.config.text_config.model_type}) computes its logits in a way that BLIPren "
-                "does not reproduce; it cannot be used"
+                "does not support; use another language model"
             )
 
 

@@ -9,10 +9,10 @@ from .image_blipren import check_image_sources
 
 
 class BliprenImageToTextPipeline(Pipeline):
-    """Captions images, or answers a prompt about them.
+    """Caption images, or answer a prompt about them.
 
-    transformers 5 redirects its own `image-to-text` to a task that wants text; `custom_pipelines` in our config.json
-    names this class instead. With a model object pass `pipeline_class=BliprenImageToTextPipeline`.
+    transformers 5 redirects its own `image-to-text` to a task that needs text, so `custom_pipelines` in config.json names
+    this class. With a model object, pass `pipeline_class=BliprenImageToTextPipeline`.
     """
 
     _load_processor = True
@@ -20,7 +20,7 @@ class BliprenImageToTextPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
     _pipeline_calls_generate = True
-    # the library's default of 256 tokens would override the model's own
+    # transformers' default of 256 new tokens would override the model's own setting
     _default_generation_config = GenerationConfig()
 
     def _sanitize_parameters(self, prompt=None, timeout=None, max_new_tokens=None, generate_kwargs=None):
@@ -31,13 +31,13 @@ class BliprenImageToTextPipeline(Pipeline):
         return preprocess, {"generate_kwargs": forward} if forward else {}, {}
 
     def __call__(self, inputs, **kwargs):
-        """Captions.
+        """Return `[{"generated_text": str}]` for an image, a list of such lists for several.
 
         Args:
-            inputs: a PIL image, a path, a URL; a list, generator or dataset of them.
-            prompt (`str`, *optional*): instead of the model's caption prompt.
+            inputs: a PIL image, path or URL; a list, generator or dataset of them.
+            prompt (`str`, *optional*): replaces the model's caption prompt.
             max_new_tokens (`int`, *optional*), generate_kwargs (`dict`, *optional*): for `generate`.
-            batch_size (`int`, *optional*): images at a time.
+            batch_size (`int`, *optional*): images in a batch.
         """
         return super().__call__(inputs, **kwargs)
 
@@ -49,7 +49,7 @@ class BliprenImageToTextPipeline(Pipeline):
         return inputs.to(dtype=self.dtype)
 
     def _forward(self, model_inputs, generate_kwargs=None):
-        # what the pipeline was made with: newer libraries keep it apart, older ones in a generation config
+        # settings given to pipeline(): newer versions of transformers keep them here, older ones in generation_config
         generate_kwargs = {**getattr(self, "_generate_kwargs", {}), **(generate_kwargs or {})}
         if hasattr(self, "generation_config"):
             generate_kwargs.setdefault("generation_config", self.generation_config)
@@ -67,7 +67,7 @@ class BliprenImageToTextPipeline(Pipeline):
         ]
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Saves model and processor; transformers' own forgets the processor."""
+        """Save model and processor; transformers' method does not save the processor."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)

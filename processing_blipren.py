@@ -1,4 +1,4 @@
-"""Processor: one resize, one prompt layout and one tokenisation for training, inference and serving."""
+"""Processor: the same image processing, prompts and tokens in training, inference and serving."""
 
 import os
 from pathlib import Path
@@ -28,20 +28,23 @@ class BliprenProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class BliprenProcessor(ProcessorMixin):
-    r"""Image processor and tokenizer, the placeholder between them, and the prompts.
+    r"""Image processor, tokenizer, placeholder and prompts of a model.
 
     Args:
-        image_processor: the vision encoder's own.
-        tokenizer: the language model's own, padding on the left.
-        chat_template (`str`, *optional*): the language model's, taught to place images; or a plain one.
-        image_token (`str`): the placeholder.
-        num_visual_tokens (`int`, *optional*): placeholders an image; `None` where patches are counted per image.
-        answer_end (`str`): the token that ends an answer.
-        answer_start (`str`): what stands between prompt and answer: a space for plain prompts, nothing for chats and
-            for the empty prompt `""` (a language model of captions alone begins right behind the image).
-        prompts (`list[str]`): caption prompts; the first one is used in inference.
-        system_prompts (`list[str]`): system prompts, likewise; empty for none.
-        qformer_reads_prompt (`bool`): give the prompt to the Q-Former too (InstructBLIP), in its own tokens.
+        image_processor: image processor of the vision encoder.
+        tokenizer: tokenizer of the language model; it pads on the left.
+        chat_template (`str`, *optional*): Jinja template that places images, see [`build_chat_template`].
+        image_token (`str`): placeholder of an image.
+        num_visual_tokens (`int`, *optional*): placeholders an image; `None` if images differ (NaFlex).
+        answer_end (`str`): token that ends an answer.
+        answer_start (`str`): text between prompt and answer: a space for plain prompts, nothing for chats and for the
+            empty prompt `""`.
+        prompts (`list[str]`): caption prompts; inference uses the first one.
+        system_prompts (`list[str]`): system prompts; inference uses the first one, none if empty.
+        qformer_reads_prompt (`bool`): also return the prompt in tokens of the Q-Former (InstructBLIP).
+
+    Raises:
+        ValueError: for a prompt that ends in a space.
     """
 
     valid_processor_kwargs = BliprenProcessorKwargs
@@ -68,15 +71,17 @@ class BliprenProcessor(ProcessorMixin):
         self.answer_start = answer_start
         self.prompts = prompts or [DEFAULT_PROMPT]
         self.system_prompts = system_prompts or []
-        self.qformer_tokenizer = None  # the align stage's, in a folder of its own
+        self.qformer_tokenizer = None  # set by `blipren align`; saved in a folder of its own
         for prompt in [*self.prompts, *self.system_prompts]:
             if prompt != prompt.rstrip():
-                raise ValueError(f"prompt {prompt!r} ends in a space: its last token would not be that of training")
-        tokenizer.padding_side = "left"  # tokenizers do not save it
+                raise ValueError(
+                    f"prompt {prompt!r} ends in a space, which would be another token in front of an answer; remove it"
+                )
+        tokenizer.padding_side = "left"  # save_pretrained of a tokenizer does not write it
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.image_processor = with_fast_resize(image_processor)  # every path resizes here
+        self.image_processor = with_fast_resize(image_processor)
 
-    # ---- making ---------------------------------------------------------------------------------------------------
+    # ---- construction ---------------------------------------------------------------------------------------------
 
     @classmethod
     def from_vision_text_pretrained(
@@ -93,12 +98,18 @@ class BliprenProcessor(ProcessorMixin):
         system_prompts: list[str] | None = None,
         **hub_kwargs,
     ) -> "BliprenProcessor":
-        r"""The processor beside [`BliprenForConditionalGeneration.from_vision_text_pretrained`], same arguments.
+        r"""Make the processor for [`BliprenForConditionalGeneration.from_vision_text_pretrained`], same arguments.
 
         Args:
+            vision, llm: Hub ids (perhaps `id@revision`) or folders.
+            connector, num_queries, vision_feature_layer, vision_feature_select: as for the model.
             image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`.
-            prompts: caption prompts; "Short caption:" for plain language models, a sentence for chat models.
-            system_prompts: for chat models.
+            prompts: caption prompts; by default "Short caption:", or a sentence for chat models.
+            system_prompts: system prompts, for chat models.
+            hub_kwargs: `cache_dir`, `token`, `local_files_only`.
+
+        Raises:
+            ValueError: for system prompts without a chat template, or a tokenizer without an end token.
         """
         vision, vision_revision = split_revision(os.fspath(vision))
         llm, llm_revision = split_revision(os.fspath(llm))
@@ -114,20 +125,20 @@ class BliprenProcessor(ProcessorMixin):
             num_visual_tokens = measured.num_patches(vision_feature_select)
         try:
             generation_eos = GenerationConfig.from_pretrained(llm, revision=llm_revision, **hub_kwargs).eos_token_id
-        except OSError:  # base models often ship none
+        except OSError:  # many base models have no generation config
             generation_eos = None
         generation_eos = generation_eos if isinstance(generation_eos, list) else [generation_eos]
         end = end_of_answer_id(tokenizer, [e for e in generation_eos if e is not None])
         if getattr(tokenizer, "add_eos_token", False):
-            tokenizer.add_eos_token = False  # a prompt that ends in EOS asks for nothing
+            tokenizer.add_eos_token = False  # a prompt must not end in EOS
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)  # masks never look at its id
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)  # masks do not depend on its id
         chat = tokenizer.chat_template
         image_token, _ = pick_image_token(tokenizer)
-        tokenizer.chat_template = None  # the processor's own knows images
+        tokenizer.chat_template = None  # the processor has one that places images
         answer_start = "" if chat or prompts == [""] else " "
         if system_prompts and not chat:
-            raise ValueError(f"{llm} has no chat template: system prompts have no place in its plain prompts")
+            raise ValueError(f"{llm} has no chat template, so it takes no system prompts")
         return cls(
             image_processor,
             tokenizer,
@@ -140,10 +151,10 @@ class BliprenProcessor(ProcessorMixin):
             system_prompts=system_prompts,
         )
 
-    # ---- prompt and answer: the same tokens in training and inference ----------------------------------------------
+    # ---- prompts and answers: the same tokens in training and inference --------------------------------------------
 
-    def plain_text(self, text: str) -> str:
-        """User text that cannot become a special token or a placeholder: `<image>` becomes `< image>`."""
+    def escape_special_tokens(self, text: str) -> str:
+        """Break special tokens and placeholders in a text of the user: `<image>` becomes `< image>`."""
         for token in sorted(
             {self.image_token, *self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()},
             key=len,
@@ -154,17 +165,17 @@ class BliprenProcessor(ProcessorMixin):
         return text
 
     def prompt_text(self, prompt: str | None = None, system: str | None = None, num_images: int = 1) -> str:
-        """Prompt as text up to where the answer starts, one placeholder an image, never ending in a space.
+        """Render a prompt as text up to the answer, with one placeholder an image and without a space at the end.
 
         Args:
             prompt: caption prompt or question; the first of `prompts` by default.
             system: system prompt; the first of `system_prompts` by default, `""` for none.
-            num_images: images in front of the prompt.
+            num_images: number of images in front of the prompt.
         """
-        prompt = self.prompts[0] if prompt is None else self.plain_text(prompt.strip())
+        prompt = self.prompts[0] if prompt is None else self.escape_special_tokens(prompt.strip())
         if system is None:
             system = self.system_prompts[0] if self.system_prompts else ""
-        conversation = [{"role": "system", "content": self.plain_text(system)}] if system else []
+        conversation = [{"role": "system", "content": self.escape_special_tokens(system)}] if system else []
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
         conversation.append({"role": "user", "content": content})
         return self.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
@@ -172,11 +183,11 @@ class BliprenProcessor(ProcessorMixin):
     def encode_prompt(
         self, prompt: str | None = None, system: str | None = None, num_visual_tokens: list[int] | None = None
     ) -> list[int]:
-        """Token ids of a prompt with its placeholders expanded: exactly what `processor(images, text)` gives.
+        """Return the token ids of a prompt with its placeholders, as `processor(images, text)` does.
 
         Args:
             prompt, system: as in [`prompt_text`].
-            num_visual_tokens: placeholders of each image; one image of `self.num_visual_tokens` by default.
+            num_visual_tokens: number of placeholders of each image; one image of `self.num_visual_tokens` by default.
         """
         counts = [self.num_visual_tokens] if num_visual_tokens is None else num_visual_tokens
         pieces = self._strip_duplicate_bos(self.prompt_text(prompt, system, len(counts))).split(self.image_token)
@@ -184,26 +195,28 @@ class BliprenProcessor(ProcessorMixin):
         return self.tokenizer(text).input_ids
 
     def encode_answer(self, answer: str) -> list[int]:
-        """Token ids of an answer as it continues a prompt, and exactly one end token. Special tokens in the text stay
-        plain text.
+        """Return the token ids of an answer behind a prompt, with one end token; special tokens in it are plain text.
 
         Raises:
-            ValueError: when the answer is empty, or the tokenizer joins it with the prompt's end.
+            ValueError: when the answer is empty, or the tokenizer joins it with the end of the prompt.
         """
         return self.encode_answers([answer])[0]
 
     def encode_answers(self, answers: list[str]) -> list[list[int]]:
-        """[`encode_answer`] of many at once, which is what makes tokenising a whole data set fast."""
+        """Return the token ids of several answers, see [`encode_answer`]; faster than one at a time."""
         answers = [answer.strip() for answer in answers]
         if not all(answers):
-            raise ValueError("an answer is empty: there is nothing to learn from it")
+            raise ValueError("an answer is empty: give it a text, or leave it out")
         anchor = ":" if self.answer_start else "\n" if any(self.prompts) else ""
         keywords = {"add_special_tokens": False, "split_special_tokens": True}
         before = self.tokenizer(anchor, **keywords).input_ids
         encoded = self.tokenizer([anchor + self.answer_start + answer for answer in answers], **keywords).input_ids
         for answer, whole in zip(answers, encoded):
             if whole[: len(before)] != before:
-                raise ValueError(f"the tokenizer joins the prompt's end {anchor!r} with the answer {answer[:40]!r}")
+                raise ValueError(
+                    f"the tokenizer joins the end of the prompt {anchor!r} with the answer {answer[:40]!r}: the tokens of "
+                    "the prompt would differ between training and inference"
+                )
         return [whole[len(before) :] + [self.answer_end_id] for whole in encoded]
 
     @property
@@ -212,13 +225,14 @@ class BliprenProcessor(ProcessorMixin):
         return self.tokenizer.convert_tokens_to_ids(self.answer_end)
 
     def decode_answer(self, ids) -> str:
-        """Text of generated ids up to the first end token, without surrounding space."""
+        """Return the text of generated ids up to the first end token, without space around it."""
         ids = [int(i) for i in ids]
         for end in {self.answer_end_id, self.tokenizer.eos_token_id} & set(ids):
             ids = ids[: ids.index(end)] if end in ids else ids
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _strip_duplicate_bos(self, text: str) -> str:
+        """Remove BOS in front of a rendered prompt if the tokenizer adds it."""
         bos = self.tokenizer.bos_token
         if bos and text.startswith(bos) and self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id:
             return text[len(bos) :]
@@ -227,13 +241,17 @@ class BliprenProcessor(ProcessorMixin):
     def __call__(
         self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Unpack[ProcessingKwargs]
     ):
-        """As in transformers; text without the placeholder gets the prompt layout of training, see
-        [`prepare_inputs_layout`]. With `qformer_reads_prompt` there are `qformer_input_ids` too, a row an image."""
+        """Process images and texts as processors of transformers do.
+
+        Text without the placeholder gets the prompt layout of training, see [`prepare_inputs_layout`]. With
+        `qformer_reads_prompt` the result also has `qformer_input_ids` and `qformer_attention_mask`, one row an image.
+        """
         outputs = super().__call__(images=images, text=text, **kwargs)
         if self.qformer_reads_prompt and images is not None:
             if self.qformer_tokenizer is None:
                 raise ValueError(
-                    "qformer_reads_prompt needs the Q-Former's tokenizer, in the folder qformer_tokenizer"
+                    "qformer_reads_prompt needs the tokenizer of the Q-Former, in the folder qformer_tokenizer of the "
+                    "checkpoint"
                 )
             prompts = self._image_prompts(len(outputs["pixel_values"]), text)
             tokens = self.qformer_tokenizer(
@@ -244,7 +262,7 @@ class BliprenProcessor(ProcessorMixin):
         return outputs
 
     def _image_prompts(self, num_images: int, text) -> list[str]:
-        """The prompt that belongs to each image, without placeholders; the caption prompt where there is no text."""
+        """Return the prompt of each image, without placeholders; the caption prompt if there is no text."""
         texts = [text] if text is None or isinstance(text, str) else list(text)
         prompts = []
         for one in texts:
@@ -260,7 +278,7 @@ class BliprenProcessor(ProcessorMixin):
     # ---- transformers' hooks --------------------------------------------------------------------------------------
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Text without the placeholder gets the prompt layout of training; no text gets the caption prompt."""
+        """Put text without the placeholder into the prompt layout of training; use the caption prompt without text."""
         single = isinstance(text, str)
         if images is not None:
             check_image_sources(images)
@@ -285,14 +303,14 @@ class BliprenProcessor(ProcessorMixin):
                 texts = [self.prompt_text(t, num_images=n) if n else t for t, n in zip(texts, counts)]
             text = texts
         if text is not None:
-            # apply_chat_template says so itself when its template already wrote BOS
+            # apply_chat_template passes add_special_tokens=False if its template has written BOS
             given = kwargs.get("add_special_tokens", kwargs.get("text_kwargs", {}).get("add_special_tokens", True))
             texts = [text] if isinstance(text, str) else list(text)
             text = [self._strip_duplicate_bos(t) for t in texts] if given else texts
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholder, as often as the image has visual tokens."""
+        """Return the placeholder, repeated for each visual token of the image."""
         count = self.num_visual_tokens
         if count is None:
             count = int(image_inputs["pixel_attention_mask"][image_idx].sum())
@@ -305,7 +323,7 @@ class BliprenProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(image_sizes))
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
-        """Decoded texts, as the built-in pipeline wants them."""
+        """Decode generated ids, for the built-in pipeline."""
         kwargs.pop("clean_up_tokenization_spaces", None)
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
@@ -320,7 +338,7 @@ class BliprenProcessor(ProcessorMixin):
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(folder / QFORMER_TOKENIZER)
         kind, auto_class = type(self), self._auto_class
-        # code and map are written already; the library would write the map into tokenizer and image processor too
+        # the code is written already; transformers would also write the auto_map of tokenizer and image processor
         kind._auto_class = None
         try:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -342,7 +360,7 @@ class BliprenProcessor(ProcessorMixin):
                 processor.qformer_tokenizer = AutoTokenizer.from_pretrained(
                     pretrained_model_name_or_path, subfolder=QFORMER_TOKENIZER, **hub_kwargs
                 )
-            except (OSError, ValueError):  # only checkpoints of the align stage have one
+            except (OSError, ValueError):  # only checkpoints of stage 1 have one
                 processor.qformer_tokenizer = None
         return processor
 

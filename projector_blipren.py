@@ -8,7 +8,7 @@ from .configuration_blipren import BliprenConfig
 
 
 class BliprenMlp(nn.Module):
-    """`LN(x + MLP(LN(x)))`: the residual projector of the BLIPren notebooks; a linear first where widths differ."""
+    """`LN(x + MLP(LN(x)))`, behind a linear layer if input and output differ in width."""
 
     def __init__(self, config: BliprenConfig, out_size: int):
         super().__init__()
@@ -29,7 +29,7 @@ class BliprenMlp(nn.Module):
 
 
 class BliprenMlp2(nn.Module):
-    """Two plain layers, the LLaVA-1.5 way (https://arxiv.org/abs/2310.03744), with a norm between them on request."""
+    """Linear, activation, linear, as in LLaVA-1.5 (https://arxiv.org/abs/2310.03744); optionally a norm in between."""
 
     def __init__(self, config: BliprenConfig, out_size: int):
         super().__init__()
@@ -44,7 +44,7 @@ class BliprenMlp2(nn.Module):
 
 
 class BliprenExpert(nn.Module):
-    """LN, linear, activation, linear, LN."""
+    """One expert of the mixture: LN, linear, activation, linear, LN."""
 
     def __init__(self, config: BliprenConfig, out_size: int):
         super().__init__()
@@ -60,7 +60,7 @@ class BliprenExpert(nn.Module):
 
 
 class BliprenMoeProjector(nn.Module):
-    """Experts mixed per image by a router that reads the image's mean patch feature: densely, or the top k only."""
+    """Mixture of experts with one routing per image; the router reads the mean patch feature of the image."""
 
     def __init__(self, config: BliprenConfig, out_size: int):
         super().__init__()
@@ -74,8 +74,17 @@ class BliprenMoeProjector(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, patch_features: torch.Tensor, patch_attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`(B, N, D)`, `(B, P, Dv)`, `(B, P)` -> image features `(B, N, text_hidden)`, router probabilities `(B, E)`,
-        auxiliary loss `()` in training."""
+        """Mix the experts' outputs: all of them, or the `config.experts_top_k` most probable ones.
+
+        Args:
+            hidden_states: `(batch, num_visual_tokens, connector_hidden_size)`.
+            patch_features: `(batch, num_patches, vision_hidden)`, for the router.
+            patch_attention_mask: `(batch, num_patches)`, 1 for patches and 0 for padding.
+
+        Returns:
+            Image features `(batch, num_visual_tokens, text_hidden)`, router probabilities `(batch, num_experts)`, and in
+            training the weighted balance loss and z-loss `()`.
+        """
         if patch_attention_mask is None:
             pooled = patch_features.mean(dim=1)
         else:
@@ -95,7 +104,7 @@ class BliprenMoeProjector(nn.Module):
         else:
             mixed = 0.0
             for index, expert in enumerate(self.experts):
-                # each expert sees the images routed to it; those not routed get weight zero
+                # each expert computes only the images that are routed to it
                 rows = weights[:, index].nonzero(as_tuple=True)[0]
                 update = expert(hidden_states[rows]) * weights[rows, index, None, None]
                 base = torch.zeros(
@@ -104,7 +113,7 @@ class BliprenMoeProjector(nn.Module):
                 mixed = mixed + base.index_add(0, rows, update)
         aux_loss = None
         if self.training:
-            # Switch Transformer: share of images an expert gets times its mean probability; 1 when balanced
+            # Switch Transformer: share of images of an expert times its mean probability; 1 if balanced
             load = (weights > 0).to(probs.dtype).mean(dim=0) / (top_k or 1) if top_k is not None else probs.mean(dim=0)
             balance = self.config.num_experts * (load * probs.mean(dim=0)).sum()
             z_loss = logits.logsumexp(dim=-1).square().mean()
@@ -113,7 +122,7 @@ class BliprenMoeProjector(nn.Module):
 
 
 def build_projector(config: BliprenConfig, out_size: int) -> nn.Module:
-    """The projector that the config names, from connector width to the width of the LLM's embeddings."""
+    """Build the projector that `config.projector` names; its output is `out_size` wide."""
     if config.projector == "linear":
         return nn.Linear(config.connector_hidden_size, out_size)
     return {"mlp2": BliprenMlp2, "mlp": BliprenMlp, "moe": BliprenMoeProjector}[config.projector](config, out_size)

@@ -1,4 +1,4 @@
-"""Chat templates, the placeholder of an image, the token that ends an answer."""
+"""Prompts: chat templates, the placeholder of an image, the token that ends an answer."""
 
 import re
 
@@ -7,7 +7,8 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 IMAGE_TOKEN = "<image>"
 DEFAULT_PROMPT = "Short caption:"
 DEFAULT_CHAT_PROMPT = "Write a short caption for this image."
-# what a language model's template may leave open, and must not: a date or a thinking block that differs from training
+# sets what a template would otherwise vary between training and inference (date, thinking block), then replaces images
+# by the placeholder
 _TEMPLATE_HEAD = """{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}
 {%- if date_string is not defined -%}{%- set date_string = '26 Jul 2024' -%}{%- endif -%}
 {%- set flat = namespace(messages=[]) -%}
@@ -25,7 +26,7 @@ _TEMPLATE_HEAD = """{%- if enable_thinking is not defined -%}{%- set enable_thin
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
-# for language models without a template: prompt, one space, answer, end
+# for language models without a template: prompt, space, answer, end token
 _PLAIN_TEMPLATE = """{%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
 {% generation %}{{ 'ANSWER_START' + message['content'] }}{% if not (loop.last and continue_final_message) %}{{ eos_token }}{% endif %}{% endgeneration %}
@@ -47,10 +48,10 @@ def build_chat_template(text_template: str | None, image_token: str, answer_star
 
 
 def pick_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """The placeholder and its id, without touching the vocabulary of the model.
+    """Return the placeholder of an image and its id; the model's vocabulary does not change.
 
-    In this order: a token that the tokenizer reserves (for images, or for nothing); else `<image>` is added to the
-    tokenizer alone, where it takes a spare embedding row or an id beyond the vocabulary, which is never embedded.
+    It is a token that the tokenizer reserves for images or for later use. If there is none, `<image>` is added to the
+    tokenizer, with the id of a spare embedding row or one beyond the vocabulary; the model never embeds it.
     """
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
     for pattern in (r"<\|?image(_pad)?\|?>", r"<\|?reserved_special_token_\d+\|?>", r"<\|?(unused|extra_id_)\d+\|?>"):
@@ -62,7 +63,13 @@ def pick_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
 
 
 def end_of_answer_id(tokenizer: PreTrainedTokenizerBase, generation_eos: list[int]) -> int:
-    """The one token that ends an answer: what the chat template writes there, if generation stops at it; else EOS.
+    """Return the id of the token that ends an answer.
+
+    It is the one that the chat template writes behind an answer if generation stops at it, otherwise EOS.
+
+    Args:
+        tokenizer: tokenizer of the language model.
+        generation_eos: end-of-sequence ids of the language model's generation config.
 
     Raises:
         ValueError: when neither tokenizer nor model has an end-of-sequence token.
@@ -78,4 +85,17 @@ def end_of_answer_id(tokenizer: PreTrainedTokenizerBase, generation_eos: list[in
         return tokenizer.eos_token_id
     if generation_eos:
         return generation_eos[0]
-    raise ValueError(f"{tokenizer.name_or_path} has no end-of-sequence token: its captions could never stop")
+    raise ValueError(
+        f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, so generation could not stop; set "
+        "tokenizer.eos_token and save the tokenizer"
+    )
+
+
+__all__ = [
+    "DEFAULT_CHAT_PROMPT",
+    "DEFAULT_PROMPT",
+    "IMAGE_TOKEN",
+    "build_chat_template",
+    "end_of_answer_id",
+    "pick_image_token",
+]

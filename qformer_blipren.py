@@ -18,11 +18,12 @@ from .configuration_blipren import BliprenQFormerConfig
 class BliprenQFormerOutput(ModelOutput):
     """
     Args:
-        query_states (`torch.Tensor` of shape `(batch, num_queries, hidden_size)`, *optional*): the queries' last states.
-        text_states (`torch.Tensor` of shape `(batch, text_length, hidden_size)`, *optional*): the text's last states.
-        cross_attentions (`tuple[torch.Tensor]` of shape `(batch, heads, num_queries, num_patches)`, *optional*): one a
-            layer with cross-attention, before dropout.
-        hidden_states (`tuple[torch.Tensor]`, *optional*): embeddings, then the output of every layer.
+        query_states (`torch.Tensor` of shape `(batch, num_queries, hidden_size)`, *optional*): last states of queries.
+        text_states (`torch.Tensor` of shape `(batch, text_length, hidden_size)`, *optional*): last states of text.
+        cross_attentions (`tuple[torch.Tensor]` of shape `(batch, heads, num_queries, num_patches)`, *optional*):
+            weights of each layer with cross-attention, before dropout.
+        hidden_states (`tuple[torch.Tensor]` of shape `(batch, num_queries + text_length, hidden_size)`, *optional*):
+            embeddings, then the output of every layer.
     """
 
     query_states: torch.Tensor | None = None
@@ -31,19 +32,23 @@ class BliprenQFormerOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-def qformer_attention_mask(
+def build_qformer_attention_mask(
     pattern: str, num_queries: int, text_attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """The self-attention mask of each stage-1 objective (BLIP-2, figure 2), True where attention is allowed.
+    """Build the self-attention mask of a stage-1 objective (BLIP-2, https://arxiv.org/abs/2301.12597, figure 2).
 
     Args:
-        pattern: `"unimodal"` (ITC: queries and text see only themselves), `"bidirectional"` (ITM: everything sees
-            everything) or `"causal"` (ITG: queries see queries, never text; text sees queries and text up to itself).
+        pattern: `"unimodal"` (ITC: queries attend to queries, text to text), `"bidirectional"` (ITM: all attend to all)
+            or `"causal"` (ITG: queries attend to queries, text to queries and to text up to itself).
         num_queries: number of queries in front of the text.
         text_attention_mask: `(batch, text_length)`, 1 for text and 0 for padding; `None` without text.
 
     Returns:
-        Boolean mask `(batch, 1, num_queries + text_length, num_queries + text_length)`, or `None` without text.
+        Boolean mask `(batch, 1, num_queries + text_length, num_queries + text_length)`, True where attention is allowed;
+        `None` without text.
+
+    Raises:
+        ValueError: for another pattern.
     """
     if text_attention_mask is None:
         return None
@@ -62,13 +67,13 @@ def qformer_attention_mask(
     else:
         raise ValueError(f"attention pattern is {pattern!r}; it must be 'unimodal', 'bidirectional' or 'causal'")
     valid = F.pad(text_attention_mask.bool(), (num_queries, 0), value=True)  # [batch, length]
-    # a padded token still sees itself: a row without any key would give NaN
+    # a padding token attends to itself: the softmax of a row without keys would be NaN
     itself = torch.eye(length, dtype=torch.bool, device=device)
     return ((allowed & valid[:, None, :]) | itself).unsqueeze(1)
 
 
 class BliprenQFormerAttention(nn.Module):
-    """Multi-head attention, self or cross. SDPA, or explicit weights where they are asked for."""
+    """Multi-head self- or cross-attention by SDPA, or with explicit weights if `output_attentions`."""
 
     def __init__(self, config: BliprenQFormerConfig, key_value_size: int):
         super().__init__()
@@ -121,7 +126,7 @@ class BliprenQFormerFeedForward(nn.Module):
 
 
 class BliprenQFormerLayer(GradientCheckpointingLayer):
-    """Self-attention of queries and text, cross-attention of queries (some layers), feed-forward of each."""
+    """Self-attention of queries and text, cross-attention of queries in some layers, feed-forward of each."""
 
     def __init__(self, config: BliprenQFormerConfig, layer_idx: int):
         super().__init__()
@@ -185,10 +190,7 @@ class BliprenQFormerLayer(GradientCheckpointingLayer):
 
 
 class BliprenQFormer(PreTrainedModel):
-    """Q-Former with its learned queries inside, so that whoever saves the module saves them.
-
-    Text goes in beside the queries when `config.use_text` (stage 1, InstructBLIP); the pattern says who sees whom.
-    """
+    """Q-Former with its learned queries; text beside the queries if `config.use_text` (stage 1, InstructBLIP)."""
 
     config_class = BliprenQFormerConfig
     config: BliprenQFormerConfig
@@ -196,7 +198,7 @@ class BliprenQFormer(PreTrainedModel):
     main_input_name = "patch_features"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BliprenQFormerLayer"]
-    # its own SDPA call takes any shape of mask and hands out weights on request; nothing else is dispatched
+    # it calls SDPA itself, whatever implementation is chosen for the other parts
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -211,7 +213,7 @@ class BliprenQFormer(PreTrainedModel):
         if config.use_text:
             self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        # post-norm: of the embeddings, as in BERT; pre-norm: of the output
+        # post-norm: norm of the embeddings, as in BERT; pre-norm: norm of the output
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList([BliprenQFormerLayer(config, i) for i in range(config.num_hidden_layers)])
@@ -225,7 +227,7 @@ class BliprenQFormer(PreTrainedModel):
             init.normal_(module.query_tokens, std=module.config.query_init_std)
 
     def text_parameters(self) -> list[nn.Parameter]:
-        """What only text goes through: embeddings, and the feed-forward that queries do not share."""
+        """Return the parameters that only text uses: embeddings, and feed-forwards that queries do not share."""
         if not self.config.use_text:
             return []
         modules = [self.word_embeddings, self.position_embeddings]
@@ -251,16 +253,20 @@ class BliprenQFormer(PreTrainedModel):
         output_hidden_states: bool = False,
         **kwargs,
     ) -> BliprenQFormerOutput:
-        r"""Queries on patch features, text, or both.
+        r"""Compute the states of queries on patch features, of text, or of both.
 
         Args:
-            patch_features: `(batch, num_patches, encoder_hidden_size)`; `None` for text alone (then without queries).
+            patch_features: `(batch, num_patches, encoder_hidden_size)`; `None` for text alone, without queries.
             patch_attention_mask: `(batch, num_patches)`, 1 for patches and 0 for padding.
             input_ids: `(batch, text_length)` of the Q-Former's own tokenizer; needs `config.use_text`.
             text_attention_mask: `(batch, text_length)`; all ones by default.
-            attention_pattern: see [`qformer_attention_mask`].
+            attention_pattern: see [`build_qformer_attention_mask`].
             output_attentions: return the cross-attention weights.
-            output_hidden_states: return every layer's states.
+            output_hidden_states: return the states of every layer.
+
+        Raises:
+            ValueError: without patch features and text, with text for a Q-Former without a text side, with text that is
+                too long, or with patch features of another width.
         """
         if patch_features is None and input_ids is None:
             raise ValueError("the Q-Former needs patch_features, input_ids, or both")
@@ -294,7 +300,7 @@ class BliprenQFormer(PreTrainedModel):
             hidden_states = self.norm(hidden_states)
         hidden_states = self.dropout(hidden_states)
 
-        mask = qformer_attention_mask(
+        mask = build_qformer_attention_mask(
             attention_pattern, num_queries, text_attention_mask if input_ids is not None else None
         )
         patch_mask = patch_attention_mask.bool()[:, None, None, :] if patch_attention_mask is not None else None
@@ -319,5 +325,5 @@ class BliprenQFormer(PreTrainedModel):
 __all__ = [
     "BliprenQFormer",
     "BliprenQFormerOutput",
-    "qformer_attention_mask",
+    "build_qformer_attention_mask",
 ]

@@ -5,14 +5,14 @@ from torch import nn
 
 from .qformer_blipren import BliprenQFormer
 
-# source name (BERT, DistilBERT, BLIP-2) -> ours, below a layer
+# names inside a layer: of BERT, DistilBERT or BLIP-2 -> ours
 _BERT_NAMES = {
     "attention.self.query": ["self_attention.query"],
     "attention.self.key": ["self_attention.key"],
     "attention.self.value": ["self_attention.value"],
     "attention.output.dense": ["self_attention.out"],
     "attention.output.LayerNorm": ["self_attention_norm"],
-    # both feed-forwards start from BERT's one, as in LAVIS
+    # both feed-forwards start from that of BERT, as in LAVIS
     "intermediate.dense": ["text_feed_forward.fc1", "query_feed_forward.fc1"],
     "output.dense": ["text_feed_forward.fc2", "query_feed_forward.fc2"],
     "output.LayerNorm": ["text_feed_forward_norm", "query_feed_forward_norm"],
@@ -48,6 +48,7 @@ _BLIP2_NAMES = {
 
 
 def _rename_layers(source: dict, prefix: str, names: dict, own: dict) -> dict:
+    """Return the tensors of the layers under our names, without those that `own` does not have."""
     renamed = {}
     for key, tensor in source.items():
         if not key.startswith(prefix):
@@ -63,18 +64,19 @@ def _rename_layers(source: dict, prefix: str, names: dict, own: dict) -> dict:
 
 @torch.no_grad()
 def copy_bert_weights(qformer: BliprenQFormer, bert: nn.Module) -> list[str]:
-    """Starts a Q-Former from a BERT or DistilBERT model: self-attention, feed-forward and embeddings are copied,
-    cross-attention and queries stay new.
+    """Copy self-attention, feed-forward and embeddings of BERT or DistilBERT into a Q-Former.
+
+    Cross-attention and queries keep their values.
 
     Args:
         qformer: post-norm Q-Former of the same width and at most as many layers.
         bert: `BertModel` or `DistilBertModel`.
 
     Returns:
-        Names of the parameters that were copied.
+        Names of the copied parameters.
 
     Raises:
-        ValueError: for another width, layer count, norm position or architecture.
+        ValueError: for another width, number of layers, norm position or architecture.
     """
     source, own = bert.state_dict(), qformer.state_dict()
     if qformer.config.norm_position != "post":
@@ -97,7 +99,7 @@ def copy_bert_weights(qformer: BliprenQFormer, bert: nn.Module) -> list[str]:
         renamed["word_embeddings.weight"] = source["embeddings.word_embeddings.weight"]
         positions = source["embeddings.position_embeddings.weight"]
         token_types = source.get("embeddings.token_type_embeddings.weight")
-        # BERT adds token type 0 everywhere: it belongs to the positions here
+        # BERT adds the embedding of token type 0 everywhere; the Q-Former has no token types
         renamed["position_embeddings.weight"] = positions if token_types is None else positions + token_types[0]
     for name, tensor in renamed.items():
         if own[name].shape != tensor.shape:
@@ -108,10 +110,17 @@ def copy_bert_weights(qformer: BliprenQFormer, bert: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def copy_blip2_weights(qformer: BliprenQFormer, source: dict[str, torch.Tensor]) -> list[str]:
-    """Copies a transformers BLIP-2 Q-Former (state dict with `query_tokens`, `qformer.*`, perhaps `embeddings.*`).
+    """Copy the Q-Former of a transformers BLIP-2 model.
+
+    Args:
+        qformer: Q-Former of the same sizes.
+        source: state dict with `query_tokens`, `qformer.*`, and `embeddings.*` for a text side.
+
+    Returns:
+        Names of the copied parameters.
 
     Raises:
-        ValueError: naming the parameters that the source does not give, or that differ in shape.
+        ValueError: for parameters that the source lacks, or that differ in shape.
     """
     own = qformer.state_dict()
     renamed = _rename_layers(source, "qformer.encoder.layer.", _BLIP2_NAMES, own)

@@ -1,4 +1,4 @@
-"""The Q-Former with its text side, as stage 1 trains it: contrast, matching, generation (BLIP-2, arXiv 2301.12597)."""
+"""Image-text retrieval with the Q-Former of stage 1: contrast, matching, generation (BLIP-2, arXiv 2301.12597)."""
 
 import copy
 import math
@@ -19,10 +19,10 @@ from .projector_blipren import build_projector
 from .qformer_blipren import BliprenQFormer
 from .qformer_weights_blipren import copy_blip2_weights
 
-# the library knows this encoder's config, but gives AutoModel no class for it
+# transformers has this encoder, but AutoModel does not know its class
 AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
 
-TEMPERATURE = 0.07  # BLIP-2's initial value
+TEMPERATURE = 0.07  # initial value of BLIP-2
 
 
 @dataclass
@@ -31,10 +31,10 @@ class BliprenImageTextOutput(ModelOutput):
     Args:
         logits_per_image (`torch.Tensor` of shape `(images, texts)`, *optional*): cosine similarities (`"itc"`).
         logits_per_text (`torch.Tensor` of shape `(texts, images)`, *optional*): their transpose.
-        image_embeds (`torch.Tensor` of shape `(images, num_queries, image_text_hidden_size)`, *optional*): length one.
-        text_embeds (`torch.Tensor` of shape `(texts, image_text_hidden_size)`, *optional*): length one.
-        logits (`torch.Tensor`, *optional*): `(batch, 2)`, second column "they belong together" (`"itm"`);
-            `(batch, text_length, vocab_size)` or `(tokens, vocab_size)`, of the next token each (`"itg"`).
+        image_embeds (`torch.Tensor` of shape `(images, num_queries, image_text_hidden_size)`, *optional*): of norm 1.
+        text_embeds (`torch.Tensor` of shape `(texts, image_text_hidden_size)`, *optional*): of norm 1.
+        logits (`torch.Tensor`, *optional*): `(batch, 2)` for no match and match (`"itm"`); of the next tokens
+            `(batch, text_length, vocab_size)` or `(tokens, vocab_size)` (`"itg"`).
     """
 
     logits_per_image: torch.Tensor | None = None
@@ -45,7 +45,7 @@ class BliprenImageTextOutput(ModelOutput):
 
 
 class BliprenTextHead(nn.Module):
-    """BERT's language-modelling head; its output matrix is the word embeddings, which are passed in."""
+    """Language-modelling head of BERT; the output matrix is the word embeddings, passed to `forward`."""
 
     def __init__(self, config: BliprenQFormerConfig):
         super().__init__()
@@ -59,9 +59,9 @@ class BliprenTextHead(nn.Module):
 
 
 class BliprenImageTextModel(BliprenPreTrainedModel):
-    """Vision encoder and Q-Former under the names that they have in `BliprenForConditionalGeneration`.
+    """Vision encoder and Q-Former under their names in `BliprenForConditionalGeneration`.
 
-    The projector is not used here: it is carried on, frozen, to the next stage.
+    It has the projector, frozen and unused, so that a checkpoint keeps it for the next stage.
     """
 
     def __init__(self, config: BliprenConfig):
@@ -74,10 +74,9 @@ class BliprenImageTextModel(BliprenPreTrainedModel):
 
 
 class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
-    """Image-text search: embeddings to compare (ITC), a matching head to re-rank (ITM), a captioning head (ITG).
+    """Image-text retrieval: embeddings to compare (ITC), matching head to re-rank (ITM), generation head (ITG).
 
-    `config.text_config` and `config.base_models` keep the language model that the Q-Former is meant for: training
-    through it goes on from this checkpoint.
+    `config.text_config` and `config.base_models` name the language model that the next stage trains with.
     """
 
     main_input_name = "pixel_values"
@@ -90,8 +89,8 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         super().__init__(config)
         if not config.qformer_config.use_text:
             raise ValueError(
-                "image-text retrieval needs a Q-Former with a text side (qformer_config.use_text); make one from a "
-                "checkpoint without it by BliprenForImageTextRetrieval.from_generator, or by `blipren align`"
+                "image-text retrieval needs a Q-Former with a text side (qformer_config.use_text): make one with "
+                "BliprenForImageTextRetrieval.from_generator, or with `blipren align`"
             )
         width = config.qformer_config.hidden_size
         self.model = BliprenImageTextModel(config)
@@ -100,12 +99,12 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         self.itm_head = nn.Linear(width, 2)
         self.text_head = BliprenTextHead(config.qformer_config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)))  # log of 1 / temperature
-        self.logit_bias = nn.Parameter(torch.tensor(0.0))  # only the sigmoid contrast uses it
+        self.logit_bias = nn.Parameter(torch.tensor(0.0))  # used by the sigmoid loss only
         self.post_init()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen parts, as in the generating model: what is trained is in float32."""
+        """Dtype of the frozen parts; what is trained is in float32."""
         return self.model.vision_tower.dtype
 
     @torch.no_grad()
@@ -130,7 +129,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
 
     def _write_code_and_maps(self, save_directory: str | os.PathLike) -> None:
         super()._write_code_and_maps(save_directory)
-        # a checkpoint without language model must not offer itself for text generation
+        # a checkpoint without language model has no auto class and no pipeline for text generation
         del self.config.custom_pipelines
         self.config.auto_map = {
             "AutoConfig": "configuration_blipren.BliprenConfig",
@@ -148,7 +147,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
 
     def _patches(self, pixel_values, patch_features, patch_attention_mask, pixel_attention_mask, spatial_shapes):
         if (pixel_values is None) == (patch_features is None):
-            raise ValueError("give either pixel_values or patch_features")
+            raise ValueError("give pixel_values or patch_features, one of them")
         if patch_features is None:
             patch_features = self.encode_images(pixel_values, pixel_attention_mask, spatial_shapes)
             patch_attention_mask = pixel_attention_mask if patch_attention_mask is None else patch_attention_mask
@@ -162,7 +161,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Image embeddings for search, `(num_images, num_queries, image_text_hidden_size)`, each of length one."""
+        """Compute image embeddings `(num_images, num_queries, image_text_hidden_size)`, each of norm 1."""
         patches = self._patches(
             pixel_values, patch_features, patch_attention_mask, pixel_attention_mask, spatial_shapes
         )
@@ -171,12 +170,12 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
     def get_text_embeddings(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Text embeddings for search, `(num_texts, image_text_hidden_size)`, of length one: those of the first token."""
+        """Compute text embeddings `(num_texts, image_text_hidden_size)` of norm 1, from the first token."""
         states = self.model.qformer(input_ids=input_ids, text_attention_mask=attention_mask).text_states
         return F.normalize(self.text_proj(states[:, 0]), dim=-1)
 
     def similarity(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Cosine similarity `(images, texts)`, the queries put together as `config.itc_pooling` says."""
+        """Compute cosine similarities `(images, texts)`, pooled over queries by `config.itc_pooling`."""
         if self.config.itc_pooling == "mean":
             return F.normalize(image_embeds.mean(1), dim=-1) @ text_embeds.T
         return torch.einsum("iqd,td->itq", image_embeds, text_embeds).amax(-1)
@@ -196,20 +195,26 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         logits_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> BliprenImageTextOutput:
-        r"""What one of the three objectives needs.
+        r"""Compute the outputs of one of the three objectives.
 
         Args:
             input_ids: `(batch, text_length)` of the Q-Former's own tokenizer, right-padded.
-            attention_mask: `(batch, text_length)`.
-            pixel_values: what the image processor gives; or `patch_features`: what [`encode_images`] gave.
-            patch_attention_mask: `(batch, num_patches)`, where images differ in patches.
-            pixel_attention_mask, spatial_shapes: of NaFlex encoders.
-            objective: `"itc"`: every image against every text; `"itm"`: image i with text i, do they match;
-                `"itg"`: image i and the text before a token give the next one.
-            logits_mask: `(batch, text_length)`, of `"itg"`: compute logits at these positions only, `(tokens, vocab)`.
+            attention_mask: `(batch, text_length)`, 1 for text and 0 for padding.
+            pixel_values: `(num_images, channels, height, width)`.
+            patch_features: `(num_images, num_patches, vision_hidden)`, instead of `pixel_values`.
+            patch_attention_mask: `(num_images, num_patches)`, 1 for patches and 0 for padding.
+            pixel_attention_mask, spatial_shapes: inputs of NaFlex encoders.
+            objective: `"itc"` compares every image with every text; `"itm"` says whether image i matches text i; `"itg"`
+                predicts each next token of text i from image i and the text before it.
+            logits_mask: `(batch, text_length)`, for `"itg"`: compute logits at these positions only.
+
+        Raises:
+            ValueError: without text, without images or with both kinds of them, or for another objective.
         """
         if input_ids is None:
-            raise ValueError("image-text retrieval needs input_ids: the text, by the Q-Former's own tokenizer")
+            raise ValueError(
+                "image-text retrieval needs input_ids: the text in tokens of the Q-Former's own tokenizer"
+            )
         patches = self._patches(
             pixel_values, patch_features, patch_attention_mask, pixel_attention_mask, spatial_shapes
         )
@@ -236,7 +241,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
             return BliprenImageTextOutput(logits=self.text_head(states, self.get_input_embeddings().weight))
         raise ValueError(f"objective is {objective!r}; it must be 'itc', 'itm' or 'itg'")
 
-    # ---- made from other models -----------------------------------------------------------------------------------
+    # ---- construction from other models ---------------------------------------------------------------------------
 
     @classmethod
     def from_generator(
@@ -246,12 +251,12 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         image_text_hidden_size: int = 256,
         itc_pooling: str = "max",
     ) -> "BliprenForImageTextRetrieval":
-        """Takes vision encoder and Q-Former of a generating model; what stage 1 needs beside them begins at random.
+        """Make a retrieval model from vision encoder and Q-Former of a generation model; its heads are random.
 
         Args:
-            generator: `BliprenForConditionalGeneration` with a Q-Former; its encoder becomes this model's, not a copy.
-            text: `vocab_size`, `pad_token_id`, `decoder_start_token_id`, `max_position_embeddings` of the text side,
-                where the Q-Former has none yet.
+            generator: `BliprenForConditionalGeneration` with a Q-Former; the vision encoder is shared, not copied.
+            text: `vocab_size`, `pad_token_id`, `decoder_start_token_id`, `max_position_embeddings` of a random text
+                side, for a Q-Former that has none.
             image_text_hidden_size, itc_pooling: see [`BliprenConfig`].
 
         Raises:
@@ -259,7 +264,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         """
         if generator.config.connector != "qformer":
             raise ValueError(
-                f"stage 1 trains a Q-Former, and this model's connector is {generator.config.connector!r}"
+                f"image-text retrieval needs a Q-Former, and the connector of this model is {generator.config.connector!r}"
             )
         config = copy.deepcopy(generator.config)
         config.image_text_hidden_size, config.itc_pooling = image_text_hidden_size, itc_pooling
@@ -267,12 +272,12 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         config.qformer_config = BliprenQFormerConfig(
             **{**config.qformer_config.to_dict(), "use_text": True, **({} if had_text else text or {})}
         )
-        model = cls(config)  # in float32, whatever the frozen parts are in
+        model = cls(config)  # in float32, whatever dtype the frozen parts have
         missing, unexpected = model.model.qformer.load_state_dict(generator.model.qformer.state_dict(), strict=False)
         text_side = ("word_embeddings", "position_embeddings", "text_feed_forward")
         lost = unexpected + [name for name in missing if had_text or not any(part in name for part in text_side)]
         if lost:
-            raise ValueError(f"the Q-Former's weights do not fit: {lost[0]!r} is missing or unexpected")
+            raise ValueError(f"the weights of the Q-Former do not fit: {lost[0]!r} is missing or unexpected")
         model.model.vision_tower = generator.model.vision_tower
         model.model.projector.load_state_dict(generator.model.projector.state_dict())
         model.freeze()
@@ -281,34 +286,34 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
     @classmethod
     @torch.no_grad()
     def from_blip2(cls, source: Blip2ForImageTextRetrieval) -> "BliprenForImageTextRetrieval":
-        """Copies a transformers BLIP-2 retrieval model, such as `Salesforce/blip2-itm-vit-g`, weight by weight.
+        """Copy a BLIP-2 retrieval model of transformers, such as `Salesforce/blip2-itm-vit-g`.
 
-        Contrast and matching scores are the same. The language-modelling head begins at random, and the temperature at
-        its initial value: such a checkpoint holds neither.
+        Contrast and matching scores are equal. The generation head is random and the temperature has its initial value,
+        since such a checkpoint has neither.
         """
-        theirs = source.config
+        source_config = source.config
         names = (
             "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
             "attention_probs_dropout_prob layer_norm_eps initializer_range cross_attention_frequency "
             "encoder_hidden_size vocab_size max_position_embeddings pad_token_id"
         ).split()
         qformer = BliprenQFormerConfig(
-            **{name: getattr(theirs.qformer_config, name) for name in names},
-            num_query_tokens=theirs.num_query_tokens,
+            **{name: getattr(source_config.qformer_config, name) for name in names},
+            num_query_tokens=source_config.num_query_tokens,
             use_text=True,
         )
-        vision = copy.deepcopy(theirs.vision_config)
+        vision = copy.deepcopy(source_config.vision_config)
         side = vision.image_size // vision.patch_size
         config = BliprenConfig(
             vision_config=vision,
-            text_config=copy.deepcopy(theirs.text_config),
+            text_config=copy.deepcopy(source_config.text_config),
             qformer_config=qformer,
-            projector="linear",  # BLIP-2's own
-            vision_feature_select="full",  # BLIP-2's Q-Former sees the class token
+            projector="linear",  # as in BLIP-2
+            vision_feature_select="full",  # the Q-Former of BLIP-2 reads the class token
             num_prefix_tokens=1,
             vision_grid=[side, side],
             vision_hidden_size=vision.hidden_size,
-            image_text_hidden_size=theirs.image_text_hidden_size,
+            image_text_hidden_size=source_config.image_text_hidden_size,
         )
         model = cls._from_config(config)
         copy_blip2_weights(model.model.qformer, source.state_dict())

@@ -1,4 +1,4 @@
-"""Patch features: what any transformers vision encoder gives, brought to `[num_images, num_patches, vision_hidden]`."""
+"""Patch features `(num_images, num_patches, vision_hidden)` of any vision encoder of transformers."""
 
 import contextlib
 import math
@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 @dataclass(frozen=True)
 class BliprenVisionShape:
-    """What an encoder gives for an image of its processor: measured once, when a model is made.
+    """Shape of an encoder's output for one image of its processor, measured when a model is made.
 
     Attributes:
-        grid: `(height, width)` of the patch grid; `None` where the processor gives a mask, so that it differs.
+        grid: `(height, width)` of the patch grid; `None` if images differ (NaFlex).
         num_prefix_tokens: class and register tokens in front of the patches: sequence length minus grid.
         hidden_size: width of the patch features, over all chosen layers.
     """
@@ -25,18 +25,18 @@ class BliprenVisionShape:
     hidden_size: int
 
     def num_patches(self, select: str) -> int | None:
-        """Patch features an image, with (`"full"`) or without (`"patches"`) the prefix; `None` without a fixed grid."""
+        """Return the number of patch features an image, including the prefix if `select` is `"full"`; `None` for NaFlex."""
         if self.grid is None:
             return None
         return self.grid[0] * self.grid[1] + (self.num_prefix_tokens if select == "full" else 0)
 
 
 def load_vision_config(vision: str, **hub_kwargs) -> PreTrainedConfig:
-    """The vision part of a checkpoint's config: of SigLIP, CLIP and the like only the image tower's."""
+    """Load the config of a vision encoder; of a two-tower model such as SigLIP or CLIP that of the image tower."""
     config = AutoConfig.from_pretrained(vision, **hub_kwargs)
     config = getattr(config, "vision_config", config)
     if hasattr(config, "vision_use_head"):
-        config.vision_use_head = False  # the pooling head is not used, and fails in other engines
+        config.vision_use_head = False  # the pooling head is not used, and vLLM cannot run it
     return config
 
 
@@ -48,7 +48,7 @@ def _select_layers(outputs, layers: int | list[int]) -> list[torch.Tensor]:
             continue
         if outputs.hidden_states is None or not -len(outputs.hidden_states) <= layer < len(outputs.hidden_states):
             count = 0 if outputs.hidden_states is None else len(outputs.hidden_states)
-            raise ValueError(f"vision_feature_layer {layer} is none of the encoder's {count} hidden states")
+            raise ValueError(f"vision_feature_layer is {layer}, and the encoder has {count} hidden states")
         states.append(outputs.hidden_states[layer])
     return states
 
@@ -60,17 +60,20 @@ def compute_patch_features(
     num_prefix_tokens: int = 0,
     **vision_inputs,
 ) -> torch.Tensor:
-    """Runs an encoder and flattens, cuts and joins its hidden states.
+    """Run a vision encoder and select its patch features.
 
     Args:
         vision_tower: the encoder.
         pixel_values: `(num_images, channels, height, width)`, or patches `(num_images, num_patches, patch_width)`.
-        layers: hidden layer, or several to be concatenated; feature maps are averaged down to the last one's grid.
-        num_prefix_tokens: tokens to cut off the front.
-        vision_inputs: what else the encoder takes (`pixel_attention_mask` and `spatial_shapes` for NaFlex).
+        layers: hidden layer, or several to be concatenated; feature maps are pooled to the grid of the last one.
+        num_prefix_tokens: tokens to drop in front of the patches.
+        vision_inputs: other inputs of the encoder (`pixel_attention_mask` and `spatial_shapes` for NaFlex).
 
     Returns:
         `(num_images, num_patches, vision_hidden)`.
+
+    Raises:
+        ValueError: for a layer that the encoder does not have.
     """
     return select_patch_features(
         run_vision_encoder(vision_tower, pixel_values, layers, **vision_inputs), layers, num_prefix_tokens
@@ -78,14 +81,14 @@ def compute_patch_features(
 
 
 def run_vision_encoder(vision_tower: nn.Module, pixel_values: torch.Tensor, layers: int | list[int] = -1, **inputs):
-    """What the encoder itself gives, with its hidden states where a layer needs them."""
+    """Return the encoder's own output, with hidden states if `layers` needs them."""
     if layers != -1 and layers != [-1]:
         inputs["output_hidden_states"] = True
     return vision_tower(pixel_values, return_dict=True, **inputs)
 
 
 def select_patch_features(outputs, layers: int | list[int] = -1, num_prefix_tokens: int = 0) -> torch.Tensor:
-    """An encoder's output flattened, cut and joined to `(num_images, num_patches, vision_hidden)`."""
+    """Select patch features `(num_images, num_patches, vision_hidden)` from an encoder's output."""
     states = _select_layers(outputs, layers)
     if states[-1].dim() == 4:  # feature maps [B, C, H, W]
         grid = states[-1].shape[-2:]
@@ -97,7 +100,7 @@ def select_patch_features(outputs, layers: int | list[int] = -1, num_prefix_toke
 def used_parameters(
     vision_tower: nn.Module, image_inputs: dict[str, torch.Tensor], layers: int | list[int]
 ) -> set[str]:
-    """Names of the parameters that patch features depend on, found by a backward pass."""
+    """Return the names of the parameters that patch features depend on, found by a backward pass."""
     parameters = dict(vision_tower.named_parameters())
     inputs = dict(image_inputs)
     pixel_values = inputs.pop("pixel_values").to(vision_tower.dtype)
@@ -108,7 +111,7 @@ def used_parameters(
 
 @contextlib.contextmanager
 def _first_patch_grid(vision_tower: nn.Module):
-    """Records the output size of the first convolution that cuts the image into patches (kernel = stride > 1)."""
+    """Record the output size of the convolutions that cut the image into patches (kernel = stride > 1)."""
     grids: list[tuple[int, int]] = []
     handles = [
         module.register_forward_hook(lambda _, __, output: grids.append(tuple(output.shape[-2:])))
@@ -126,22 +129,22 @@ def _first_patch_grid(vision_tower: nn.Module):
 def measure_vision(
     vision_config: PreTrainedConfig, image_inputs: dict[str, torch.Tensor], layers: int | list[int] = -1
 ) -> BliprenVisionShape:
-    """Measures an encoder's output on the meta device: no weights, no arithmetic.
+    """Measure the shape of an encoder's output on the meta device, without weights.
 
     Args:
-        vision_config: the encoder's config.
-        image_inputs: what the image processor gives for one image.
+        vision_config: config of the encoder.
+        image_inputs: output of the image processor for one image.
         layers: as in [`compute_patch_features`].
 
     Raises:
-        ValueError: when sequence length and patch grid cannot be brought together.
+        ValueError: when the encoder has no patch grid, or one that does not fit its sequence length.
     """
     name = vision_config.model_type
     with torch.device("meta"):
         vision_tower = AutoModel.from_config(vision_config, attn_implementation="eager").eval()
     inputs = {key: value.to("meta") for key, value in image_inputs.items()}
     pixel_values = inputs.pop("pixel_values")
-    if "spatial_shapes" in inputs:  # NaFlex: the mask says how many patches an image has; positions need real sizes
+    if "spatial_shapes" in inputs:  # NaFlex: images differ in patches, and positions need more than the meta device
         states = [None] * (1 if isinstance(layers, int) else len(layers))
         return BliprenVisionShape(None, 0, vision_config.hidden_size * len(states))
     needs_hidden_states = layers != -1 and layers != [-1]
@@ -152,14 +155,22 @@ def measure_vision(
         return BliprenVisionShape(tuple(states[-1].shape[-2:]), 0, sum(s.shape[1] for s in states))
     length, width = states[-1].shape[1], sum(s.shape[-1] for s in states)
     if not grids:
-        raise ValueError(f"vision encoder {name!r}: no convolution cuts its image into patches, its grid is unknown")
-    height, breadth = grids[0]
-    if length < height * breadth:  # hierarchical encoders merge patches by a square number
-        merge = math.isqrt(height * breadth // length)
-        if merge * merge * length != height * breadth:
-            raise ValueError(f"vision encoder {name!r}: {length} tokens do not fit a {height}x{breadth} grid")
-        return BliprenVisionShape((height // merge, breadth // merge), 0, width)
-    return BliprenVisionShape((height, breadth), length - height * breadth, width)
+        raise ValueError(f"vision encoder {name!r} has no convolution into patches, so its patch grid is unknown")
+    rows, columns = grids[0]
+    if length < rows * columns:  # hierarchical encoders merge patches by a square number
+        merge = math.isqrt(rows * columns // length)
+        if merge * merge * length != rows * columns:
+            raise ValueError(f"vision encoder {name!r} has {length} tokens, which do not fit a {rows}x{columns} grid")
+        return BliprenVisionShape((rows // merge, columns // merge), 0, width)
+    return BliprenVisionShape((rows, columns), length - rows * columns, width)
 
 
-__all__ = ["BliprenVisionShape", "load_vision_config", "measure_vision", "compute_patch_features", "used_parameters"]
+__all__ = [
+    "BliprenVisionShape",
+    "compute_patch_features",
+    "load_vision_config",
+    "measure_vision",
+    "run_vision_encoder",
+    "select_patch_features",
+    "used_parameters",
+]

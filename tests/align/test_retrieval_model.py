@@ -186,11 +186,11 @@ def test_pixels_and_patch_features_meet(model, inputs):
     patches = {"patch_features": model.encode_images(inputs["pixel_values"])}
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     assert_same(outputs(model, inputs), outputs(model, {**patches, **text}))
-    with pytest.raises(ValueError, match="either pixel_values or patch_features"):
+    with pytest.raises(ValueError, match="pixel_values or patch_features, one of them"):
         model(**inputs, **patches)
 
 
-def test_generation_logits_where_they_are_wanted(model, inputs):
+def test_generation_logits_at_masked_positions_only(model, inputs):
     mask = inputs["attention_mask"].bool()
     whole = model(**inputs, objective="itg").logits
     assert torch.allclose(model(**inputs, objective="itg", logits_mask=mask).logits, whole[mask], atol=1e-6)
@@ -223,7 +223,7 @@ def test_a_connector_without_qformer_is_refused(bases):
     patches = BliprenForConditionalGeneration.from_vision_text_pretrained(
         bases["vision"], bases["llm"], connector="patches", projector="linear"
     )
-    with pytest.raises(ValueError, match="connector is 'patches'"):
+    with pytest.raises(ValueError, match="connector of this model is 'patches'"):
         BliprenForImageTextRetrieval.from_generator(patches)
     with pytest.raises(ValueError, match="text side"):
         BliprenForImageTextRetrieval(patches.config)

@@ -236,7 +236,7 @@ def test_bridge_over_hub_bases_in_a_fresh_process(bases, photo, tmp_path):
     assert got["tokens"] == expected["tokens"]
     assert got["logits"] == pytest.approx(expected["logits"], abs=1e-6)
     # a bridge over another revision: one that holds other weights, one that is not there
-    for revision, message in ((moved, "weights there are other ones"), ("f" * 40, "f, which is not there")):
+    for revision, message in ((moved, "whose weights differ"), ("f" * 40, "f, which cannot be found")):
         raw = json.loads((tmp_path / "bridge" / "config.json").read_text())
         raw["base_models"]["llm"]["revision"] = revision
         (tmp_path / "bridge" / "config.json").write_text(json.dumps(raw))
@@ -363,12 +363,12 @@ def test_what_is_no_checkpoint_is_said_in_one_line(full, bases, photo, tmp_path)
     cases = {
         truncated: "truncated|incomplete|[Ii]nvalid|deserializ",
         no_code: "configuration_blipren.py",
-        other_base: "weights there are other ones",
-        wide_base: "weights there are other ones",
-        tampered: "weights there are other ones",
-        no_base: "which is not there",
+        other_base: "whose weights differ",
+        wide_base: "whose weights differ",
+        tampered: "whose weights differ",
+        no_base: "which cannot be found",
         future: "projector is 'hologram'",
-        later: "has format 2, made by a later BLIPren",
+        later: "has format 2, and this BLIPren reads",
         empty: "config.json",
         bases[1]: "not a BLIPren|BliprenForConditionalGeneration|Unrecognized|model_type",
     }

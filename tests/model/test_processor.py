@@ -121,7 +121,7 @@ def test_end_of_answer_follows_the_template_where_generation_stops():
     assert end_of_answer_id(chat, []) == chat.eos_token_id
     nothing = make_tokenizer()
     nothing.eos_token = None
-    with pytest.raises(ValueError, match="could never stop"):
+    with pytest.raises(ValueError, match="could not stop"):
         end_of_answer_id(nothing, [])
 
 
