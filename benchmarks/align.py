@@ -26,7 +26,7 @@ from blipren.training.commands.new import run as new
 from blipren.training.evaluation.evaluate import evaluate
 from blipren.training.quickstart.scenes import Split, write_scenes
 from blipren.training.quickstart.text_tokenizer import write_tokenizer
-from blipren.training.stages.align import run_align
+from blipren.training.stages.align import align
 from blipren.training.stages.train import train
 
 ARMS = {"stage 1": "qformer", "no stage 1": "qformer", "patches": "patches"}
@@ -94,7 +94,7 @@ def run_arm(options, work: Path, arm: str, seed: int, budget: dict) -> dict:
             itc_weight=options.weights[0], itm_weight=options.weights[1], itg_weight=options.weights[2],
             itc_label_smoothing=0.0, max_text_tokens=48, eval_every=options.align_steps,
         )  # fmt: skip
-        result["stage_1_seconds"], result["stage_1_wall_seconds"] = seconds_of(run_align, settings)
+        result["stage_1_seconds"], result["stage_1_wall_seconds"] = seconds_of(align, settings)
         result["recall"] = json.loads((folder / "aligned" / "finished.json").read_text())["after"]["recall"]
         model = settings.out
 

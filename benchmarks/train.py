@@ -42,7 +42,7 @@ from blipren.training.data.batches.collate import collate_padded, collate_shared
 from blipren.training.data.batches.masks import FLEX, build_attention_mask, shared_prefix_block_mask
 from blipren.training.engine import flops
 from blipren.training.engine.memory import keep_freed_memory
-from blipren.training.stages.train import answer_losses
+from blipren.training.objectives.likelihood import answer_losses
 
 LLAMA_135M = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                   num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)  # fmt: skip

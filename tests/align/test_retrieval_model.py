@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer, Blip2Config, Blip2ForImageTextRetrieval
 
 from blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
-from blipren.training.objectives import alignment as objectives
+from blipren.training.objectives.contrast import similarity
 from tests.tiny_models import QFORMER, random_image
 
 
@@ -174,10 +174,10 @@ def test_embeddings_have_length_one_and_give_the_scores(model, inputs):
     assert torch.allclose(image.norm(dim=-1), torch.ones(3, 4))
     assert torch.allclose(text.norm(dim=-1), torch.ones(3))
     scores = model(**inputs).logits_per_image
-    assert torch.allclose(scores, objectives.similarity(image, text, "max"), atol=1e-6)
+    assert torch.allclose(scores, similarity(image, text, "max"), atol=1e-6)
     model.config.itc_pooling = "mean"
     try:
-        assert torch.allclose(model.similarity(image, text), objectives.similarity(image, text, "mean"), atol=1e-6)
+        assert torch.allclose(model.similarity(image, text), similarity(image, text, "mean"), atol=1e-6)
     finally:
         model.config.itc_pooling = "max"
 

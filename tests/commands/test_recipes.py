@@ -17,7 +17,7 @@ from blipren.training.commands.new import run as new
 from blipren.training.stages.align import align
 from blipren.training.stages.train import train
 from tests import tiny_models
-from tests.training.tools import draw_dataset, events
+from tests.stages.tools import draw_dataset, events
 
 RECIPES = sorted(p.stem for p in (Path(blipren.__file__).parent / "training" / "recipes").glob("*.yaml"))
 OWN_TESTS = {"quickstart"}  # run as it is by a test of its own

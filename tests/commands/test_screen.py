@@ -11,8 +11,8 @@ import pytest
 
 import blipren
 from tests.commands.run_marked import MARK
+from tests.stages.tools import draw_dataset
 from tests.tiny_models import make_llm, make_vision
-from tests.training.tools import draw_dataset
 
 OPTIONAL = ("bitsandbytes", "deepspeed", "lmms_eval", "pytest", "ray", "tensorboard", "trackio", "trl")
 QFORMER = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 64}"

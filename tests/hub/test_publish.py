@@ -264,19 +264,3 @@ def test_the_command_itself(hub, model, tmp_path):
     offline = environment | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=offline, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and "switched off" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_the_trainers_push_is_ours(hub, model):
-    """`Trainer.push_to_hub` of transformers would send everything in the folder, `training_args.bin` among it."""
-    from types import SimpleNamespace
-
-    from blipren.training.engine.trainer import StageTrainer
-
-    trainer = SimpleNamespace(run_folder=SimpleNamespace(path=model))
-    trainer.args = SimpleNamespace(hub_model_id=REPO, hub_private_repo=None)
-    commit = StageTrainer.push_to_hub(trainer)
-    assert commit == hub.repository(REPO).resolve("main")
-    assert "model.safetensors" in published(hub) and "training_args.bin" not in published(hub)
-    trainer.args.hub_model_id = None
-    with pytest.raises(UserError, match="hub_model_id"):
-        StageTrainer.push_to_hub(trainer)

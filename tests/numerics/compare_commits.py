@@ -105,7 +105,15 @@ RUNS = {
 }  # fmt: skip
 # The one place where settings of the working tree differ: name of the run -> settings laid over those above; None takes
 # a setting away. Enter a renamed setting here; empty it when BEFORE_COMMIT moves.
-CHANGED_SETTINGS: dict[str, dict] = {}
+CHANGED_SETTINGS: dict[str, dict] = {
+    "train with experiments": {
+        **dict.fromkeys(("words_weight", "consensus_captions", "reward_weight", "reward_samples", "reward_max_tokens")),
+        "experiments": {
+            "bag_of_words": {"weight": 0.5}, "consensus": {"captions": 2},
+            "self_critical": {"weight": 0.5, "samples": 2, "max_tokens": 8},
+        },
+    },
+}  # fmt: skip
 
 
 def command_arguments(run: str, changed: dict[str, dict]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Model, precision and layout of a training run, from its settings."""
+"""Model, precision, attention and layout of a run that trains through the language model."""
 
 import os
 from collections.abc import Sequence
@@ -8,40 +8,41 @@ import torch
 from torch.nn import functional as F
 
 from blipren.modeling_blipren import summed_cross_entropy
-from blipren.training.commands.train import TrainSettings
 from blipren.training.console import print_line
 from blipren.training.data.batches import shared_prefix as prefix
 from blipren.training.data.batches.blocks import PromptEncoder
 from blipren.training.data.batches.datasets import Layout
 from blipren.training.data.batches.masks import FLEX, dense_attention
 from blipren.training.engine.loading import load_checkpoint
+from blipren.training.engine.settings import TrainedPartsSettings
 from blipren.training.errors import UserError
 
-
-def choose_precision(name: str, device: str) -> str:
-    if name == "auto":
-        return "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if name == "fp16" and device != "cuda":
-        raise UserError(f"precision fp16 needs a CUDA GPU, not {device}; give --precision bf16 or fp32")
-    return name
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load(settings: TrainSettings):
-    """Model and processor as the checkpoint has them, which is what a cache was made with."""
-    model, processor = load_checkpoint(settings.model)
-    set_router(model, settings)
-    return model, processor
+def load_to_train(path: str, settings: TrainedPartsSettings, precision: str | None = None):
+    """Return model and processor of a checkpoint, with the router settings of a run.
 
-
-def set_router(model, settings: TrainSettings) -> None:
-    """The MoE projector's losses and noise, where the settings say something else than the checkpoint."""
+    Args:
+        precision: of the run; where `llm_bits` is set too, the language model is loaded in few bits. Without it all
+            weights are as the checkpoint has them, which is what a cache was made with.
+    """
+    if precision is not None and settings.llm_bits:
+        model, processor = load_quantized(path, settings.llm_bits, precision)
+    else:
+        model, processor = load_checkpoint(path)
     for name in ("router_balance_weight", "router_z_weight", "router_noise"):
         if getattr(settings, name) is not None:
             setattr(model.config, name, getattr(settings, name))
+    return model, processor
 
 
-def load_quantised(settings: TrainSettings, precision: str):
-    """The same with the language model in few bits; connector, head and vision tower as they are."""
+def load_quantized(path: str, bits: int, precision: str):
+    """Return model and processor with the language model in 4 or 8 bit; connector, head and vision tower as they are.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
     try:
         import bitsandbytes
     except ImportError as error:
@@ -50,26 +51,24 @@ def load_quantised(settings: TrainSettings, precision: str):
 
     if torch.cuda.is_available():  # bitsandbytes loads to the current GPU, the first one until the Trainer is made
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     few_bits = BitsAndBytesConfig(
-        load_in_4bit=settings.llm_bits == 4,
-        load_in_8bit=settings.llm_bits == 8,
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_compute_dtype=DTYPES[precision],
         llm_int8_skip_modules=["model.vision_tower"],
     )
-    model, processor = load_checkpoint(settings.model, quantization_config=few_bits)
-    set_router(model, settings)
+    model, processor = load_checkpoint(path, quantization_config=few_bits)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False  # its packed kernel for CPUs lets no gradient through
-    model.is_quantized = False  # the Trainer would refuse to train a connector beside a quantised language model
+    model.is_quantized = False  # the Trainer would refuse to train a connector beside a quantized language model
     return model, processor
 
 
 def set_precision(model, precision: str) -> None:
-    """Frozen parts in the arithmetic's precision, what is trained in float32."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    """Cast frozen parts to the precision of the run, and what is trained to float32."""
+    dtype = DTYPES[precision]
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
@@ -78,8 +77,12 @@ def set_precision(model, precision: str) -> None:
             model.parts()[part].float()
 
 
-def layout_for(model, processor, settings: TrainSettings, sources: Sequence) -> Layout:
-    """Shared prefixes where the language model takes them; padded rows, and a line that says why, where it does not."""
+def choose_layout(model, processor, settings, sources: Sequence) -> Layout:
+    """Return how batches are laid out: shared prefixes, or padded rows where the language model cannot take them.
+
+    Args:
+        settings: with `shared_prefix`, `row_tokens`, `answers_per_image`, `max_answer_tokens`.
+    """
     shared = settings.shared_prefix
     if shared:
         with dense_attention(model.parts()["llm"]):
@@ -99,7 +102,7 @@ def layout_for(model, processor, settings: TrainSettings, sources: Sequence) -> 
 
 
 def longest_row(model, processor, sources: Sequence) -> int:
-    """Tokens of the longest prompt and the longest answer together; only asked where a window could be shorter."""
+    """Return the tokens of the longest prompt and answer together; 0 where attention has no window that could be shorter."""
     if prefix.attention_window(model.config.text_config) is None:
         return 0
     prompts, longest = PromptEncoder(processor), 0
@@ -116,7 +119,11 @@ def longest_row(model, processor, sources: Sequence) -> int:
 
 
 def set_attention(model, name: str, device: str) -> None:
-    """Raises `UserError` where the language model has no such attention, or it cannot be trained there."""
+    """Set the attention of the language model.
+
+    Raises:
+        UserError: the language model has no such attention, or it cannot be trained on the device.
+    """
     if name == FLEX and device != "cuda":
         raise UserError(f"attention {name} cannot be trained on {device}: torch has its backward pass for CUDA alone")
     try:
@@ -126,7 +133,11 @@ def set_attention(model, name: str, device: str) -> None:
 
 
 def check_fused_loss(model) -> None:
-    """Tries the fused loss on one position. Raises `UserError` where torch or the language model's head cannot."""
+    """Try the fused loss on one position.
+
+    Raises:
+        UserError: torch or the language model's head does not support it.
+    """
     if not hasattr(F, "linear_cross_entropy"):
         raise UserError(f"fused_loss needs torch 2.13 or newer; this is {torch.__version__}")
     weight = model.get_output_embeddings().weight

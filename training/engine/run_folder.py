@@ -27,6 +27,7 @@ from blipren.training.settings import Settings
 # Settings that may differ between a run and its continuation, since the weights do not depend on them.
 FREE = {
     "out", "device", "workers", "log_every", "save_every", "keep_checkpoints", "report_to", "full", "fsdp", "deepspeed",
+    "push_to", "public",
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "numpy")
 
@@ -62,8 +63,8 @@ class RunFolder:
         self.log_path = self.path / "log.jsonl"
         self.finished_path = self.path / "finished.json"
 
-    def claim(self, settings: Settings) -> None:
-        """Makes the folder this run's. Raises `UserError` if it holds a run with other settings, or something else."""
+    def check(self, settings: Settings) -> None:
+        """Raise `UserError` if the folder holds a run with other settings, or something that is no run."""
         if not self.writes:
             return
         told = dataclasses.asdict(settings)
@@ -79,9 +80,15 @@ class RunFolder:
                 )
         elif self.path.is_dir() and any(p for p in self.path.iterdir() if not p.name.startswith(".")):
             raise UserError(f"{self.path} is not empty and holds no run: give another folder")
+
+    def claim(self, settings: Settings) -> None:
+        """Make the folder this run's: write settings and environment. Raises `UserError` as `check` does."""
+        self.check(settings)
+        if not self.writes:
+            return
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         clear_unfinished(self.checkpoints)
-        write_atomically(settings_path, yaml.safe_dump(told, sort_keys=False))
+        write_atomically(self.path / "settings.yaml", yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
 
     def finished(self) -> dict | None:

@@ -1,4 +1,4 @@
-"""What of a model is trained, and how each part is: LoRA, parts, learning-rate groups, an average of the weights."""
+"""What of a model is trained: parts, LoRA, groups of the optimizer, an average of the weights."""
 
 import re
 from collections.abc import Iterator
@@ -7,20 +7,24 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from blipren.training.commands.train import TrainSettings
 from blipren.training.engine.fsdp import full_tensor
+from blipren.training.engine.settings import TrainedPartsSettings
 from blipren.training.errors import UserError
 
 
 def linear_names(module: nn.Module) -> list[str]:
-    """Last names of all linear layers below `module`, such as q_proj; GPT-2's are `Conv1D`s."""
+    """Return the last names of all linear layers below `module`, such as q_proj; GPT-2's are `Conv1D`s."""
     from transformers.pytorch_utils import Conv1D
 
     return sorted({name.rsplit(".", 1)[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)})
 
 
-def add_lora(model: nn.Module, settings: TrainSettings) -> None:
-    """Adds LoRA (https://arxiv.org/abs/2106.09685) to the language model, or goes on with the checkpoint's own."""
+def add_lora(model: nn.Module, settings: TrainedPartsSettings) -> None:
+    """Add LoRA (arXiv 2106.09685) to the language model, unless the checkpoint brings its own.
+
+    Raises:
+        UserError: `lora_targets` names a layer that the language model does not have.
+    """
     if getattr(model, "_hf_peft_config_loaded", False):
         return
     from peft import LoraConfig
@@ -44,7 +48,7 @@ def add_lora(model: nn.Module, settings: TrainSettings) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Adds each LoRA into the weight that it adapts and removes it."""
+    """Add each LoRA to the weight that it adapts, and remove it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
@@ -56,22 +60,26 @@ def merge_lora(model: nn.Module) -> None:
     model._hf_peft_config_loaded = False
 
 
-def choose_trained(model: nn.Module, settings: TrainSettings) -> None:
-    """Freezes everything but what the settings name; the model's `freeze` decides alone."""
+def choose_trained(model: nn.Module, settings: TrainedPartsSettings, train_vision: bool = False) -> None:
+    """Freeze everything but what the settings name, by the model's `freeze`.
+
+    Raises:
+        UserError: nothing is left to train.
+    """
     if settings.llm_tuning == "lora":
         add_lora(model, settings)
     train = []
     if settings.train_connector:
         train += ["projector"] + (["qformer"] if settings.train_qformer else [])
     train += {"frozen": [], "lora": ["lora"], "full": ["llm"]}[settings.llm_tuning]
-    train += ["vision"] if settings.train_vision else []
+    train += ["vision"] if train_vision else []
     model.freeze([part for part in train if part != "qformer" or part in model.parts()])
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("nothing is trained: train the connector, the Q-Former or the language model")
 
 
 def part_of(model: nn.Module) -> dict[str, str]:
-    """Part name of every parameter name; a tied head belongs to the part that comes first."""
+    """Return the part of every parameter by name; a tied head belongs to the part that comes first."""
     modules = {id(module): part for part, module in model.parts().items()}
     owner = {}
     for name, module in model.named_modules():
@@ -83,7 +91,7 @@ def part_of(model: nn.Module) -> dict[str, str]:
 
 
 def without_decay(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay would only harm: norms, biases, embeddings, queries."""
+    """Return the names of the parameters without weight decay: norms, biases, embeddings, queries."""
     names = set()
     for name, module in model.named_modules():
         for inner, parameter in module.named_parameters(prefix=name, recurse=False):
@@ -93,14 +101,18 @@ def without_decay(model: nn.Module) -> set[str]:
     return names
 
 
-def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
-    """Optimizer groups, one a (part, decayed or not), each with its learning rate, its part and its names."""
+def parameter_groups(model: nn.Module, settings) -> list[dict]:
+    """Return the optimizer's groups, one for each (part, decayed or not), with learning rate, part and names.
+
+    Args:
+        settings: with `learning_rate`, `learning_rates` by part, and `weight_decay`.
+    """
     owner, bare = part_of(model), without_decay(model)
     groups: dict[tuple[str, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # a head that serves training alone (bag of words) is no part of the model
+        # a head that an experiment added belongs to no part of the model
         part, decayed = owner.get(name, "projector"), name not in bare
         group = groups.setdefault(
             (part, decayed),
@@ -118,8 +130,8 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
 
 
 class Average:
-    """Exponential moving average of the trained weights, in float32. Young averages follow faster: the decay of step n
-    is at most (1 + n) / (10 + n)."""
+    """Exponential moving average of the trained weights, in float32. The decay of step n is at most (1 + n) / (10 + n), so
+    that a young average follows faster."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
@@ -140,7 +152,7 @@ class Average:
     @contextmanager
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
-        """The model has the averaged weights inside the block, and its own again behind it."""
+        """Give the model the averaged weights inside the block, and its own again after it."""
         own = {name: p.detach().clone() for name, p in self.trained.items()}
         for name, parameter in self.trained.items():
             parameter.copy_(self.weights[name])
@@ -152,9 +164,9 @@ class Average:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Every transformer layer recomputes its activations in the backward pass.
+    """Recompute the activations of every transformer layer in the backward pass.
 
-    transformers' own switch leaves out layers in eval mode, which is what a frozen language model is in.
+    transformers' own switch leaves out layers in eval mode, and a frozen language model is in eval mode.
     """
     from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer

@@ -1,17 +1,20 @@
-"""What stage 1 starts from: any BLIPren checkpoint with a Q-Former, a WordPiece tokenizer, perhaps BERT's weights."""
+"""The start of stage 1: a checkpoint with a Q-Former, a tokenizer, BERT's weights if asked for; what is trained."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval, BliprenProcessor
 from blipren.configuration_blipren import split_revision
 from blipren.qformer_weights_blipren import copy_bert_weights
 from blipren.training.commands.align import AlignSettings
+from blipren.training.console import print_line
 from blipren.training.engine.loading import load_checkpoint, load_config
+from blipren.training.engine.trained_parts import without_decay
 from blipren.training.errors import UserError
 
 START_TOKENS = ("[DEC]", "[unused0]")  # LAVIS adds the first to BERT's vocabulary; the second lies there unused
@@ -19,12 +22,12 @@ SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # SigLIP's initial values
 
 
 def starting_point(settings: AlignSettings):
-    """(model, processor, tokenizer of the text side), the model with what stage 1 trains unfrozen."""
+    """Return (model, processor, tokenizer of the text side), the model with what stage 1 trains unfrozen."""
     aligned = "BliprenForImageTextRetrieval" in (load_config(settings.model).architectures or [])
     kind = BliprenForImageTextRetrieval if aligned else BliprenForConditionalGeneration
     generator, processor = load_checkpoint(settings.model, kind)
     tokenizer = text_tokenizer(settings, processor)
-    # BERT fills the text side too: what an earlier checkpoint knew of another vocabulary is not kept
+    # BERT fills the text side too: that of an earlier checkpoint, with another vocabulary, is not kept
     bert = settings.qformer_init and bert_weights(settings.qformer_init)
     if isinstance(generator, BliprenForImageTextRetrieval):
         model = generator
@@ -53,14 +56,14 @@ def starting_point(settings: AlignSettings):
             raise UserError(
                 f"the Q-Former of {settings.model} cannot start from {settings.qformer_init}: {error}"
             ) from error
-        print(f"{len(copied)} weights of the Q-Former from {settings.qformer_init}")
+        print_line(f"{len(copied)} weights of the Q-Former from {settings.qformer_init}")
     processor.qformer_tokenizer = tokenizer
-    unused(model, settings)
+    freeze_unused_heads(model, settings)
     return model, processor, tokenizer
 
 
 def text_tokenizer(settings: AlignSettings, processor: BliprenProcessor):
-    """The one that is asked for, else BERT's, else the checkpoint's."""
+    """Return the tokenizer that is asked for, else BERT's, else the checkpoint's."""
     wanted = settings.tokenizer or settings.qformer_init
     if wanted is None:
         if processor.qformer_tokenizer is None:
@@ -89,13 +92,13 @@ def bert_weights(name: str):
 
 
 def start_token(tokenizer) -> int:
-    """What generation begins with: a token that contrast and matching never see first, where the vocabulary has one."""
+    """Return the first token of generation: one that contrast and matching do not begin with, if the vocabulary has it."""
     vocabulary = tokenizer.get_vocab()
     return next((vocabulary[token] for token in START_TOKENS if token in vocabulary), tokenizer.cls_token_id)
 
 
 def text_side(settings: AlignSettings, tokenizer, bert) -> dict:
-    """Sizes of a text side that begins here."""
+    """Return the sizes of a new text side."""
     sizes = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -121,8 +124,8 @@ def check_vocabulary(model, tokenizer, settings: AlignSettings) -> None:
         )
 
 
-def unused(model, settings: AlignSettings) -> None:
-    """Freezes what no chosen loss reads: a distributed run would wait for its gradient."""
+def freeze_unused_heads(model, settings: AlignSettings) -> None:
+    """Freeze the heads that no chosen loss reads: a distributed run would wait for their gradients."""
     model.freeze()
     frozen = []
     if not settings.itc_weight:
@@ -135,3 +138,41 @@ def unused(model, settings: AlignSettings) -> None:
         frozen += model.text_head.parameters()
     for parameter in frozen:
         parameter.requires_grad_(False)
+
+
+NEW_PARTS = ("query_tokens", "cross_attention", "patch_projection", "_proj.", "itm_head", "text_head", "logit_")
+
+
+def is_new_part(name: str) -> bool:
+    """Return whether a weight begins at random: queries, cross-attention, projections, heads. BERT has none of them."""
+    return any(part in name for part in NEW_PARTS)
+
+
+def parameter_groups(model: nn.Module, settings: AlignSettings) -> list[dict]:
+    """Return the optimizer's groups: body and new parts, each with and without weight decay."""
+    bare = without_decay(model)
+    groups = []
+    for is_new in (False, True):
+        rate = settings.new_learning_rate or settings.learning_rate if is_new else settings.learning_rate
+        for decayed in (True, False):
+            members = [
+                parameter
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and is_new_part(name) == is_new and (name not in bare) == decayed
+            ]
+            if members:
+                decay = settings.weight_decay if decayed else 0.0
+                groups.append(
+                    {"params": members, "lr": rate, "weight_decay": decay, "part": "new" if is_new else "body"}
+                )
+    return groups
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """Return the norm of the gradients of the body and of the new parts, before clipping."""
+    squares = {"grad_norm_body": 0.0, "grad_norm_new": 0.0}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            key = "grad_norm_new" if is_new_part(name) else "grad_norm_body"
+            squares[key] += parameter.grad.detach().float().square().sum().item()
+    return {name: math.sqrt(value) for name, value in squares.items()}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipren.training.errors import UserError
-from blipren.training.objectives.alignment import similarity
+from blipren.training.objectives.contrast import similarity
 
 RECALL_AT = (1, 5, 10)
 

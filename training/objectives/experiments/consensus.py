@@ -1,18 +1,20 @@
 """Consensus captions: for each training image, the captions of other images that its features say will fit it best.
 
-A small data set's captions hold far more than features can tell: what five people wrote of one photo is learned by heart,
-and what is said of a new photo is no better for it. So the images teach each other. How well every caption of the set
-fits every image is known (CIDEr against the image's own captions); kernel ridge regression on the mean patch feature
-foretells it for an image that was left out; the captions foretold best for an image are what the bridge learns to say of
-it. Nearest-neighbour captions (Devlin et al. 2015, arXiv 1505.04467) as the teacher of a distillation: what is kept of
-the teacher is the bridge alone.
+The captions of a small data set hold more than features can predict: a model memorizes what five people wrote of a
+photo, and its captions of new photos get no better. So an image learns captions of similar images instead. The CIDEr of
+every caption of the set against the captions of every image is known. Kernel ridge regression on the mean patch feature
+predicts it for an image that is left out. An image learns the captions with the highest predicted score. This distils
+nearest-neighbour captioning (Devlin et al. 2015, arXiv 1505.04467) into the bridge.
 """
 
 import torch
 
+from blipren.training.console import print_line
 from blipren.training.data.cache.tokens import build_table
 from blipren.training.errors import UserError
+from blipren.training.objectives.experiments.experiment import Experiment
 from blipren.training.objectives.experiments.self_critical import NGRAMS, SIGMA, CiderReward
+from blipren.training.objectives.experiments.settings import ConsensusSettings
 
 MOST_IMAGES = 5_000  # with five captions each, a matrix of captions x images is half a gigabyte; there are a few
 RIDGE = 0.3  # .1 to 1 are alike on flickr8k-mini
@@ -20,10 +22,10 @@ BLOCK = 1000  # captions that are compared with all at a time
 
 
 def caption_scores(references: list[list[str]]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """Captions of all images, [captions] the image of each, and [captions, images] CIDEr of each against each image.
+    """Return the captions of all images, `[captions]` the image of each, `[captions, images]` CIDEr against each image.
 
-    The vectors of `CiderReward`, all pairs at once as products of sparse matrices; without CIDEr-D's clipping of repeated
-    n-grams, which such a product cannot do and captions that people wrote hardly need.
+    The vectors are those of `CiderReward`, compared all at once as products of sparse matrices. CIDEr-D's clipping of
+    repeated n-grams is left out: such a product cannot do it, and human captions hardly repeat any.
     """
     captions = [text for texts in references for text in texts]
     image_of = torch.tensor([image for image, texts in enumerate(references) for _ in texts])
@@ -50,14 +52,14 @@ def caption_scores(references: list[list[str]]) -> tuple[list[str], torch.Tensor
 
 
 def predicted_scores(scores: torch.Tensor, image_of: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """[captions, images]: the score that the other images foretell for each image from its [images, width] features;
-    -1 for its own captions.
+    """Return `[captions, images]`, the score of each caption that the other images predict for an image; -1 for its own.
 
-    Kernel ridge regression with a Gaussian kernel as wide as the median distance, leave-one-out in closed form.
+    Kernel ridge regression on the `[images, width]` features, with a Gaussian kernel as wide as the median distance,
+    leave-one-out in closed form.
     """
     images = len(features)
     own = image_of[:, None] == torch.arange(images)
-    # a caption is never wrong of its own image, which says nothing of others: there it counts as the average of others
+    # a caption always fits its own image, which predicts nothing for others: there it counts as the mean of the others
     mean = (scores.masked_fill(own, 0).sum(dim=1) / max(images - 1, 1))[:, None]
     above = torch.where(own, 0.0, scores - mean)
     standard = ((features - features.mean(dim=0)) / features.std(dim=0).clamp_min(1e-6)).double()
@@ -68,15 +70,16 @@ def predicted_scores(scores: torch.Tensor, image_of: torch.Tensor, features: tor
 
 
 def consensus_captions(source, count: int) -> dict[int, list[str]]:
-    """`count` different captions of other images for each image of a `CachedData` that has captions, best first.
+    """Return `count` different captions of other images for each image of a `CachedData` with captions, best first.
 
-    Raises `UserError` where the images are too many to compare all with all, or too few.
+    Raises:
+        UserError: there are too many images to compare all with all, or fewer than two.
     """
     references = source.references()
     if not 2 <= len(references) <= MOST_IMAGES:
         raise UserError(
-            f"consensus_captions compares all images of a cache with each other, 2 to {MOST_IMAGES:,}; "
-            f"{source.cache.folder} has {len(references):,} with captions: leave the setting out"
+            f"consensus compares all images of a cache with each other, 2 to {MOST_IMAGES:,}; "
+            f"{source.cache.folder} has {len(references):,} with captions: leave this experiment out"
         )
     images, means = list(references), []
     for begin in range(0, len(images), BLOCK):
@@ -98,8 +101,11 @@ def consensus_captions(source, count: int) -> dict[int, list[str]]:
 
 
 def replace_captions_by_consensus(source, count: int, processor) -> str:
-    """Puts consensus captions in the place of the captions of a source's images; its questions keep their answers.
-    Returns a line for the log."""
+    """Replace the captions of a source's images by consensus captions; its questions keep their answers.
+
+    Returns:
+        A line for the log.
+    """
     chosen, rows = consensus_captions(source, count), source.cache.split(source.split)
     prompts, answers = [], []
     for image, (own_prompts, own_answers) in enumerate(zip(rows["prompts"], rows["answers"], strict=True)):
@@ -112,3 +118,14 @@ def replace_captions_by_consensus(source, count: int, processor) -> str:
     return (
         f"consensus: {len(chosen):,} images learn {count} captions of other images each, {different:,} different ones"
     )
+
+
+class Consensus(Experiment):
+    """Consensus captions in every training source. It adds no loss."""
+
+    def __init__(self, settings: ConsensusSettings):
+        self.captions = settings.captions
+
+    def prepare(self, model, processor, sources: list) -> None:
+        for source in sources:
+            print_line(replace_captions_by_consensus(source, self.captions, processor))

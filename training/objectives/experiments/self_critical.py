@@ -1,4 +1,4 @@
-"""Self-critical training: captions that the model samples itself, rewarded by CIDEr-D against the photo's captions.
+"""Self-critical training: captions sampled from the model, rewarded by CIDEr-D against the photo's captions.
 
 Rennie et al. 2017 (arXiv 1612.00563), with the mean of the other samples as baseline (Luo 2020, arXiv 2003.09971).
 Likelihood alone teaches the average caption, rare details included; the reward teaches what the references agree on.
@@ -8,21 +8,25 @@ import math
 from collections import Counter, defaultdict
 
 import torch
+from torch.nn import functional as F
 
 from blipren.training.data.batches.blocks import Block, PromptEncoder
 from blipren.training.data.batches.collate import collate_padded, collate_shared
+from blipren.training.data.batches.masks import dense_attention
 from blipren.training.evaluation.metrics.tokenizer import tokenize
+from blipren.training.objectives.experiments.experiment import Experiment
 from blipren.training.objectives.experiments.sampling import sample_answers
+from blipren.training.objectives.experiments.settings import SelfCriticalSettings
 
 NGRAMS, SIGMA = 4, 6.0  # as coco-caption's CIDEr-D
-ENDED_ONLY = True  # a caption that does not stop earns nothing, however good its beginning
+ENDED_ONLY = True  # a caption that does not end gets no reward, however good its beginning
 
 
 class CiderReward:
     """CIDEr-D of one caption against its photo's references, document frequencies from all photos.
 
-    pycocoevalcap's scorer gives the same numbers, but weighs every reference anew at each call; here that is done once,
-    since a run asks for hundreds of thousands of rewards.
+    pycocoevalcap's scorer gives the same numbers, but weights every reference again at each call. Here that is done once,
+    since a run needs hundreds of thousands of rewards.
     """
 
     def __init__(self, references: dict[str, list[str]]):
@@ -66,29 +70,56 @@ class CiderReward:
         return rewards
 
 
-class SelfCritical:
-    """Samples captions for the photos of a batch and weighs them by how much better than their fellows they are.
+class SelfCritical(Experiment):
+    """Sample captions for the photos of a batch, and weight each by its reward above that of the photo's other samples."""
 
-    Args:
-        sources: where photos and references come from.
-        samples: captions a photo. temperature: of sampling. max_new_tokens: longest sample; one that has not ended by
-            then is rewarded with 0.
-    """
+    calls_model = True
 
-    def __init__(self, processor, sources, samples: int, temperature: float, max_new_tokens: int, shared_prefix: bool):
+    def __init__(self, settings: SelfCriticalSettings):
+        self.weight = settings.weight
+        self.samples, self.temperature, self.max_new_tokens = (
+            settings.samples,
+            settings.temperature,
+            settings.max_tokens,
+        )
+        self.rewards: list[float] = []
+
+    def prepare(self, model, processor, sources: list) -> None:
         self.processor, self.prompts = processor, PromptEncoder(processor)
-        self.samples, self.temperature, self.max_new_tokens = samples, temperature, max_new_tokens
-        self.shared_prefix = shared_prefix
         references = {source.ids[i]: texts for source in sources for i, texts in source.references().items()}
         self.reward = CiderReward(references)
 
-    @torch.no_grad()
-    def batch(self, model, batch: dict) -> dict | None:
-        """A batch of sampled captions as the collate functions give it, with `weights` [targets] (the advantage of the
-        caption that a target belongs to, in standard deviations) and the mean `reward`; None where no photo of the
-        batch has captions.
+    def loss(self, trainer, model, batch: dict) -> torch.Tensor | float:
+        """Return the loss of sampled captions, weighted by their advantage and summed over images."""
+        with dense_attention(trainer.model.parts()["llm"]):
+            sampled = self.batch(trainer.model, batch, trainer.train_dataset.layout.shared_prefix)
+        if sampled is None:
+            return 0.0
+        inputs, attention_mask = trainer.regularized(sampled)
+        outputs = model(
+            input_ids=sampled["input_ids"],
+            position_ids=sampled["position_ids"],
+            attention_mask=attention_mask,
+            logits_at=sampled["predict_from"],
+            use_cache=False,
+            **inputs,
+        )
+        nll = F.cross_entropy(outputs.logits.float(), sampled["targets"], reduction="none")
+        self.rewards.append(sampled["reward"])
+        return (sampled["weights"] * nll).mean() * len(sampled["ids"])
 
-        Sampling is without dropout: what is rewarded is what the model would say.
+    def log_values(self) -> dict[str, float]:
+        """Return `reward`, the mean CIDEr-D of the samples."""
+        found = {"reward": sum(self.rewards) / len(self.rewards)} if self.rewards else {}
+        self.rewards = []
+        return found
+
+    @torch.no_grad()
+    def batch(self, model, batch: dict, shared_prefix: bool) -> dict | None:
+        """Return a batch of sampled captions as the collate functions make it, or None where no photo has captions.
+
+        It also holds `weights` `[targets]`, the advantage of the caption that a target belongs to in standard
+        deviations, and the mean `reward`. Sampling is without dropout, as generation is.
         """
         chosen = [i for i, image in enumerate(batch["ids"]) if image in self.reward.references]
         chosen = list({batch["ids"][i]: i for i in reversed(chosen)}.values())[::-1]  # a photo's first block
@@ -129,7 +160,7 @@ class SelfCritical:
             Block((0, n), prefix, [(rest, ids) for ids in made[n * self.samples : (n + 1) * self.samples]])
             for n, (prefix, rest) in enumerate(pieces)
         ]
-        collate = collate_shared if self.shared_prefix else collate_padded
+        collate = collate_shared if shared_prefix else collate_padded
         sampled = collate(blocks, pad)
         order = [image for _, image in sampled.pop("images")]
         sampled = {name: tensor.to(device) for name, tensor in sampled.items()}

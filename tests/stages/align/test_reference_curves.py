@@ -1,5 +1,5 @@
 """The first steps of stage 1 on drawn scenes and on flickr8k-mini give the stored losses: what training computes must
-not change by accident. After a wanted change: `python -m tests.align.test_reference_curves` writes the file anew."""
+not change by accident. After a wanted change: `python -m tests.stages.align.test_reference_curves` writes the file anew."""
 
 import json
 import random
@@ -41,6 +41,9 @@ class Encoded:
             "prompts": [[None] * len(own) for own in captions],
             "answers": captions,
         }
+
+    def num_with_captions(self, name):
+        return len(self.rows[name])
 
     def check_model(self, model, processor):
         assert model.config.vision_hidden_size == 32 or model.config.vision_config.model_type == "mobilenet_v2"
@@ -98,8 +101,7 @@ def first_losses(make, folder) -> dict[str, list[float]]:
         warmup=1, eval_every=1000, save_every=1000,
     )  # fmt: skip
     run = RunFolder(settings.out)
-    run.claim(settings)
-    trainer = stage.prepare(settings, run, cache)
+    trainer = stage.build_trainer(settings, run, cache)
     trainer.model.double()
     read = cache.patch_features
     cache.patch_features = lambda *arguments: (read(*arguments)[0].double(), None)

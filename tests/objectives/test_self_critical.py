@@ -9,7 +9,7 @@ from blipren.training.errors import UsageError
 from blipren.training.evaluation.metrics.tokenizer import tokenize
 from blipren.training.objectives.experiments.self_critical import CiderReward
 from blipren.training.stages.train import train
-from tests.training.tools import events
+from tests.stages.tools import events
 
 REFERENCES = {
     "a": ["A black dog runs on the grass.", "A dog is running through a green field.", "The dog runs."],
@@ -42,9 +42,7 @@ def test_rewards_alone_train_and_are_logged(settings, monkeypatch):
         llm_tuning="full",  # a random language model hardly listens to the bridge
         learning_rate=3e-3,
         likelihood_weight=0.0,
-        reward_weight=1.0,
-        reward_temperature=1.0,
-        reward_max_tokens=6,
+        experiments={"self_critical": {"temperature": 1.0, "max_tokens": 6}},
         keep_best="last",
     )
     monkeypatch.setattr(
@@ -58,14 +56,25 @@ def test_rewards_alone_train_and_are_logged(settings, monkeypatch):
 def test_reward_and_likelihood_together_and_padded_rows(settings, tmp_path):
     for shared in (True, False):
         run = settings(
-            out=str(tmp_path / f"run-{shared}"), reward_weight=0.5, shared_prefix=shared, reward_max_tokens=4
+            out=str(tmp_path / f"run-{shared}"),
+            shared_prefix=shared,
+            experiments={"self_critical": {"weight": 0.5, "max_tokens": 4}},
         )
         assert train(run) == 0
         lines = events(Path(run.out), "train")
         assert all(0 <= line["reward"] <= 10 and line["loss"] > 0 for line in lines)
 
 
-@pytest.mark.parametrize("wrong", [{"reward_samples": 1}, {"reward_temperature": 0.0}, {"online": True}])
-def test_settings_that_cannot_work_are_refused(settings, wrong):
-    with pytest.raises(UsageError, match="reward_weight needs"):
-        settings(reward_weight=1.0, **wrong)
+@pytest.mark.parametrize(
+    "own, changes, message",
+    [
+        ({"samples": 1}, {}, "samples is 1; it must be at least 2"),
+        ({"temperature": 0.0}, {}, "temperature is 0.0; it must be above 0"),
+        ({"weight": -1.0}, {}, "weight is -1.0"),
+        ({"sample": 3}, {}, "has a setting 'sample'; its settings are: weight, samples, temperature, max_tokens"),
+        ({}, {"online": True}, "need a feature cache"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, own, changes, message):
+    with pytest.raises(UsageError, match=message):
+        settings(experiments={"self_critical": own}, **changes)

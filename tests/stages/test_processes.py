@@ -9,7 +9,7 @@ import torch
 
 import blipren
 from blipren.training.stages import train as caption
-from tests.training.tools import events, run_command, weights
+from tests.stages.tools import events, run_command, weights
 
 
 def finish(process):

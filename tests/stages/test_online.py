@@ -5,7 +5,7 @@ import torch
 
 from blipren import BliprenForConditionalGeneration
 from blipren.training.stages import train as caption
-from tests.training.tools import events, weights
+from tests.stages.tools import events, weights
 
 
 def test_online_trains_as_the_cache_does(settings, tmp_path, dataset_dir):

@@ -95,16 +95,24 @@ def test_captions_come_from_images_with_like_features(source, monkeypatch):
     monkeypatch.setattr(source, "inputs", inputs)
     assert all(texts[0] in words[kinds[image]] for image, texts in consensus_captions(source, 1).items())
     monkeypatch.setattr("blipren.training.objectives.experiments.consensus.MOST_IMAGES", 5)
-    with pytest.raises(UserError, match=f"2 to 5; .* has {len(kinds)} with captions: leave the setting out"):
+    with pytest.raises(UserError, match=f"2 to 5; .* has {len(kinds)} with captions: leave this experiment out"):
         consensus_captions(source, 1)
 
 
 def test_training_on_them(settings, capsys):
-    assert train(settings(consensus_captions=2)) == 0
+    assert train(settings(experiments={"consensus": {"captions": 2}})) == 0
     assert "images learn 2 captions of other images each" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", [{"consensus_captions": -1}, {"consensus_captions": 2, "online": True}])
-def test_settings_that_cannot_work_are_refused(settings, wrong):
-    with pytest.raises(UsageError, match="consensus_captions is"):
-        settings(**wrong)
+@pytest.mark.parametrize(
+    "experiments, changes, message",
+    [
+        ({"consensus": {"captions": 0}}, {}, "captions is 0"),
+        ({"consensus": {}}, {"online": True}, "need a feature cache"),
+        ({"consensus": 2}, {}, "must be a mapping of settings: captions"),
+        ({"consent": {}}, {}, "experiments has 'consent'; experiments are: consensus, bag_of_words, self_critical"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, experiments, changes, message):
+    with pytest.raises(UsageError, match=message):
+        settings(experiments=experiments, **changes)

@@ -8,7 +8,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from blipren.training.objectives import alignment as objectives
+from blipren.training.objectives.contrast import _contrast, itc, similarity, true_pairs
+from blipren.training.objectives.generation import itg
+from blipren.training.objectives.gradient_cache import GradientCache
+from blipren.training.objectives.matching import hard_negatives, itm
 
 QUERIES, WIDTH = 3, 5
 IMAGE_IDS = [7, 7, 8, 9, 10, 11]  # rows 0 and 1 show one image
@@ -52,9 +55,7 @@ def reference_itc(images, texts, image_ids, text_ids, scale, bias, kind, pooling
 )
 def test_itc_equals_plain_loops(count, pooling, kind, smoothing, bias):
     images, texts, image_ids, text_ids = rows(count)
-    found = objectives.itc(
-        images, texts, image_ids, text_ids, 4.0, bias, kind=kind, pooling=pooling, label_smoothing=smoothing
-    )
+    found = itc(images, texts, image_ids, text_ids, 4.0, bias, kind=kind, pooling=pooling, label_smoothing=smoothing)
     wanted = reference_itc(images, texts, image_ids, text_ids, 4.0, bias, kind, pooling, smoothing)
     assert found.loss.item() == pytest.approx(wanted, abs=1e-12)
 
@@ -63,8 +64,8 @@ def test_softmax_true_pairs_are_never_negatives():
     """The text of row 1 belongs to row 0's image too: moving it leaves row 0's loss alone; that of row 2 does not."""
     images, texts, image_ids, text_ids = rows(6)
     texts.requires_grad_()
-    left_out = objectives.true_pairs(image_ids, text_ids, image_ids, text_ids).fill_diagonal_(False)
-    losses = objectives._contrast(objectives.similarity(images, texts) * 4, torch.arange(6), left_out, 0.1)
+    left_out = true_pairs(image_ids, text_ids, image_ids, text_ids).fill_diagonal_(False)
+    losses = _contrast(similarity(images, texts) * 4, torch.arange(6), left_out, 0.1)
     felt = torch.autograd.grad(losses[0], texts)[0].abs().sum(-1) > 0
     assert felt.tolist() == [True, False, True, True, True, True]
 
@@ -73,17 +74,17 @@ def test_sigmoid_true_pairs_are_never_negatives():
     """Text 1 is met by its own image 1 and, as a negative, by image 2; never by image 0, which it describes too."""
     images, texts, image_ids, text_ids = rows(3)
     texts.requires_grad_()
-    loss = objectives.itc(images, texts, image_ids, text_ids, 4.0, kind="sigmoid").loss
-    logits = objectives.similarity(images[1:], texts[1:2])[:, 0] * 4
+    loss = itc(images, texts, image_ids, text_ids, 4.0, kind="sigmoid").loss
+    logits = similarity(images[1:], texts[1:2])[:, 0] * 4
     alone = (F.softplus(-logits[0]) + F.softplus(logits[1])) / 3
     assert torch.allclose(torch.autograd.grad(loss, texts)[0][1], torch.autograd.grad(alone, texts)[0][1])
 
 
 def test_half_precision_is_computed_in_float32():
     images, texts, image_ids, text_ids = rows(6)
-    half = objectives.itc(images.bfloat16(), texts.bfloat16(), image_ids, text_ids, 100.0)
+    half = itc(images.bfloat16(), texts.bfloat16(), image_ids, text_ids, 100.0)
     assert half.loss.dtype == torch.float32
-    exact = objectives.itc(images.bfloat16().double(), texts.bfloat16().double(), image_ids, text_ids, 100.0)
+    exact = itc(images.bfloat16().double(), texts.bfloat16().double(), image_ids, text_ids, 100.0)
     assert half.loss.item() == pytest.approx(exact.loss.item(), rel=1e-5)
 
 
@@ -91,34 +92,34 @@ def test_accuracy_counts_the_own_partner_among_false_ones():
     images = torch.eye(5, dtype=torch.float64)[:4].unsqueeze(1)
     texts = torch.eye(5, dtype=torch.float64)[[0, 1, 3, 2]]
     ids = torch.arange(4)
-    assert objectives.itc(images, texts, ids, ids, 10.0).accuracy.item() == 0.5
+    assert itc(images, texts, ids, ids, 10.0).accuracy.item() == 0.5
 
 
 def test_unknown_names_are_refused():
     images, texts, image_ids, text_ids = rows(2)
     with pytest.raises(ValueError, match="'max' or 'mean'"):
-        objectives.similarity(images, texts, "best")
+        similarity(images, texts, "best")
     with pytest.raises(ValueError, match="'softmax' or 'sigmoid'"):
-        objectives.itc(images, texts, image_ids, text_ids, 1.0, kind="hinge")
+        itc(images, texts, image_ids, text_ids, 1.0, kind="hinge")
 
 
 def test_hard_negatives_follow_the_softmax_and_avoid_true_pairs():
     _, _, image_ids, text_ids = rows(6)
-    pairs = objectives.true_pairs(image_ids, text_ids, image_ids, text_ids)
+    pairs = true_pairs(image_ids, text_ids, image_ids, text_ids)
     logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    draws = torch.stack([objectives.hard_negatives(logits, pairs, seed) for seed in range(4000)])
+    draws = torch.stack([hard_negatives(logits, pairs, seed) for seed in range(4000)])
     for row in range(6):
         assert not pairs[row, draws[:, row].unique()].any()
         wanted = logits[row].masked_fill(pairs[row], float("-inf")).softmax(-1)
         shares = torch.bincount(draws[:, row], minlength=6) / len(draws)
         assert torch.allclose(shares.double(), wanted, atol=0.03)
-    assert torch.equal(draws[3], objectives.hard_negatives(logits, pairs, 3))
+    assert torch.equal(draws[3], hard_negatives(logits, pairs, 3))
 
 
 def test_a_row_without_negative_has_none():
-    assert objectives.hard_negatives(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), 0).tolist() == [-1]
+    assert hard_negatives(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), 0).tolist() == [-1]
     same_image = torch.ones(3, 3, dtype=torch.bool)
-    assert objectives.hard_negatives(torch.zeros(3, 3), same_image, 0).tolist() == [-1, -1, -1]
+    assert hard_negatives(torch.zeros(3, 3), same_image, 0).tolist() == [-1, -1, -1]
 
 
 @pytest.mark.parametrize("labels", [[1], [1, 1, 0, 0, 0]])
@@ -128,7 +129,7 @@ def test_itm_equals_plain_loops(labels):
     wanted = sum(
         math.log(math.exp(a) + math.exp(b)) - (a, b)[y] for (a, b), y in zip(logits.tolist(), labels, strict=True)
     )
-    assert objectives.itm(logits, torch.tensor(labels)).item() == pytest.approx(wanted / len(labels), abs=1e-12)
+    assert itm(logits, torch.tensor(labels)).item() == pytest.approx(wanted / len(labels), abs=1e-12)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -143,7 +144,7 @@ def test_itg_equals_plain_loops(labels, smoothing):
         partition = math.log(sum(map(math.exp, row)))
         total += sum((smoothing / 4 + (1 - smoothing) * (v == wanted)) * (partition - x) for v, x in enumerate(row))
         count += 1
-    assert objectives.itg(logits, labels, smoothing).item() == pytest.approx(total / count, abs=1e-12)
+    assert itg(logits, labels, smoothing).item() == pytest.approx(total / count, abs=1e-12)
 
 
 class Towers(torch.nn.Module):
@@ -181,15 +182,15 @@ def test_gradient_caching_gives_the_plain_gradient(sizes, kind):
     plain = Towers()
     torch.manual_seed(1)
     encoded = [plain(*chunk) for chunk in chunks]  # chunk by chunk: the same dropout as below
-    loss = objectives.itc(*map(torch.cat, zip(*encoded, strict=True)), *ids, plain.scale, kind=kind).loss
+    loss = itc(*map(torch.cat, zip(*encoded, strict=True)), *ids, plain.scale, kind=kind).loss
     loss.backward()
 
     cached = Towers()
     torch.manual_seed(1)
-    cache = objectives.GradientCache(lambda chunk: cached(*chunk), chunks)
+    cache = GradientCache(lambda chunk: cached(*chunk), chunks)
     with pytest.raises(ValueError, match="call backward"):
         cache.surrogate(0)
-    cached_loss = objectives.itc(*cache.embeddings, *ids, cached.scale, kind=kind).loss
+    cached_loss = itc(*cache.embeddings, *ids, cached.scale, kind=kind).loss
     cached_loss.backward()
     for index in range(len(chunks)):
         cache.surrogate(index).backward()
@@ -208,19 +209,15 @@ def joined_step(part=slice(None), offset=0):
     images, texts = raw_rows(6)
     image_ids, text_ids = torch.tensor(IMAGE_IDS), torch.tensor(TEXT_IDS)
     image_embeds, text_embeds = model(images[part], texts[part])
-    found = objectives.itc(
-        image_embeds, text_embeds, image_ids[part], text_ids[part], model.scale, label_smoothing=0.1
-    )
-    sigmoid = objectives.itc(
-        image_embeds, text_embeds, image_ids[part], text_ids[part], model.scale, -3.0, kind="sigmoid"
-    )
-    negatives = objectives.hard_negatives(found.image_to_text, found.pairs, seed=9, offset=found.offset)
+    found = itc(image_embeds, text_embeds, image_ids[part], text_ids[part], model.scale, label_smoothing=0.1)
+    sigmoid = itc(image_embeds, text_embeds, image_ids[part], text_ids[part], model.scale, -3.0, kind="sigmoid")
+    negatives = hard_negatives(found.image_to_text, found.pairs, seed=9, offset=found.offset)
     assert found.offset == offset
     match = torch.stack([image_embeds.sum((1, 2)), text_embeds.sum(1)], 1)
     labels = (negatives > 2).long()
     words = match.unsqueeze(1).repeat(1, 3, 1)
     targets = torch.tensor([[1, 0, -100], [1, -100, -100], [0, 1, 1]] * 2)[part]
-    loss = found.loss + sigmoid.loss + objectives.itm(match, labels) + objectives.itg(words, targets, 0.1)
+    loss = found.loss + sigmoid.loss + itm(match, labels) + itg(words, targets, 0.1)
     loss.backward()
     return {"loss": loss.item(), "negatives": negatives, "gradients": gradients(model)}
 

@@ -6,7 +6,7 @@ from blipren.training.commands.embed import EmbedSettings
 from blipren.training.commands.embed import run as embed
 from blipren.training.commands.train import TrainSettings
 from tests import tiny_models
-from tests.training.tools import draw_dataset, make_model
+from tests.stages.tools import draw_dataset, make_model
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
-"""`blipren train`: law 7, tuning, regularisers, validation, log, run folder."""
+"""`blipren train`: law 7, tuning, regularizers, validation, log, run folder."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from blipren.training.engine import checkpoints
 from blipren.training.engine import trained_parts as tuning
 from blipren.training.engine.model_setup import set_attention
 from blipren.training.errors import UsageError, UserError
+from blipren.training.objectives.likelihood import answer_losses
 from blipren.training.stages import train as caption
 from tests import tiny_models
-from tests.training.tools import events, make_model, weights
+from tests.stages.tools import events, make_model, weights
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +366,7 @@ def test_word_dropout_hides_words_from_others_only():
 
 def test_answer_losses_equal_torch():
     logits, targets = torch.randn(7, 11), torch.randint(11, (7,))
-    nll, objective = caption.answer_losses(logits, targets, 0.2)
+    nll, objective = answer_losses(logits, targets, 0.2)
     cross_entropy = torch.nn.functional.cross_entropy
     torch.testing.assert_close(nll, cross_entropy(logits, targets, reduction="sum"))
     torch.testing.assert_close(objective, cross_entropy(logits, targets, reduction="sum", label_smoothing=0.2))
@@ -430,6 +433,31 @@ def test_trackers_of_the_trainer_get_the_log(plain_two_steps, monkeypatch, tmp_p
     content = written.read_bytes()
     for name in (b"train/loss", b"train/tokens_per_second", b"eval/loss"):
         assert name in content
+
+
+@pytest.mark.parametrize("command", ["train", "align"])
+def test_a_tracker_that_is_not_installed_is_one_line_before_torch_is_loaded(command, tmp_path):
+    code = f"""
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "wandb" else found(name, *more)
+from blipren.training.cli import main
+status = main(["{command}", "model", "cache", "out", "--report-to", "wandb"])
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+sys.exit(status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line == (
+        f"blipren {command}: report_to wandb needs the package wandb, which is not installed: pip install wandb"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_tracker_is_refused(settings):
+    with pytest.raises(UsageError, match="report_to has 'comet'; trackers are: trackio, tensorboard, wandb, mlflow"):
+        settings(report_to=["comet"])
 
 
 def test_a_bar_is_drawn_where_there_is_a_terminal(plain_two_steps, monkeypatch, capsys):

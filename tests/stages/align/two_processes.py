@@ -13,8 +13,7 @@ from blipren.training.stages import align as stage
 def main(out: str, save_to: str, values: dict) -> None:
     settings = AlignSettings(**values, out=out)
     folder = RunFolder(out, writes=os.environ.get("RANK", "0") == "0")
-    folder.claim(settings)
-    trainer = stage.prepare(settings, folder)
+    trainer = stage.build_trainer(settings, folder)
     for module in trainer.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

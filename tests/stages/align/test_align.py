@@ -14,17 +14,23 @@ from transformers import BertConfig, BertModel, TrainerCallback
 
 from blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval, BliprenProcessor
 from blipren.training.commands.evaluate import EvaluateSettings
+from blipren.training.data.batches.pairs import CaptionPairs
+from blipren.training.data.cache import FeatureCache
 from blipren.training.engine.run_folder import RunFolder
 from blipren.training.errors import UserError
 from blipren.training.evaluation.metrics.retrieval import matcher
 from blipren.training.stages import align as stage
-from blipren.training.stages.align_start import starting_point
+from blipren.training.stages.align_start import parameter_groups, starting_point
 
 
 def trainer_of(settings):
-    folder = RunFolder(settings.out)
-    folder.claim(settings)
-    return stage.prepare(settings, folder)
+    return stage.build_trainer(settings, RunFolder(settings.out))
+
+
+def summary_of(settings) -> dict:
+    """Run the stage to its end. Returns what it says of itself."""
+    assert stage.align(settings) == 0
+    return RunFolder(settings.out).finished()
 
 
 def without_dropout(trainer):
@@ -44,7 +50,7 @@ def run(untrained, cache, bases, tmp_path_factory):
         tokenizer=bases["tokenizer"], embedding_width=16, batch_size=24, max_steps=60, learning_rate=3e-3, log_every=10,
         eval_every=30, max_text_tokens=16, device="cpu", itc_label_smoothing=0.0, seed=1,
     )  # fmt: skip
-    return settings, stage.run_align(settings)
+    return settings, summary_of(settings)
 
 
 def test_a_run_learns_and_logs(run):
@@ -71,9 +77,9 @@ def test_the_best_model_is_the_one_that_is_left(run, cache):
     settings, summary = run
     model = BliprenForImageTextRetrieval.from_pretrained(settings.out).eval()
     tokenizer = BliprenProcessor.from_pretrained(settings.out).qformer_tokenizer
-    opened = stage.FeatureCache.open(cache)
-    pairs = stage.CaptionPairs(opened.split("validation"), tokenizer, 16)
-    assert stage.validator(settings, opened, pairs, tokenizer)(model)["recall"] == summary["after"]["recall"]
+    opened = FeatureCache.open(cache)
+    pairs = CaptionPairs(opened.split("validation"), tokenizer, 16)
+    assert stage.recall_function(settings, opened, pairs, tokenizer)(model)["recall"] == summary["after"]["recall"]
 
 
 def test_the_next_stage_goes_on_from_it(run, untrained):
@@ -94,8 +100,8 @@ def test_the_next_stage_goes_on_from_it(run, untrained):
 
 def test_a_finished_run_is_not_repeated(run, capsys):
     settings, summary = run
-    assert stage.run_align(settings) == summary
-    assert "finished already" in capsys.readouterr().out
+    assert summary_of(settings) == summary
+    assert f"is finished: {summary['steps']} steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("itc", ["softmax", "sigmoid"])
@@ -142,21 +148,21 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_killed_run_ends_with_the_weights_of_one_never_killed(settings, tmp_path, monkeypatch):
+def test_a_killed_run_ends_with_the_weights_of_one_never_killed(settings, tmp_path, monkeypatch, capsys):
     changes = {"max_steps": 5, "ema": 0.9, "feature_dropout": 0.2, "micro_batch_size": 7}
-    stage.run_align(settings(out=str(tmp_path / "whole"), **changes))
-    prepare = stage.prepare
+    stage.align(settings(out=str(tmp_path / "whole"), **changes))
+    build_trainer = stage.build_trainer
 
     def with_kill(*arguments):
-        trainer = prepare(*arguments)
+        trainer = build_trainer(*arguments)
         trainer.add_callback(KillAt(2))  # noticed at the end of the step after it
         return trainer
 
-    monkeypatch.setattr(stage, "prepare", with_kill)
-    with pytest.raises(UserError, match="interrupted at step 3"):
-        stage.run_align(settings(out=str(tmp_path / "killed"), **changes))
-    monkeypatch.setattr(stage, "prepare", prepare)
-    stage.run_align(settings(out=str(tmp_path / "killed"), **changes))
+    monkeypatch.setattr(stage, "build_trainer", with_kill)
+    assert stage.align(settings(out=str(tmp_path / "killed"), **changes)) == 130
+    assert "interrupted: saved at step 3" in capsys.readouterr().out
+    monkeypatch.setattr(stage, "build_trainer", build_trainer)
+    assert stage.align(settings(out=str(tmp_path / "killed"), **changes)) == 0
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(killed[name], weight) for name, weight in whole.items())
     steps = [json.loads(line)["step"] for line in open(tmp_path / "killed" / "log.jsonl") if '"train"' in line]
@@ -164,7 +170,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_killed(settings, tmp_pa
 
 
 def test_a_run_of_limited_time_ends(settings):
-    summary = stage.run_align(settings(max_steps=None, max_minutes=0.03, eval_every=1000))
+    summary = summary_of(settings(max_steps=None, max_minutes=0.03, eval_every=1000))
     assert 0 < summary["steps"] < 1000
     assert summary["after"]["step"] == summary["steps"], "the last weights were judged"
 
@@ -181,7 +187,7 @@ def test_start_from_bert(settings, untrained, bases, tmp_path):
     assert torch.equal(qformer.layers[1].self_attention.query.weight, layer.attention.self.query.weight)
     assert torch.equal(qformer.layers[1].text_feed_forward.fc1.weight, layer.intermediate.dense.weight)
     assert torch.equal(qformer.layers[1].query_feed_forward.fc1.weight, layer.intermediate.dense.weight)
-    groups = stage.parameter_groups(model, settings(new_learning_rate=1e-2))
+    groups = parameter_groups(model, settings(new_learning_rate=1e-2))
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert rates[id(qformer.layers[0].self_attention.query.weight)] == 1e-3
     for new in (qformer.query_tokens, qformer.layers[0].cross_attention.key.weight, model.itm_head.weight):
@@ -194,11 +200,11 @@ def test_start_from_bert(settings, untrained, bases, tmp_path):
 
 def test_what_is_refused(settings, untrained, bases, tmp_path):
     with pytest.raises(UserError, match="no tokenizer for the Q-Former's text side"):
-        stage.run_align(settings(tokenizer=None))
+        stage.align(settings(tokenizer=None))
     with pytest.raises(UserError, match="has no cls_token"):
-        stage.run_align(settings(tokenizer=bases["llm"], out=str(tmp_path / "b")))
+        stage.align(settings(tokenizer=bases["llm"], out=str(tmp_path / "b")))
     with pytest.raises(UserError, match="no tokenizer in"):
-        stage.run_align(settings(tokenizer=str(tmp_path / "nowhere"), out=str(tmp_path / "c")))
+        stage.align(settings(tokenizer=str(tmp_path / "nowhere"), out=str(tmp_path / "c")))
     patches = tmp_path / "patches"
     BliprenForConditionalGeneration.from_vision_text_pretrained(
         bases["vision"], bases["llm"], connector="patches", projector="linear"
@@ -207,7 +213,7 @@ def test_what_is_refused(settings, untrained, bases, tmp_path):
     processor.num_visual_tokens = 16
     processor.save_pretrained(patches)
     with pytest.raises(UserError, match="connector is 'patches'"):
-        stage.run_align(settings(model=str(patches), out=str(tmp_path / "d")))
+        stage.align(settings(model=str(patches), out=str(tmp_path / "d")))
     with pytest.raises(UserError, match="loss weights"):
         settings(itc_weight=0, itm_weight=0, itg_weight=0)
 
@@ -246,7 +252,7 @@ def test_matcher_equals_the_model(run, cache):
     settings, _ = run
     model = BliprenForImageTextRetrieval.from_pretrained(settings.out).eval()
     tokenizer = BliprenProcessor.from_pretrained(settings.out).qformer_tokenizer
-    opened = stage.FeatureCache.open(cache)
+    opened = FeatureCache.open(cache)
     texts = ["a red circle", "the big blue star above two dogs", "dogs"]
     match = matcher(model, tokenizer, lambda i: opened.patch_features("validation", i), texts, batch_size=2)
     found = match(torch.tensor([3, 3, 0]), torch.tensor([1, 0, 2]))
@@ -287,7 +293,7 @@ def test_train_goes_on_from_it(run, cache, tmp_path):
 def test_the_image_search_of_the_docs(run, scenes, tmp_path):
     """The program in docs/align.md, word for word, finds among the pictures."""
     settings, _ = run
-    text = (Path(__file__).parents[2] / "docs" / "align.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "align.md").read_text()
     section = text.split("## Search a folder of images")[1]
     program = section.split("```python\n")[1].split("```")[0]
     assert len([line for line in program.splitlines() if line.strip()]) <= 20

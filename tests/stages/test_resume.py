@@ -10,7 +10,7 @@ import torch
 
 from blipren.training.engine import checkpoints
 from blipren.training.stages import train as caption
-from tests.training.tools import events, run_command, weights
+from tests.stages.tools import events, run_command, weights
 
 SAVE = 3
 

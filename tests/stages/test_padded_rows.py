@@ -4,7 +4,7 @@ import json
 
 from blipren.training.stages import train as caption
 from tests import tiny_models
-from tests.training.tools import events, make_model
+from tests.stages.tools import events, make_model
 
 
 def test_training_falls_back_to_padded_rows_and_says_why(settings, tmp_path, bases, cache_dir, capsys):

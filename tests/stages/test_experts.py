@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from blipren.training.engine.loading import load_checkpoint
+from blipren.training.engine.model_setup import load_to_train
 from blipren.training.stages import train as caption
-from tests.training.tools import events, make_model
+from tests.stages.tools import events, make_model
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_balance_loss_uncollapses_a_collapsed_router(settings, tmp_path, collaps
 
 
 def test_weights_and_noise_come_from_the_settings(settings, collapsed):
-    model, _ = caption.load(settings(model=str(collapsed), router_noise=0.5, router_z_weight=0.25))
+    model, _ = load_to_train(str(collapsed), settings(router_noise=0.5, router_z_weight=0.25))
     assert (model.config.router_noise, model.config.router_z_weight) == (0.5, 0.25)
     assert model.config.router_balance_weight == 0.01  # the checkpoint's own
     features = torch.randn(3, 16, model.config.vision_hidden_size)

@@ -1,5 +1,5 @@
 """Every setting of `blipren train` does something: a changed one changes the weights, the log or the files of a run.
-Those that are other ways to the same weights (`SAME`) leave them; test_caption.py shows that they do what they say.
+Those that are other ways to the same weights (`SAME`) leave them; test_train.py shows that they do what they say.
 
 `pytest -m slow` runs them all; the table itself is checked always, so that a new setting cannot be left out.
 """
@@ -12,15 +12,15 @@ import pytest
 
 from blipren.training.commands.train import TrainSettings
 from blipren.training.stages import train as caption
-from tests.training.tools import make_model
+from tests.stages.tools import make_model
 
 CHANGES = {
     "train_qformer": False, "max_steps": 5, "batch_size": 16, "micro_batches": 2, "answers_per_image": 1,
     "max_answer_tokens": 3, "shared_prefix": False, "row_tokens": 400, "learning_rate": 1e-3,
     "learning_rates": {"projector": 1e-2}, "weight_decay": 0.5, "adam_betas": [0.8, 0.9], "warmup": 3,
     "schedule": "linear", "min_learning_rate": 0.5, "clip": 0.1, "label_smoothing": 0.1, "fused_loss": True,
-    "word_dropout": 0.3, "feature_dropout": 0.3, "feature_noise": 0.3, "likelihood_weight": 0.5, "words_weight": 0.1,
-    "consensus_captions": 2, "reward_weight": 0.5, "ema": 0.5, "eval_every": 2, "save_every": 2, "keep_checkpoints": 1,
+    "word_dropout": 0.3, "feature_dropout": 0.3, "feature_noise": 0.3, "likelihood_weight": 0.5,
+    "experiments": {"bag_of_words": {"weight": 0.1}}, "ema": 0.5, "eval_every": 2, "save_every": 2, "keep_checkpoints": 1,
     "keep_best": "CIDEr", "generate_samples": 2, "log_every": 1, "precision": "bf16", "attention": "eager", "seed": 1,
     "full": True, "llm_tuning": "lora",
 }  # fmt: skip
@@ -32,9 +32,6 @@ ON_TOP_OF = {  # settings that speak of another one: (what is on in both runs, t
     "lora_targets": ({"llm_tuning": "lora"}, ["q_proj"]),
     "merge_lora": ({"llm_tuning": "lora", "full": True}, True),
     "train_connector": ({"llm_tuning": "lora"}, False),
-    "reward_samples": ({"reward_weight": 0.5}, 3),
-    "reward_temperature": ({"reward_weight": 0.5}, 1.5),
-    "reward_max_tokens": ({"reward_weight": 0.5}, 3),
     "num_beams": ({"keep_best": "CIDEr"}, 3),
     "length_penalty": ({"keep_best": "CIDEr", "num_beams": 3, "max_new_tokens": 12}, -3.0),
     "max_new_tokens": ({"keep_best": "CIDEr", "num_beams": 3, "length_penalty": 5.0}, 12),
@@ -46,10 +43,17 @@ ON_TOP_OF = {  # settings that speak of another one: (what is on in both runs, t
     "train_vision": ({"online": True}, True),
     "caption_columns": ({"online": True}, ["short_caption"]),
 }
+EXPERIMENTS = [  # (what is on in both runs, what is on in one)
+    ({}, {"consensus": {"captions": 2}}),
+    ({}, {"self_critical": {"weight": 0.5}}),
+    ({"self_critical": {"weight": 0.5}}, {"self_critical": {"weight": 0.5, "samples": 3}}),
+    ({"self_critical": {"weight": 0.5}}, {"self_critical": {"weight": 0.5, "temperature": 1.5}}),
+    ({"self_critical": {"weight": 0.5}}, {"self_critical": {"weight": 0.5, "max_tokens": 3}}),
+]
 SAME = {"compile": True, "gradient_checkpointing": True, "workers": 1}  # other ways to the same weights
 ELSEWHERE = {
     "model", "cache", "out", "device", "online",  # in all tests of this folder
-    "llm_bits", "compile_backend", "report_to", "fsdp", "deepspeed",  # test_caption.py, test_processes.py
+    "llm_bits", "compile_backend", "report_to", "push_to", "public", "fsdp", "deepspeed",  # test_train.py, test_push.py, test_processes.py
     "image_column", "question_column", "answer_column", "id_column", "split_column", "status_column",  # ../data/sources
     "dataset_config", "streaming", "follow_links", "validation_share", "test_share",  # ../data/sources
 }  # fmt: skip
@@ -101,6 +105,12 @@ def left_by(settings, runs, tmp_path, model_dir, moe_dir, dataset_dir):
 def test_a_setting_does_something(left_by, name):
     around, value = ON_TOP_OF.get(name) or ({}, CHANGES[name])
     assert left_by(**around) != left_by(**around | {name: value})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("around, change", EXPERIMENTS)
+def test_an_experiment_and_its_settings_do_something(left_by, around, change):
+    assert left_by(experiments=around) != left_by(experiments=change)
 
 
 @pytest.mark.slow

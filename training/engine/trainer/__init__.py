@@ -1,0 +1,1 @@
+"""transformers' Trainer as the training stages use it, and the run around it."""

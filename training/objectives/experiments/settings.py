@@ -1,0 +1,95 @@
+"""Settings of the experiments that plug into `train`: its setting `experiments` is read here. No torch is imported.
+
+experiments:
+  bag_of_words: {weight: 0.05}
+  consensus: {captions: 3}
+  self_critical: {weight: 1.0, samples: 5}
+"""
+
+import typing
+from dataclasses import dataclass, fields
+
+from blipren.training.errors import UsageError
+from blipren.training.settings import Settings
+
+
+@dataclass(kw_only=True)
+class ConsensusSettings(Settings):
+    """An image learns captions of other images: those that its features predict to score the highest CIDEr against its
+    own. For small data sets."""
+
+    captions: int = 3
+    """Captions of other images that an image learns in place of its own."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.captions < 1:
+            raise UsageError(f"consensus captions is {self.captions}; it must be at least 1")
+
+
+@dataclass(kw_only=True)
+class BagOfWordsSettings(Settings):
+    """Predict which tokens an image's answers hold, from its mean image feature through a linear head that is not kept.
+    With likelihood_weight 0 a cheap first stage; later a regularizer."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weight <= 0:
+            raise UsageError(f"bag_of_words weight is {self.weight}; it must be above 0")
+
+
+@dataclass(kw_only=True)
+class SelfCriticalSettings(Settings):
+    """Self-critical training (arXiv 1612.00563): sampled captions whose CIDEr-D is above that of the other samples
+    become likelier. For a model that captions already."""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    samples: int = 5
+    """Captions sampled of each image."""
+    temperature: float = 0.6
+    """Temperature of the sampling."""
+    max_tokens: int = 24
+    """Most tokens of a sample; one that has not ended by then gets no reward."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("weight", "temperature"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"self_critical {name} is {getattr(self, name)}; it must be above 0")
+        if self.samples < 2:
+            raise UsageError(f"self_critical samples is {self.samples}; it must be at least 2, to compare them")
+        if self.max_tokens < 1:
+            raise UsageError(f"self_critical max_tokens is {self.max_tokens}; it must be at least 1")
+
+
+@dataclass(kw_only=True)
+class ExperimentSettings:
+    """The experiments of a run; None for those that it does without."""
+
+    consensus: ConsensusSettings | None = None
+    bag_of_words: BagOfWordsSettings | None = None
+    self_critical: SelfCriticalSettings | None = None
+
+
+def parse_experiments(values: dict) -> ExperimentSettings:
+    """Return the settings of the experiments that a run names: `{name: {setting: value}}`.
+
+    Raises:
+        UsageError: an experiment, a setting of one, or a value does not exist.
+    """
+    classes = {name: typing.get_args(hint)[0] for name, hint in typing.get_type_hints(ExperimentSettings).items()}
+    chosen = {}
+    for name, own in values.items():
+        if name not in classes:
+            raise UsageError(f"experiments has {name!r}; experiments are: {', '.join(classes)}")
+        known = [field.name for field in fields(classes[name])]
+        if not isinstance(own, dict):
+            raise UsageError(f"experiments {name} is {own!r}; it must be a mapping of settings: {', '.join(known)}")
+        if unknown := sorted(set(own) - set(known)):
+            raise UsageError(f"experiments {name} has a setting {unknown[0]!r}; its settings are: {', '.join(known)}")
+        chosen[name] = classes[name](**own)
+    return ExperimentSettings(**chosen)

@@ -1,0 +1,115 @@
+"""Validation of a model that answers through the language model: loss, CIDEr, captions of a few images."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from blipren.training.data.batches.datasets import EvalBatches
+from blipren.training.data.batches.masks import build_attention_mask, dense_attention
+from blipren.training.engine.fsdp import is_sharded
+from blipren.training.engine.settings import GeneratedCaptionSettings
+from blipren.training.evaluation.captioning import Features, generate_captions
+from blipren.training.evaluation.metrics.captions import score_captions
+
+IMAGES_PER_BATCH = 32
+
+
+class AnswerValidation:
+    """Measures on all of the validation split.
+
+    Args:
+        trainer: whose model, processes and device are used.
+        batches: of the validation split.
+        settings: of generation.
+    """
+
+    def __init__(self, trainer, processor, batches: EvalBatches, settings: GeneratedCaptionSettings):
+        self.trainer, self.processor, self.batches, self.settings = trainer, processor, batches, settings
+        self.images = len(batches.data.texts)
+        self.samples = list(range(min(settings.generate_samples, self.images)))
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Return the negative log-likelihood per answer token, over every image and answer."""
+        trainer, model = self.trainer, self.trainer.model
+        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for item in range(rank, -(-len(self.batches) // world) * world, world):
+            # a sharded model runs on all processes together: one without a batch repeats one that does not count
+            counts = item < len(self.batches)
+            batch = trainer._prepare_inputs(self.batches[item if counts else 0])
+            outputs = model(
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                attention_mask=build_attention_mask(batch, model.parts()["llm"]),
+                logits_at=batch["predict_from"],
+                use_cache=False,
+                **batch["inputs"],
+            )
+            nll = F.cross_entropy(outputs.logits.float(), batch["targets"], reduction="sum")
+            if counts:
+                sums += torch.tensor([nll.item(), len(batch["targets"])], dtype=torch.float64)
+        model.train(was_training)
+        if world > 1:
+            sums = trainer.accelerator.reduce(sums.to(trainer.args.device), "sum")
+        return (sums[0] / sums[1]).item()
+
+    def captions(self, images: Sequence[int]) -> list[str]:
+        """Return a generated caption for each image number of the validation split."""
+        model, device = self.trainer.model, self.trainer.args.device
+        beams = {"length_penalty": self.settings.length_penalty} if self.settings.num_beams > 1 else {}
+        was_training = model.training
+        model.eval()
+        found: list[str] = []
+        for start in range(0, len(images), IMAGES_PER_BATCH):
+            inputs = self.batches.data.inputs(list(images[start : start + IMAGES_PER_BATCH]), None)
+            if "patch_features" not in inputs:
+                inputs = {k: v.to(device) for k, v in inputs.items()}
+                mask = inputs.get("pixel_attention_mask")
+                inputs = {"patch_features": model.encode_images(**inputs), "patch_attention_mask": mask}
+            features = Features(inputs["patch_features"], inputs.get("patch_attention_mask"))
+            with dense_attention(model.parts()["llm"]):
+                made = generate_captions(
+                    model,
+                    self.processor,
+                    features,
+                    max_new_tokens=self.settings.max_new_tokens,
+                    num_beams=self.settings.num_beams,
+                    **beams,
+                )
+            found += [caption["text"] for caption in made]
+        model.train(was_training)
+        return found
+
+    def cider(self) -> float:
+        """Return the CIDEr of generated captions, over every image that has captions."""
+        accelerator = self.trainer.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        references = self.batches.data.references()
+        if is_sharded(self.trainer.model):  # all processes generate together
+            rank, world = 0, 1
+        mine = sorted(references)[rank::world]
+        made = {str(image): text for image, text in zip(mine, self.captions(mine))}
+        if world > 1:
+            parts: list = [None] * world
+            torch.distributed.all_gather_object(parts, made)
+            made = {name: text for part in parts for name, text in part.items()}
+        references = {str(i): texts for i, texts in references.items()}
+        return score_captions(made, references, tokenizer="python", meteor=False).corpus["CIDEr"]
+
+    def log_samples(self, when: str) -> None:
+        """Write captions of the same few images to the log and the screen. `when`: before, during or after training."""
+        trainer = self.trainer
+        if not self.samples or not (trainer.args.should_save or is_sharded(trainer.model)):
+            return
+        captions = self.captions(self.samples)
+        if not trainer.args.should_save:
+            return
+        trainer.progress.print_line(f"captions {when} training:")
+        for image, text in zip(self.samples, captions):
+            name = self.batches.data.ids[image]
+            trainer.run_folder.log("sample", trainer.state.global_step, image=name, text=text, when=when)
+            trainer.progress.print_line(f"  {name}: {text}")
