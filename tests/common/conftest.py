@@ -1,4 +1,4 @@
-"""Gets transformers' own tests: they are in its source distribution, not in its wheel."""
+"""Paths of the helpers of these tests."""
 
 import sys
 from pathlib import Path

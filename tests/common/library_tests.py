@@ -1,14 +1,14 @@
 """transformers' test mixins for the installed version, imported from its source distribution.
 
-They are looked for in BLIPREN_TRANSFORMERS_SOURCE (an unpacked source distribution, or a git checkout, which has the
-generation mixin too), else in a cache folder that `pip download` fills once. Their files are used as they are. Two
-modules that they import are not in the source distribution; in their place stand:
+The source is taken from BLIPREN_TRANSFORMERS_SOURCE (an unpacked source distribution, or a git checkout, which also has
+the generation mixin), otherwise from a cache folder that `pip download` fills once. Some modules that the mixins import
+are not in the source distribution and are replaced:
 
 * `generation.test_utils`: an empty `GenerationTesterMixin`. `test_generation_tester_mixin_inheritance`, which only
-  demands that it be inherited, is then expected to fail; generation has tests of our own.
-* `exporters.test_export`: an empty `ExportTesterMixin`: its tests export every model with every exporter.
-* `fetch_hub_objects_for_ci` (in `utils/`): gives addresses of pictures; here they stay addresses, and the chat template
-  tests that would download them are given a local picture instead.
+  requires that it is inherited, is then expected to fail; generation has tests of our own.
+* `exporters.test_export`: an empty `ExportTesterMixin`, whose tests export every model with every exporter.
+* `fetch_hub_objects_for_ci` (in `utils/`) returns the addresses of pictures unchanged; the chat template tests, which
+  would download them, get a local picture instead.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PACKAGE = "transformers_own_tests"
 
 
 class Unavailable(Exception):
-    """Why transformers' own tests cannot be run here."""
+    """transformers' own tests cannot be run; the message says why."""
 
 
 @cache
 def source_folder() -> Path:
-    """The unpacked source of the installed transformers version. Raises `Unavailable` with the reason."""
+    """Return the folder with the source of the installed transformers version. Raises `Unavailable`."""
     given = os.environ.get("BLIPREN_TRANSFORMERS_SOURCE")
     if given:
         if not (Path(given) / "tests" / "test_modeling_common.py").is_file():
@@ -50,7 +50,7 @@ def source_folder() -> Path:
     archive = cached / f"transformers-{version}.tar.gz"
     if done.returncode != 0 or not archive.is_file():
         raise Unavailable(
-            f"the source distribution of transformers {version} cannot be had: {done.stderr.strip()[-300:]}"
+            f"the source distribution of transformers {version} cannot be downloaded: {done.stderr.strip()[-300:]}"
         )
     with tarfile.open(archive) as files:
         files.extractall(cached, filter="data")
@@ -59,7 +59,7 @@ def source_folder() -> Path:
 
 @cache
 def library_module(name: str) -> types.ModuleType:
-    """A module of transformers' tests folder, such as `test_modeling_common`. Raises `Unavailable`."""
+    """Import a module of transformers' tests folder, such as `test_modeling_common`. Raises `Unavailable`."""
     if importlib.util.find_spec("parameterized") is None:
         raise Unavailable("transformers' tests need the package parameterized (pip install parameterized)")
     folder = source_folder() / "tests"
@@ -67,9 +67,11 @@ def library_module(name: str) -> types.ModuleType:
         package = types.ModuleType(PACKAGE)
         package.__path__ = [str(folder)]
         sys.modules[PACKAGE] = package
-        _stand_in(folder, "generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
-        _stand_in(folder, "exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
-        _stand_in(folder, "utils.test_configuration_utils", config_common_kwargs={})
+        _add_missing_module(
+            folder, "generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {})
+        )
+        _add_missing_module(folder, "exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
+        _add_missing_module(folder, "utils.test_configuration_utils", config_common_kwargs={})
         if not (folder.parent / "utils" / "fetch_hub_objects_for_ci.py").is_file():
             fetch = types.ModuleType("fetch_hub_objects_for_ci")
             fetch.url_to_local_path = lambda url, return_url_if_not_found=True: url
@@ -81,7 +83,7 @@ def has_generation_mixin() -> bool:
     return (source_folder() / "tests" / "generation" / "test_utils.py").is_file()
 
 
-def _stand_in(folder: Path, name: str, **content) -> None:
+def _add_missing_module(folder: Path, name: str, **content) -> None:
     if (folder / f"{name.replace('.', '/')}.py").is_file():
         return
     parent = f"{PACKAGE}.{name.rpartition('.')[0]}"

@@ -1,7 +1,7 @@
-"""transformers' own `ModelTesterMixin` (and `GenerationTesterMixin`, where it can be had) on our classes.
+"""transformers' own `ModelTesterMixin` (and `GenerationTesterMixin`, if available) on our classes.
 
-Two combinations run always: Q-Former with the MLP projector and a tied head, and patches with the MoE projector and an
-untied head. The others, and the same as remote code, run on request (`pytest -m slow tests/common`).
+Two combinations always run: Q-Former with the MLP projector and a tied head, and patches with the MoE projector and an
+untied head. The others, and two as remote code, run on request (`pytest -m slow tests/common`).
 """
 
 import tempfile
@@ -24,10 +24,10 @@ try:
 except Unavailable as reason:
     pytest.skip(f"transformers' own tests: {reason}", allow_module_level=True)
 
-# the headless model has no loss: the mixin knows such classes by this list
+# the mixin skips the loss of the classes in this list: the model without head has none
 common.MODEL_MAPPING_NAMES["blipren_headless"] = "BliprenModel"
 VOCAB_SIZE, IMAGE_TOKEN_ID = 99, 98
-# random text holds no placeholder: a placeholder without an image is an error here, upstream it is silently kept
+# random text must not contain the placeholder: one without an image is an error in our model
 draw = common.ids_tensor
 common.ids_tensor = lambda shape, vocab_size, *args, **kwargs: draw(
     shape, min(vocab_size, IMAGE_TOKEN_ID), *args, **kwargs
@@ -39,11 +39,11 @@ MIXINS = (
 
 
 class ModelTester:
-    """Makes tiny configs and inputs, as transformers' testers do: rows with an image each, text behind it."""
+    """Make tiny configs and inputs, as transformers' testers do: rows with one image and text behind it."""
 
     def __init__(self, parent, connector="qformer", projector="mlp", tied=True):
         self.parent, self.connector, self.projector, self.tied = parent, connector, projector, tied
-        # seven rows: the mixin fills smaller batches up with random tokens, which have no places for the images
+        # seven rows: the mixin fills smaller batches with random tokens, which have no placeholders for the images
         self.batch_size, self.num_channels, self.image_size, self.patch_size = 7, 3, 16, 8
         self.hidden_size, self.num_hidden_layers, self.num_attention_heads = 32, 2, 2
         self.vocab_size, self.image_token_id, self.num_queries = VOCAB_SIZE, IMAGE_TOKEN_ID, 3
@@ -75,7 +75,7 @@ class ModelTester:
 
 
 class Common:
-    """What our classes are, told to the mixin. Each skip says why."""
+    """Settings of the mixin for our classes, and the tests that do not apply to them."""
 
     all_model_classes = (BliprenForConditionalGeneration, BliprenModel)
     pipeline_model_mapping = {}
@@ -97,7 +97,7 @@ class Common:
     test_missing_keys = False  # a missing weight is an error here, never a random value
 
     def check_training_gradient_checkpointing(self, gradient_checkpointing_kwargs=None):
-        # the mixin looks at the vision tower's first layer, which is frozen by default and so keeps nothing to recompute
+        # the mixin checks the first layer of the vision tower, which is frozen by default and recomputes nothing
         with unittest.mock.patch.object(self.all_model_classes[0], "freeze", lambda *_args: None):
             super().check_training_gradient_checkpointing(gradient_checkpointing_kwargs)
 
@@ -113,7 +113,7 @@ class Common:
 
 
 class Remote:
-    """The same classes as whoever has only a checkpoint gets them: from the code beside it."""
+    """The same classes as remote code, loaded from a folder with our code files."""
 
     @classmethod
     def setUpClass(cls):

@@ -1,10 +1,10 @@
-"""Proves on request that a checkpoint of ours works on every transformers from 5.17 to the newest.
+"""Check, on request, that our checkpoints work on every version of transformers from 5.17 to the newest.
 
     python tests/compatibility/prove.py [VERSION ...] [--environments DIR]
 
-Each version gets an environment of its own, which borrows torch and the rest from this one. In it, without our package,
-a checkpoint written here is loaded by every auto class, generates, captions through both pipelines, trains one step,
-is saved and loaded again; tokens and logits must be those of the version installed here. Exit status 0 only then.
+Each version gets its own environment, which uses torch and the other packages of this one. There, without our package,
+a checkpoint is loaded by every auto class, generates, captions through both pipelines, trains one step, is saved and is
+loaded again. Exit status 0 only if tokens and logits equal those of the version installed here.
 """
 
 import argparse
@@ -24,7 +24,7 @@ OLDEST = (5, 17)
 
 
 def known_versions() -> list[str]:
-    """One release of every minor version from the oldest that is supported, by the package index."""
+    """Return the newest release of each supported minor version on the package index."""
     done = subprocess.run(
         [sys.executable, "-m", "pip", "index", "versions", "transformers"], capture_output=True, text=True, check=True
     )
@@ -38,13 +38,13 @@ def known_versions() -> list[str]:
 
 
 def make_environment(folder: Path, version: str) -> Path:
-    """The Python of an environment with this transformers in front of everything that is installed here."""
+    """Return the Python of an environment with this transformers and the packages that are installed here."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=False)
         packages = next(folder.glob("lib/python*/site-packages"))
-        # a path in a .pth file lends the packages, but not the hooks of editable installs
-        (packages / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        # a path in a .pth file adds the packages, but not the hooks of editable installs, such as ours
+        (packages / "shared.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     probe = "import transformers; print(transformers.__version__)"
     found = subprocess.run([python, "-c", probe], capture_output=True, text=True).stdout.strip()
     if found != version:
@@ -67,7 +67,7 @@ def main() -> int:
 
         picture(3, (64, 48)).save(folder / "photo.png")
         write_model(folder / "checkpoint", write_vision(folder / "vision"), write_llm(folder / "llm", chat=True))
-        results, wrong = {}, 0  # the first is the version installed here: the others are held against it
+        results, wrong = {}, 0  # the first is the version installed here, with which the others are compared
         for version in dict.fromkeys([importlib.metadata.version("transformers"), *versions]):
             python = make_environment(arguments.environments / version, version)
             environment["HF_HOME"] = str(folder / f"home-{version}")
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def compare(found: dict, reference: dict) -> str | None:
-    """What differs, None where nothing does: logits and losses within 1e-4, all else exactly."""
+    """Return the first difference, or None: logits and losses may differ by 1e-4, everything else must be equal."""
     for key, expected in reference.items():
         value = found[key]
         if key in ("logits", "loss"):

@@ -1,4 +1,4 @@
-"""Every supported family: new, one training step, generate, save, load; text logits equal to the LLM's own."""
+"""Each supported family: a training step, generation, saving and loading; text logits equal to the LLM's own."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ PREFIX_TOKENS = {"clip_vision_model": 1, "vit": 1, "dinov2": 1, "dinov2_with_reg
 PROMPTS = ["Short caption:", "What colour is the small ball ?"]
 
 
-def exercise(model, processor, folder):
-    """One training step, generation alone and in a left-padded batch, full and bridge checkpoints."""
+def check_train_generate_save_load(model, processor, folder):
+    """Check a training step, equal tokens alone and in a left-padded batch, and both kinds of checkpoint."""
     images = [random_image(i) for i in range(2)]
     batch = processor(images=images, text=PROMPTS, return_tensors="pt")
     together = model.generate(**batch, max_new_tokens=6)[:, batch["input_ids"].shape[1] :]
@@ -43,7 +43,7 @@ def exercise(model, processor, folder):
 @pytest.mark.parametrize("family", LLM_FAMILIES)
 def test_language_model(family, pair, bases, tmp_path):
     model, processor = pair(llm=family)
-    exercise(model, processor, tmp_path)
+    check_train_generate_save_load(model, processor, tmp_path)
     own = AutoModelForCausalLM.from_pretrained(bases("llm", family), dtype=torch.float32).eval()
     ids = torch.randint(3, own.config.vocab_size - 1, (2, 11), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -60,7 +60,7 @@ def test_language_model(family, pair, bases, tmp_path):
 @pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_vision_encoder(family, connector, pair, tmp_path):
     model, processor = pair(vision=family, connector=connector, projector="mlp" if connector == "qformer" else "mlp2")
-    exercise(model, processor, tmp_path)
+    check_train_generate_save_load(model, processor, tmp_path)
     assert model.config.num_prefix_tokens == PREFIX_TOKENS.get(family, 0)
     inputs = processor(images=random_image(), return_tensors="pt")
     pixels = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
@@ -70,7 +70,7 @@ def test_vision_encoder(family, connector, pair, tmp_path):
     outputs = model.model.vision_tower(**pixels).last_hidden_state
     if outputs.dim() == 4:
         torch.testing.assert_close(features, outputs.flatten(2).transpose(1, 2))
-    else:  # class and register tokens taken off the front, nothing off SigLIP
+    else:  # class and register tokens are dropped; SigLIP has none
         torch.testing.assert_close(features, outputs[:, PREFIX_TOKENS.get(family, 0) :])
 
 

@@ -1,4 +1,4 @@
-"""The same tokens by every way of generating: growing cache, static cache, full-graph compiled, left-padded, beams."""
+"""Equal tokens in all modes of generation: dynamic, static and no cache, compiled, padded, beams; and sampling."""
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ PROMPTS = ["Short caption:", "What colour is the small ball in the picture ?"]
 @pytest.mark.parametrize(
     "family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in LLM_FAMILIES]
 )
-def test_equal_tokens_by_every_way_of_generating(family, pair):
+def test_equal_tokens_in_all_modes(family, pair):
     model, processor = pair(llm=family)
     batch = processor(images=[random_image(0), random_image(1)], text=PROMPTS, return_tensors="pt")
-    assert not batch["attention_mask"].all(), "both prompts are as long: nothing is padded"
+    assert not batch["attention_mask"].all(), "both prompts have the same length, so nothing is padded"
     settings = {"max_new_tokens": 6, "min_new_tokens": 6}
     expected = model.generate(**batch, **settings)
     length = batch["input_ids"].shape[1]
@@ -31,7 +31,7 @@ def test_equal_tokens_by_every_way_of_generating(family, pair):
     sampled = [model.generate(**batch, max_new_tokens=6, num_beams=3) for _ in range(2)]
     assert torch.equal(*sampled)
 
-    # one graph, no break: what export and the compiling engines need; the compiler behind it makes no difference here
+    # one graph without a break, as export needs it; the backend of the compiler does not matter
     torch.compiler.reset()
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     assert torch.equal(model.generate(**batch, **settings, cache_implementation="static"), expected)
@@ -40,8 +40,8 @@ def test_equal_tokens_by_every_way_of_generating(family, pair):
 @pytest.mark.parametrize(
     "family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in LLM_FAMILIES]
 )
-def test_samples_are_draws_from_the_model(family, pair):
-    """As cold as can be they are the greedy answers, cut at their end; at temperature 1 they follow the softmax."""
+def test_samples_follow_the_softmax(family, pair):
+    """Samples at a temperature near 0 are the greedy answers up to their end; others follow the softmax."""
     model, processor = pair(llm=family)
     batch = processor(images=[random_image(0), random_image(1)], text=PROMPTS, return_tensors="pt")
     text = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -52,14 +52,14 @@ def test_samples_are_draws_from_the_model(family, pair):
     cut = [row[: row.index(end) + 1] if end in row else row for row in greedy]
     drawn = sample_answers(model, **text, features=features, end=end, samples=2, temperature=1e-6, max_new_tokens=6)
     assert drawn == [cut[0], cut[0], cut[1], cut[1]]
-    assert len(cut[0]) < 6, "no row ended before the others: nothing was dropped from the cache"
+    assert len(cut[0]) < 6, "no row ended before the others, so no row was dropped from the cache"
 
     torch.manual_seed(0)
     drawn = sample_answers(model, **text, features=features, end=end, samples=4000, temperature=0.7, max_new_tokens=1)
     with torch.no_grad():
         positions = (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
         logits = model(**text, **features, position_ids=positions).logits[:, -1].float()
-    placeholder = model.config.image_token_id  # never drawn: in training it would stand for an image
+    placeholder = model.config.image_token_id  # never sampled: in training it would be an image
     logits[:, placeholder : placeholder + 1] = -torch.inf
     for row, samples in zip((logits / 0.7).softmax(dim=-1), (drawn[:4000], drawn[4000:]), strict=True):
         counts = torch.bincount(torch.tensor(samples).flatten(), minlength=len(row))

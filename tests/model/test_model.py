@@ -1,4 +1,4 @@
-"""Laws of the model: one forward path, labels, counts, freezing, the projectors, BLIP-2's own numbers."""
+"""The model: pixels and patch features, labels, token counts, freezing, projectors, equality with BLIP-2."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def tiny(pair):
 
 
 def supervised(processor, captions, images):
-    """A right-aligned batch of prompts and answers, with labels on answers only."""
+    """Return a left-padded batch of prompts and answers, with labels on answers only."""
     rows = [(processor.encode_prompt(), processor.encode_answer(c)) for c in captions]
     length = max(len(p) + len(a) for p, a in rows)
     pad = processor.tokenizer.pad_token_id
@@ -125,7 +125,7 @@ def test_generate_from_cached_features_with_beams(tiny):
     assert torch.equal(model.generate(**batch, patch_features=features, num_beams=3, max_new_tokens=6), wanted)
 
 
-def test_frozen_is_frozen_whatever_is_put_into_training(pair):
+def test_frozen_parts_stay_in_eval_mode(pair):
     model, processor = pair(llm="gpt2")  # its dropout is 0.1
     for call in (model.train, model.model.train):
         call()
@@ -169,13 +169,13 @@ def test_moe_routes_each_image_by_its_pooled_patches():
     expected = sum(probs[:, e, None, None] * expert(states) for e, expert in enumerate(projector.experts))
     torch.testing.assert_close(mixed, expected)
     moved = patches.clone()
-    moved[:, [0, 1]] = moved[:, [1, 0]]  # "token 0" has no special place
+    moved[:, [0, 1]] = moved[:, [1, 0]]  # the order of patches does not matter
     torch.testing.assert_close(projector(states, moved, None)[1], probs)
     mask = torch.ones(5, 7)
     mask[:, 5:] = 0
-    junk = patches.clone()
-    junk[:, 5:] = 99.0
-    torch.testing.assert_close(projector(states, junk, mask)[1], projector(states, patches[:, :5], None)[1])
+    padded = patches.clone()
+    padded[:, 5:] = 99.0
+    torch.testing.assert_close(projector(states, padded, mask)[1], projector(states, patches[:, :5], None)[1])
 
 
 def test_moe_top_k_uses_k_experts_and_their_normalised_weights():
@@ -195,7 +195,7 @@ def test_moe_losses_are_smallest_when_balanced_and_part_of_the_loss(pair):
     torch.nn.init.zeros_(projector.router[-1].bias)
     torch.testing.assert_close(projector(states, patches, None)[2], torch.tensor(1.0))
     projector.router[-1].bias.data[0] = 9.0
-    assert projector(states, patches, None)[2] > 3.5  # all on one of four experts
+    assert projector(states, patches, None)[2] > 3.5  # all images go to one of four experts
     model, processor = pair(projector="moe", projector_options={"router_noise": 0.5})
     batch = supervised(processor, CAPTIONS, [random_image(i) for i in range(3)])
     assert model(**batch).router_aux_loss is None and model(**batch).router_probs.shape == (3, 4)
@@ -215,7 +215,7 @@ def test_moe_losses_are_smallest_when_balanced_and_part_of_the_loss(pair):
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 @pytest.mark.parametrize("frequency", [1, 2])
-def test_qformer_shapes_norms_and_weights_on_request(norm_position, frequency):
+def test_qformer_shapes_norms_and_cross_attentions(norm_position, frequency):
     config = BliprenQFormerConfig(
         **QFORMER,
         num_query_tokens=5,
@@ -225,10 +225,10 @@ def test_qformer_shapes_norms_and_weights_on_request(norm_position, frequency):
     )
     qformer = BliprenQFormer(config).eval()
     patches = torch.randn(2, 7, 12)
-    plain, asked = qformer(patches), qformer(patches, output_attentions=True)
-    assert plain.cross_attentions is None and len(asked.cross_attentions) == 2 // frequency
-    torch.testing.assert_close(plain.query_states, asked.query_states)
-    for weights in asked.cross_attentions:
+    sdpa, explicit = qformer(patches), qformer(patches, output_attentions=True)
+    assert sdpa.cross_attentions is None and len(explicit.cross_attentions) == 2 // frequency
+    torch.testing.assert_close(sdpa.query_states, explicit.query_states)
+    for weights in explicit.cross_attentions:
         assert weights.shape == (2, 4, 5, 7)
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 5))
 
@@ -404,4 +404,4 @@ def test_image_processor_settings_and_normalised_patches(bases):
     patches = model.encode_images(pixels)
     first = model.get_image_features(patch_features=patches).pooler_output[0]
     scaled = model.get_image_features(patch_features=5 * patches).pooler_output[0]
-    torch.testing.assert_close(first, scaled, rtol=1e-3, atol=1e-3)  # the scale of a layer does not matter
+    torch.testing.assert_close(first, scaled, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Laws of the processor: the same prompt tokens in training and inference, one end, no special token out of text."""
+"""The processor: equal prompt tokens in training and inference, one end token, no special token from a text."""
 
 import pytest
 from tiny_models import make_llm, make_tokenizer, random_image
@@ -31,7 +31,7 @@ def test_training_and_inference_prompts_are_the_same_tokens(processor, prompt):
     assert again["input_ids"][0].tolist() == inference
 
 
-def test_a_question_cannot_smuggle_in_a_placeholder(processor):
+def test_special_tokens_in_a_question_are_escaped(processor):
     ids = processor.encode_prompt("Is <image> here </s> ?")
     assert ids.count(processor.image_token_id) == 4
     assert "< image> here < /s>" in processor.prompt_text("Is <image> here </s> ?")
@@ -133,7 +133,7 @@ def test_missing_pad_and_bos(tmp_path, bases):
     assert batch["attention_mask"][0][0] == 0
 
 
-def test_the_empty_prompt_begins_right_behind_the_image(bases):
+def test_an_answer_to_the_empty_prompt_follows_the_image(bases):
     processor = BliprenProcessor.from_vision_text_pretrained(
         bases("vision", "vit"), bases("llm", "llama"), num_queries=4, prompts=[""]
     )
