@@ -64,9 +64,16 @@ class BliprenQFormerConfig(PreTrainedConfig):
         query_init_std (`float`, defaults to 0.02): standard deviation of new queries.
         cross_attention_frequency (`int`, defaults to 2): every k-th layer cross-attends to the image.
         cross_attention_offset (`int`, defaults to 0): first layer that cross-attends.
-        query_feed_forward (`str`, defaults to `"every_layer"`): layers where queries have their own feed-forward:
-            `"every_layer"` (BLIP-2) or `"cross_layers"` (in the other layers queries share the text's).
+        query_feed_forward (`str`, defaults to `"every_layer"`): `"every_layer"`: queries have their own feed-forward,
+            apart from the text's (BLIP-2); `"after_cross_attention"`: they share the text's in every layer, and have
+            their own behind each cross-attention, which then follows the feed-forward (the two-stage tutorial).
         norm_position (`str`, defaults to `"post"`): `"post"` as in BERT and BLIP-2, or `"pre"` with a final norm.
+        normalize_queries (`bool`, defaults to `True`): apply BERT's norm of the embeddings to the queries too, with
+            `"post"` (BLIP-2).
+        normalize_keys (`bool`, defaults to `False`): apply the norm in front of a cross-attention to the patch features
+            too, with `"pre"` (the BLIPren notebooks).
+        cross_attention_norm_eps (`float`, *optional*): epsilon of the norms of cross-attention and of a feed-forward
+            behind it; `layer_norm_eps` by default.
         encoder_hidden_size (`int`, defaults to 1408): width of the patch features.
         project_patches (`bool`, defaults to `False`): map patch features linearly to `hidden_size` once, before the
             blocks, instead of in every cross-attention's keys and values.
@@ -98,6 +105,9 @@ class BliprenQFormerConfig(PreTrainedConfig):
         cross_attention_offset: int = 0,
         query_feed_forward: str = "every_layer",
         norm_position: str = "post",
+        normalize_queries: bool = True,
+        normalize_keys: bool = False,
+        cross_attention_norm_eps: float | None = None,
         encoder_hidden_size: int = 1408,
         project_patches: bool = False,
         normalize_patches: bool = False,
@@ -110,10 +120,12 @@ class BliprenQFormerConfig(PreTrainedConfig):
     ):
         if norm_position not in ("pre", "post"):
             raise ValueError(f"norm_position is {norm_position!r}; it must be 'pre' or 'post'")
-        if query_feed_forward not in ("every_layer", "cross_layers"):
+        if query_feed_forward not in ("every_layer", "after_cross_attention"):
             raise ValueError(
-                f"query_feed_forward is {query_feed_forward!r}; it must be 'every_layer' or 'cross_layers'"
+                f"query_feed_forward is {query_feed_forward!r}; it must be 'every_layer' or 'after_cross_attention'"
             )
+        if normalize_keys and not project_patches:
+            raise ValueError("normalize_keys needs project_patches: the norm is as wide as the queries")
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}"
@@ -138,6 +150,9 @@ class BliprenQFormerConfig(PreTrainedConfig):
         self.cross_attention_offset = cross_attention_offset
         self.query_feed_forward = query_feed_forward
         self.norm_position = norm_position
+        self.normalize_queries = normalize_queries
+        self.normalize_keys = normalize_keys
+        self.cross_attention_norm_eps = cross_attention_norm_eps
         self.encoder_hidden_size = encoder_hidden_size
         self.project_patches = project_patches
         self.normalize_patches = normalize_patches
@@ -168,6 +183,8 @@ class BliprenConfig(PreTrainedConfig):
         router_balance_weight, router_z_weight (`float`): weights of the load-balancing loss (Switch,
             https://arxiv.org/abs/2101.03961) and the router z-loss (ST-MoE, https://arxiv.org/abs/2202.08906).
         router_noise (`float`, defaults to 0.0): standard deviation of noise on router logits, in training only.
+        router_input (`str`, defaults to `"mean"`): what the router reads of an image: the `"mean"` of its patch features,
+            or the `"first"` one (the BLIPren notebooks).
         vision_feature_layer (`int` or `list[int]`, defaults to -1): -1 is the encoder's `last_hidden_state`, any other
             number an index into its `hidden_states`; several layers are concatenated along the width.
         vision_feature_select (`str`, defaults to `"patches"`): `"patches"` drops class and register tokens, `"full"`
@@ -212,6 +229,7 @@ class BliprenConfig(PreTrainedConfig):
         router_balance_weight: float = 0.01,
         router_z_weight: float = 0.001,
         router_noise: float = 0.0,
+        router_input: str = "mean",
         vision_feature_layer: int | list[int] = -1,
         vision_feature_select: str = "patches",
         num_prefix_tokens: int = 0,
@@ -236,6 +254,7 @@ class BliprenConfig(PreTrainedConfig):
             ("itc_pooling", itc_pooling, ("max", "mean")),
             ("connector", connector, ("qformer", "patches")),
             ("projector", projector, ("linear", "mlp2", "mlp", "moe")),
+            ("router_input", router_input, ("mean", "first")),
             ("vision_feature_select", vision_feature_select, ("patches", "full")),
             ("checkpoint_type", checkpoint_type, ("full", "bridge")),
         ):
@@ -267,6 +286,7 @@ class BliprenConfig(PreTrainedConfig):
         self.router_balance_weight = router_balance_weight
         self.router_z_weight = router_z_weight
         self.router_noise = router_noise
+        self.router_input = router_input
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select = vision_feature_select
         self.num_prefix_tokens = num_prefix_tokens

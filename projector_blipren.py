@@ -60,7 +60,7 @@ class BliprenExpert(nn.Module):
 
 
 class BliprenMoeProjector(nn.Module):
-    """Mixture of experts with one routing per image; the router reads the mean patch feature of the image."""
+    """Mixture of experts with one routing per image; the router reads the image's mean (or first) patch feature."""
 
     def __init__(self, config: BliprenConfig, out_size: int):
         super().__init__()
@@ -85,7 +85,9 @@ class BliprenMoeProjector(nn.Module):
             Image features `(batch, num_visual_tokens, text_hidden)`, router probabilities `(batch, num_experts)`, and in
             training the weighted balance loss and z-loss `()`.
         """
-        if patch_attention_mask is None:
+        if self.config.router_input == "first":
+            pooled = patch_features[:, 0]
+        elif patch_attention_mask is None:
             pooled = patch_features.mean(dim=1)
         else:
             mask = patch_attention_mask.unsqueeze(-1).to(patch_features.dtype)

@@ -135,8 +135,11 @@ class BliprenQFormerLayer(GradientCheckpointingLayer):
             layer_idx >= config.cross_attention_offset
             and (layer_idx - config.cross_attention_offset) % config.cross_attention_frequency == 0
         )
-        self.has_query_feed_forward = config.query_feed_forward == "every_layer" or self.has_cross_attention
+        self.shares_feed_forward = config.query_feed_forward == "after_cross_attention"
+        self.has_query_feed_forward = self.has_cross_attention or not self.shares_feed_forward
+        self.normalize_keys = config.normalize_keys
         width, eps = config.hidden_size, config.layer_norm_eps
+        cross_eps = config.cross_attention_norm_eps if config.cross_attention_norm_eps is not None else eps
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.self_attention = BliprenQFormerAttention(config, width)
         self.self_attention_norm = nn.LayerNorm(width, eps=eps)
@@ -144,11 +147,11 @@ class BliprenQFormerLayer(GradientCheckpointingLayer):
             self.cross_attention = BliprenQFormerAttention(
                 config, width if config.project_patches else config.encoder_hidden_size
             )
-            self.cross_attention_norm = nn.LayerNorm(width, eps=eps)
+            self.cross_attention_norm = nn.LayerNorm(width, eps=cross_eps)
         if self.has_query_feed_forward:
             self.query_feed_forward = BliprenQFormerFeedForward(config)
-            self.query_feed_forward_norm = nn.LayerNorm(width, eps=eps)
-        if config.use_text or not self.has_query_feed_forward:
+            self.query_feed_forward_norm = nn.LayerNorm(width, eps=cross_eps if self.shares_feed_forward else eps)
+        if config.use_text or self.shares_feed_forward:
             self.text_feed_forward = BliprenQFormerFeedForward(config)
             self.text_feed_forward_norm = nn.LayerNorm(width, eps=eps)
 
@@ -172,18 +175,19 @@ class BliprenQFormerLayer(GradientCheckpointingLayer):
         queries, text = hidden_states[:, :num_queries], hidden_states[:, num_queries:]
         cross_attention = None
         if num_queries:
+            if self.shares_feed_forward:
+                queries = self._residual(queries, self.text_feed_forward_norm, self.text_feed_forward)
             if self.has_cross_attention:
+                keys = self.cross_attention_norm(patch_features) if self.normalize_keys else patch_features
 
                 def attend(x):
                     nonlocal cross_attention
-                    context, cross_attention = self.cross_attention(x, patch_features, patch_mask, output_attentions)
+                    context, cross_attention = self.cross_attention(x, keys, patch_mask, output_attentions)
                     return context
 
                 queries = self._residual(queries, self.cross_attention_norm, attend)
             if self.has_query_feed_forward:
                 queries = self._residual(queries, self.query_feed_forward_norm, self.query_feed_forward)
-            else:
-                queries = self._residual(queries, self.text_feed_forward_norm, self.text_feed_forward)
         if text.shape[1]:
             text = self._residual(text, self.text_feed_forward_norm, self.text_feed_forward)
         return torch.cat([queries, text], dim=1), cross_attention
@@ -231,8 +235,10 @@ class BliprenQFormer(PreTrainedModel):
         if not self.config.use_text:
             return []
         modules = [self.word_embeddings, self.position_embeddings]
+        if self.config.norm_position == "post" and not self.config.normalize_queries:
+            modules.append(self.norm)
         for layer in self.layers:
-            if layer.has_query_feed_forward:
+            if not layer.shares_feed_forward:
                 modules += [layer.text_feed_forward, layer.text_feed_forward_norm]
         return [parameter for module in modules for parameter in module.parameters()]
 
@@ -295,8 +301,10 @@ class BliprenQFormer(PreTrainedModel):
             parts.append(self.word_embeddings(input_ids) + self.position_embeddings(positions))
             if text_attention_mask is None:
                 text_attention_mask = torch.ones_like(input_ids)
+        if self.config.norm_position == "post" and not self.config.normalize_queries and input_ids is not None:
+            parts[-1] = self.norm(parts[-1])
         hidden_states = torch.cat(parts, dim=1)  # [B, Q + T, D]
-        if self.config.norm_position == "post":
+        if self.config.norm_position == "post" and self.config.normalize_queries:
             hidden_states = self.norm(hidden_states)
         hidden_states = self.dropout(hidden_states)
 

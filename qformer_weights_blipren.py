@@ -93,6 +93,8 @@ def copy_bert_weights(qformer: BliprenQFormer, bert: nn.Module) -> list[str]:
         renamed = _rename_layers(source, "transformer.layer.", _DISTILBERT_NAMES, own)
     else:
         raise ValueError(f"{type(bert).__name__} is neither a BERT nor a DistilBERT encoder")
+    if qformer.config.query_feed_forward == "after_cross_attention":  # which BERT does not have
+        renamed = {name: tensor for name, tensor in renamed.items() if "query_feed_forward" not in name}
     for kind in ("weight", "bias"):
         renamed[f"norm.{kind}"] = source[f"embeddings.LayerNorm.{kind}"]
     if qformer.config.use_text:

@@ -16,6 +16,7 @@ from blipren.configuration_blipren import split_revision
 from blipren.prompts_blipren import end_of_answer_id, pick_image_token
 from blipren.qformer_weights_blipren import copy_blip2_weights
 from blipren.training.errors import UserError, one_line
+from blipren.training.hub.prompt_templates import image_first
 
 _SOURCES = {"blip-2": Blip2ForConditionalGeneration, "instructblip": InstructBlipForConditionalGeneration}
 _VISION_FIELDS = (
@@ -27,16 +28,6 @@ _QFORMER_FIELDS = (
     "attention_probs_dropout_prob", "layer_norm_eps", "initializer_range", "cross_attention_frequency",
     "encoder_hidden_size", "vocab_size", "max_position_embeddings", "pad_token_id",
 )  # fmt: skip
-# BLIP-2 puts the beginning-of-text token behind the image
-_TEMPLATE = """{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{% generation %}{{ ' ' + message['content'] }}{% if not (loop.last and continue_final_message) %}{{ eos_token }}{% endif %}{% endgeneration %}
-{%- elif message['content'] is string -%}{{ bos_token }}{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}{%- if part['type'] in ('image', 'image_url') -%}IMAGE_TOKEN{%- endif -%}{%- endfor -%}
-{{ bos_token }}{%- for part in message['content'] -%}{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}
-{%- endif -%}
-{%- endfor -%}"""
 
 
 def import_blip2(source: str, **hub_kwargs) -> tuple[BliprenForConditionalGeneration, BliprenProcessor]:
@@ -86,12 +77,10 @@ def import_blip2(source: str, **hub_kwargs) -> tuple[BliprenForConditionalGenera
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    if getattr(tokenizer, "add_bos_token", False):
-        tokenizer.add_bos_token = False  # the template puts it behind the image
     processor = BliprenProcessor(
         AutoImageProcessor.from_pretrained(name, **hub_kwargs),
         tokenizer,
-        chat_template=_TEMPLATE.replace("IMAGE_TOKEN", image_token),
+        chat_template=image_first(tokenizer, image_token),
         image_token=image_token,
         num_visual_tokens=model.config.num_visual_tokens,
         answer_end=tokenizer.convert_ids_to_tokens(end),
