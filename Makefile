@@ -1,26 +1,39 @@
-# Two commands: `make quickstart` and `make test`. Both build .venv when it is not there; nothing else is needed but
+# Two commands: `make quickstart` and `make test`. Each installs into .venv what it needs, and needs nothing but
 # Python 3.11 or newer.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 OUT ?= quickstart-out
+INSTALL = .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: quickstart test lint format
+.PHONY: quickstart test lint format docs
 
 quickstart: .venv/ready
 	.venv/bin/blipren quickstart --out $(OUT)
 
 # one process a core, one thread a process: two test processes with two threads each stand in each other's way
-test: .venv/ready
+test: .venv/dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-lint: .venv/ready
+lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-format: .venv/ready
+format: .venv/dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+# the site, in site/: open site/index.html, or read along with .venv/bin/mkdocs serve
+docs: .venv/docs
+	.venv/bin/mkdocs build --strict --quiet
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch .venv/ready
+	$(INSTALL) .
+	touch $@
+
+.venv/dev: .venv/ready
+	$(INSTALL) ".[dev]"
+	touch $@
+
+.venv/docs: .venv/ready
+	$(INSTALL) ".[docs]"
+	touch $@
