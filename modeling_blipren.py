@@ -396,6 +396,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         label_logits_only: bool = False,
         logits_at: torch.LongTensor | None = None,
@@ -417,6 +418,8 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             pixel_values: images of the whole batch in order, `(num_images, channels, height, width)`.
             attention_mask: `(batch, length)`, or a 4-D mask that the language model uses unchanged.
             labels: `(batch, length)`, -100 where there is no loss; image tokens and padding never have one.
+            shift_labels: `(batch, length)`, the label of the next token at each position, used unchanged instead of
+                `labels` (sequence parallelism).
             logits_to_keep: as in transformers; 0 keeps all.
             label_logits_only: compute logits only where a label is predicted, `(num_label_tokens, vocab_size)`.
             logits_at: `(n,)` positions in the flattened `(batch * length)`: compute only these logits, `(n, vocab_size)`.
@@ -449,7 +452,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         )
         hidden_states = outputs.last_hidden_state
         loss = None
-        if labels is not None:
+        if labels is not None and shift_labels is None:
             labels = labels.to(hidden_states.device)
             if input_ids is not None:
                 labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
@@ -457,27 +460,27 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
                 labels = labels.masked_fill(attention_mask == 0, -100)
             # tokens < n predict n
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-            if label_logits_only:
-                keep = shift_labels != -100
-                hidden_states, shift_labels = hidden_states[keep], shift_labels[keep]
-        elif label_logits_only:
-            raise ValueError("label_logits_only needs labels")
-        if not label_logits_only and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            if labels is not None:
+        if label_logits_only:
+            if shift_labels is None:
+                raise ValueError("label_logits_only needs labels")
+            keep = shift_labels != -100
+            hidden_states, shift_labels = hidden_states[keep], shift_labels[keep]
+        elif not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            if shift_labels is not None:
                 raise ValueError("labels need all logits, or label_logits_only; not logits_to_keep")
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept, :]
         if targets is not None and logits_at is None:
             raise ValueError("targets needs logits_at: the positions that predict them")
         if logits_at is not None:
-            if labels is not None:
+            if shift_labels is not None:
                 raise ValueError("logits_at excludes labels: compute the loss from the logits that it returns")
             hidden_states = hidden_states.flatten(0, 1)[logits_at]
         if targets is not None:
             loss, logits = summed_cross_entropy(self.lm_head, hidden_states, targets, self.config.text_config), None
         else:
             logits = scale_logits(self.lm_head(hidden_states), self.config.text_config)
-        if labels is not None:
+        if shift_labels is not None:
             loss = self.loss_function(
                 logits=logits,
                 labels=None,

@@ -405,3 +405,15 @@ def test_image_processor_settings_and_normalised_patches(bases):
     first = model.get_image_features(patch_features=patches).pooler_output[0]
     scaled = model.get_image_features(patch_features=5 * patches).pooler_output[0]
     torch.testing.assert_close(first, scaled, rtol=1e-3, atol=1e-3)
+
+
+def test_shift_labels_replace_labels(tiny):
+    """The labels of the next token, as sequence parallelism passes them, give the loss of `labels`."""
+    model, processor = tiny
+    batch = supervised(processor, CAPTIONS, [random_image(i) for i in range(3)])
+    labels = batch.pop("labels")
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    for options in ({}, {"label_logits_only": True}):
+        assert torch.equal(
+            model(**batch, shift_labels=shifted, **options).loss, model(**batch, labels=labels, **options).loss
+        )
