@@ -5,6 +5,7 @@ import pytest
 from blipren.training.commands.embed import EmbedSettings
 from blipren.training.commands.embed import run as embed
 from blipren.training.commands.train import TrainSettings
+from blipren.training.stages.train import train
 from tests import tiny_models
 from tests.stages.tools import draw_dataset, make_model
 
@@ -65,3 +66,18 @@ def deterministic_model(tmp_path_factory, bases):
         qformer=qformer,
         projector_options={"projector_dropout": 0.0},
     )
+
+
+@pytest.fixture(scope="module")
+def plain_two_steps(cache_dir, deterministic_model, tmp_path_factory):
+    """Function that trains two steps from the same start with some changes, and returns the run folder."""
+    folder = tmp_path_factory.mktemp("two-steps")
+
+    def run(name, **changes):
+        values = dict(model=str(deterministic_model), cache=str(cache_dir), out=str(folder / name), max_steps=2)
+        values |= dict(batch_size=8, eval_every=2, keep_best="last", generate_samples=0, device="cpu")
+        if not (folder / name).exists():
+            train(TrainSettings(**values | {"learning_rate": 1e-2} | changes))
+        return folder / name
+
+    return run

@@ -12,6 +12,6 @@ def test_training_falls_back_to_padded_rows_and_says_why(settings, tmp_path, bas
     model = make_model(tmp_path / "model", bases[0], llm)
     caption.train(settings(model=str(model)))
     output = capsys.readouterr().out
-    assert "padded rows, one an answer" in output and "window of 8 tokens is shorter" in output
+    assert "padded rows, one for each answer" in output and "window of 8 tokens is shorter" in output
     assert events(tmp_path / "run", "train")[-1]["useful_tokens"] < 1.0
     assert json.loads((tmp_path / "run" / "finished.json").read_text())["steps"] == 6

@@ -41,7 +41,7 @@ def run_with_kills(settings, folder, moments):
         kill_at(settings, folder, step, delay)
         assert not (folder / "finished.json").exists()
     output = run_command(settings).communicate(timeout=240)[0]
-    assert "going on from" in output and "done: " in output, output
+    assert "resuming from" in output and "done: " in output, output
 
 
 def same_bits(a, b):
@@ -101,8 +101,8 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(settings
     capsys.readouterr()
     assert caption.train(run) == 0
     output = capsys.readouterr().out
-    assert "passed over a damaged checkpoint" in output and "optimizer.pt differs" in output
-    assert f"going on from {newest.with_name('checkpoint-4')}" in output
+    assert "skipped a damaged checkpoint" in output and "optimizer.pt differs" in output
+    assert f"resuming from {newest.with_name('checkpoint-4')}" in output
     same_bits(before, weights(tmp_path / "run"))
     assert checkpoints.damage(newest) is None  # written anew
 
@@ -117,7 +117,7 @@ def test_interrupt_saves_and_says_how_to_go_on(settings, tmp_path):
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
-    assert "interrupted: saved at step" in output and "run the same command again" in output
+    assert "interrupted: saved at step" in output and "run the same command again to resume" in output
     assert "Traceback" not in output
     newest, damaged = checkpoints.newest_verified(tmp_path / "run" / "checkpoints")
     assert newest is not None and damaged == [] and not (tmp_path / "run" / "finished.json").exists()

@@ -1,5 +1,5 @@
 """Every setting of `blipren train` does something: a changed one changes the weights, the log or the files of a run.
-Those that are other ways to the same weights (`SAME`) leave them; test_train.py shows that they do what they say.
+Those that are other ways to the same weights (`SAME`) leave them; test_precision.py and test_tuning.py show what they do.
 
 `pytest -m slow` runs them all; the table itself is checked always, so that a new setting cannot be left out.
 """
@@ -53,7 +53,7 @@ EXPERIMENTS = [  # (what is on in both runs, what is on in one)
 SAME = {"compile": True, "gradient_checkpointing": True, "workers": 1}  # other ways to the same weights
 ELSEWHERE = {
     "model", "cache", "out", "device", "online",  # in all tests of this folder
-    "llm_bits", "compile_backend", "report_to", "push_to", "public", "fsdp", "deepspeed",  # test_train.py, test_push.py, test_processes.py
+    "llm_bits", "compile_backend", "report_to", "push_to", "public", "fsdp", "deepspeed",  # test_train.py, test_tuning.py, test_push.py, test_processes.py
     "image_column", "question_column", "answer_column", "id_column", "split_column", "status_column",  # ../data/sources
     "dataset_config", "streaming", "follow_links", "validation_share", "test_share",  # ../data/sources
 }  # fmt: skip

@@ -30,13 +30,13 @@ class Damaged:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path) -> None:
-    """Lists every file of `folder` with size and SHA-256, and flushes all of them."""
+    """Write the size and SHA-256 of every file of `folder` into its manifest, and flush all of them."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
@@ -48,7 +48,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Why `folder` does not hold what its manifest says, or None when it does."""
+    """Return how `folder` differs from its manifest, or None when it does not."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"no {MANIFEST}"
@@ -68,12 +68,12 @@ def damage(folder: Path) -> str | None:
 
 
 def staging_folder(folder: Path) -> Path:
-    """Where the checkpoint `folder` is written before it is renamed; hidden, so that nothing takes it for one."""
+    """Return where the checkpoint `folder` is written before it is renamed: a hidden folder, which is no checkpoint."""
     return folder.parent / f".writing-{folder.name}"
 
 
 def open_staging(folder: Path) -> Path:
-    """Empty staging folder for the checkpoint `folder`."""
+    """Make an empty staging folder for the checkpoint `folder`, and return it."""
     staging = staging_folder(folder)
     if staging.exists():
         shutil.rmtree(staging)
@@ -82,7 +82,7 @@ def open_staging(folder: Path) -> Path:
 
 
 def publish_staging(folder: Path) -> None:
-    """Closes the staging folder of `folder` with a manifest and renames it; an older `folder` gives way."""
+    """Write the manifest of the staging folder of `folder` and rename it; an older `folder` is removed."""
     staging = staging_folder(folder)
     write_manifest(staging)
     if folder.exists():
@@ -99,7 +99,7 @@ def publish_staging(folder: Path) -> None:
 
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """Yields the staging folder to write into; the checkpoint appears at `folder` only if the block succeeds."""
+    """Yield the staging folder to write into; the checkpoint appears at `folder` only if the block succeeds."""
     staging = open_staging(folder)
     try:
         yield staging
@@ -110,12 +110,12 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """`checkpoint-120` -> 120."""
+    """Return the step of a checkpoint: 120 of `checkpoint-120`."""
     return int(folder.name.rsplit("-", 1)[1])
 
 
 def list_checkpoints(parent: Path, prefix: str = "checkpoint") -> list[Path]:
-    """Folders `prefix-N` of `parent`, newest first, verified or not."""
+    """Return the folders `prefix-N` of `parent`, newest first, verified or not."""
     if not parent.is_dir():
         return []
     found = [p for p in parent.glob(f"{prefix}-*") if p.is_dir() and p.name[len(prefix) + 1 :].isdigit()]
@@ -123,7 +123,7 @@ def list_checkpoints(parent: Path, prefix: str = "checkpoint") -> list[Path]:
 
 
 def newest_verified(parent: Path, prefix: str = "checkpoint") -> tuple[Path | None, list[Damaged]]:
-    """The newest checkpoint of `parent` that equals its manifest, and the damaged ones passed over on the way."""
+    """Return the newest checkpoint of `parent` that equals its manifest, and the newer ones that are damaged."""
     passed_over = []
     for folder in list_checkpoints(parent, prefix):
         reason = damage(folder)
@@ -134,14 +134,14 @@ def newest_verified(parent: Path, prefix: str = "checkpoint") -> tuple[Path | No
 
 
 def clear_unfinished(parent: Path) -> None:
-    """Removes what killed writers left behind; none of it was ever visible as a checkpoint."""
+    """Remove the unfinished folders of killed processes; none of them was ever visible as a checkpoint."""
     for pattern in (".writing-*", ".outgoing-*"):
         for leftover in parent.glob(pattern):
             shutil.rmtree(leftover)
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint. It begins with a rename, so that a half is never seen."""
+    """Remove a checkpoint. It is renamed first, so that a part of one is never visible."""
     outgoing = folder.parent / f".outgoing-{folder.name}"
     if outgoing.exists():
         shutil.rmtree(outgoing)
@@ -150,6 +150,6 @@ def remove(folder: Path) -> None:
 
 
 def prune(parent: Path, keep: int, prefix: str = "checkpoint") -> None:
-    """Removes all but the newest `keep` checkpoints."""
+    """Remove all but the newest `keep` checkpoints."""
     for folder in list_checkpoints(parent, prefix)[keep:]:
         remove(folder)

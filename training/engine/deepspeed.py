@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO, stages 1 and 2: gradients and optimizer state in pieces, one a process; weights and checkpoints whole.
+"""DeepSpeed ZeRO, stages 1 and 2: gradients and optimizer state sharded over processes; weights and checkpoints whole.
 
-Its engine divides up and steps an AdamW of ours. What it writes itself is not used: the state is gathered into the same
-`optimizer.pt` that every other run writes, so that a run may go on with other numbers of processes, or without DeepSpeed.
+DeepSpeed's engine shards and steps our AdamW. Its own checkpoints are not used: the state is gathered into the same
+`optimizer.pt` that every other run writes, so that a run may resume on other numbers of processes, or without DeepSpeed.
 """
 
 import json
@@ -32,10 +32,10 @@ def refuse_foreign_launch() -> None:
 
 
 def read_config(path: str | None, device: str) -> dict | None:
-    """The DeepSpeed configuration of a run that has one.
+    """Return the DeepSpeed configuration of a run, or None where it has none.
 
     Raises:
-        UserError: where it says what a run's own settings say, or cannot be used.
+        UserError: it has values that settings of the run decide, or cannot be used.
     """
     if path is None:
         return None
@@ -62,9 +62,9 @@ def read_config(path: str | None, device: str) -> dict | None:
 
 
 def start(device: str) -> dict:
-    """Joins the processes. Returns the `TrainingArguments` that let the Trainer find them joined.
+    """Join the processes. Returns the `TrainingArguments` by which the Trainer takes them as joined.
 
-    accelerate would do it by itself on GPUs; on CPUs it has to be told the backend.
+    On GPUs accelerate would do it; on CPUs the backend has to be named.
     """
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo" if device == "cpu" else None)
@@ -72,13 +72,13 @@ def start(device: str) -> dict:
 
 
 def link(zero) -> None:
-    """Makes DeepSpeed find each parameter's state: by itself it looks once, when only the first group has made its step."""
+    """Make DeepSpeed find the state of every parameter: it looks only once, after the first group's first step."""
     zero._hp_optimizer_states_linked = False
     zero._lazy_init_hp_params_optimizer_state()
 
 
 def optimizer_state(engine) -> dict:
-    """The optimizer's state as torch's AdamW without DeepSpeed has it; every process must call it."""
+    """Return the optimizer's state as torch's AdamW has it without DeepSpeed; every process must call it."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     zero = engine.optimizer
@@ -97,7 +97,7 @@ def optimizer_state(engine) -> dict:
 
 
 def load_optimizer_state(engine, saved: dict) -> None:
-    """Takes up what `optimizer_state` gives, or what a run without DeepSpeed wrote."""
+    """Load what `optimizer_state` returns, or what a run without DeepSpeed wrote."""
     from deepspeed.utils import safe_set_full_optimizer_state
 
     zero = engine.optimizer

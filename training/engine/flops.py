@@ -1,9 +1,9 @@
-"""Arithmetic of a training step, counted by torch on the step itself, and what a device could do."""
+"""Arithmetic of a training step, counted by torch while it runs, and the peak arithmetic of devices."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense half-precision matrix multiplication without sparsity, FLOP/s, from the makers' data sheets.
+# FLOP/s of dense half-precision matrix multiplication, without sparsity, from the data sheets.
 HALF_PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -20,7 +20,7 @@ HALF_PEAKS = {
 
 
 def peak(device: torch.device, half: bool) -> float | None:
-    """Peak FLOP/s of a device at half precision, or None where it is not known (CPUs, fp32)."""
+    """Return the peak FLOP/s of a device at half precision, or None where it is not known (CPUs, fp32)."""
     if device.type != "cuda" or not half:
         return None
     name = torch.cuda.get_device_name(device)
@@ -28,10 +28,9 @@ def peak(device: torch.device, half: bool) -> float | None:
 
 
 def count(step) -> int:
-    """FLOPs of the matrix multiplications and attentions that `step()` runs, backward included.
+    """Return the FLOPs of the matrix multiplications and attentions that `step()` runs, backward included.
 
-    Frozen weights count as what they need: their products forward and for the gradient that passes through them, not
-    for gradients of their own.
+    A frozen weight counts twice, for the forward pass and for the gradient of its input; a trained one three times.
     """
     with FlopCounterMode(display=False) as counter:
         step()

@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state in pieces, one a process; checkpoints whole, as without it."""
+"""FSDP2: parameters, gradients and optimizer state sharded over processes; checkpoints whole, as without it."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from blipren.training.errors import UserError
 
 
 def shard(model: nn.Module) -> None:
-    """Shards every transformer layer, then vision tower and connector, then the rest with the root."""
+    """Shard every transformer layer, then vision tower and connector, then the rest with the root."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             fully_shard(module)
@@ -19,7 +19,7 @@ def shard(model: nn.Module) -> None:
         if part in model.parts():
             fully_shard(model.parts()[part])
     fully_shard(model)
-    # tell the Trainer that placement and reduction of gradients are the model's own business
+    # tell the Trainer that the model itself places its weights and reduces its gradients
     if not hasattr(model, "is_distributed_loading_by_transformers"):
         raise UserError("fsdp needs transformers 5.23 or newer, whose Trainer takes a model that shards itself")
     model._is_distributed_loading_by_transformers = True
@@ -27,6 +27,7 @@ def shard(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Return whether `shard` was called on a model."""
     return isinstance(model, FSDPModule)
 
 
@@ -43,12 +44,12 @@ def shard_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def optimizer_state(optimizer) -> dict:
-    """The optimizer's state with whole tensors; every process must call it."""
+    """Return the optimizer's state with whole tensors; every process must call it."""
     return tree_map(full_tensor, optimizer.state_dict())
 
 
 def load_optimizer_state(optimizer, state: dict) -> None:
-    """Takes up a state with whole tensors, cut as the parameters are."""
+    """Load a state with whole tensors, of which each process keeps the share of its parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         for name, value in values.items():

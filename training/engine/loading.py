@@ -1,4 +1,4 @@
-"""A checkpoint, named on the command line, into a model and its processor: one place for every command."""
+"""Load the model and processor of a checkpoint that is named on the command line, for every command."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def load_config(path: str) -> BliprenConfig:
 def load_checkpoint(
     path: str, model_class: type[BliprenPreTrainedModel] = BliprenForConditionalGeneration, **kwargs
 ) -> tuple[BliprenPreTrainedModel, BliprenProcessor]:
-    """Model (in eval mode, frozen but for the connector) and processor of a checkpoint.
+    """Return the model (in eval mode, frozen but for the connector) and the processor of a checkpoint.
 
     Args:
         path: folder or Hub id.

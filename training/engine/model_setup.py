@@ -89,7 +89,9 @@ def choose_layout(model, processor, settings, sources: Sequence) -> Layout:
             reason = prefix.unsupported_reason(model, longest_row(model, processor, sources))
         if reason is not None:
             shared = False
-            print_line(f"padded rows, one an answer, instead of shared prefixes: the language model cannot, {reason}")
+            print_line(
+                f"padded rows, one for each answer, in place of shared prefixes: the language model cannot take them, {reason}"
+            )
     pad = processor.tokenizer.pad_token_id
     return Layout(
         pad_token_id=pad if pad is not None else 0,

@@ -1,12 +1,12 @@
 """The folder of a training run: settings, environment, one JSON line an event, curves as JSON and PNG.
 
 OUT/                    the model (written at the end)
-OUT/checkpoints/        checkpoint-N to go on from, best-N the best model so far
-OUT/settings.yaml       what the run was told; the same command goes on, another one is refused
+OUT/checkpoints/        checkpoint-N to resume from, best-N the best model so far
+OUT/settings.yaml       the settings; the same command resumes the run, one with other settings is refused
 OUT/environment.json    versions, machine, command
 OUT/log.jsonl           training, validation and sample captions, in order
 OUT/curves.json, .png   loss, learning rate and metrics over steps
-OUT/finished.json       the last line of a run that is done
+OUT/finished.json       the summary of a finished run
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from blipren.training.files import write_atomically
 from blipren.training.settings import Settings
 
 # Settings that may differ between a run and its continuation, since the weights do not depend on them.
-FREE = {
+FREE_SETTINGS = {
     "out", "device", "workers", "log_every", "save_every", "keep_checkpoints", "report_to", "full", "fsdp", "deepspeed",
     "push_to", "public",
 }  # fmt: skip
@@ -33,7 +33,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "tokenize
 
 
 def environment() -> dict:
-    """What a run depends on besides its settings."""
+    """Return what a run depends on besides its settings: command, versions, machine."""
     import torch
 
     versions = {}
@@ -67,16 +67,16 @@ class RunFolder:
         """Raise `UserError` if the folder holds a run with other settings, or something that is no run."""
         if not self.writes:
             return
-        told = dataclasses.asdict(settings)
+        now = dataclasses.asdict(settings)
         settings_path = self.path / "settings.yaml"
         if settings_path.is_file():
             before = yaml.safe_load(settings_path.read_text())
-            differing = [k for k in told if k not in FREE and before.get(k, told[k]) != told[k]]
+            differing = [k for k in now if k not in FREE_SETTINGS and before.get(k, now[k]) != now[k]]
             if differing:
                 name = differing[0]
                 raise UserError(
-                    f"{self.path} holds a run with {name} {before[name]!r}, not {told[name]!r}: give the same settings "
-                    "to go on with it, or another folder to begin anew"
+                    f"{self.path} holds a run with {name} {before[name]!r}, not {now[name]!r}: give the same settings "
+                    "to resume it, or another folder for a new run"
                 )
         elif self.path.is_dir() and any(p for p in self.path.iterdir() if not p.name.startswith(".")):
             raise UserError(f"{self.path} is not empty and holds no run: give another folder")
@@ -92,15 +92,16 @@ class RunFolder:
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
 
     def finished(self) -> dict | None:
-        """What the finished run left, or None."""
+        """Return the summary of the finished run, or None."""
         return json.loads(self.finished_path.read_text()) if self.finished_path.is_file() else None
 
     def finish(self, summary: dict) -> None:
+        """Write the summary, which makes the run a finished one."""
         if self.writes:
             write_atomically(self.finished_path, json.dumps(summary, indent=1) + "\n")
 
     def events(self) -> list[dict]:
-        """All lines of the log; a line cut short by a killed process is not one."""
+        """Return the lines of the log, without one that a killed process cut short."""
         if not self.log_path.is_file():
             return []
         found = []
@@ -112,19 +113,19 @@ class RunFolder:
         return found
 
     def rewind(self, step: int) -> None:
-        """Drops what a killed run logged behind the step that it goes on from: it will be logged again."""
+        """Remove the lines after `step`, which the run resumes from: they will be logged again."""
         if self.writes:
             kept = [event for event in self.events() if event["step"] <= step]
             write_atomically(self.log_path, "".join(json.dumps(event) + "\n" for event in kept))
 
     def log(self, kind: str, step: int, **values) -> None:
-        """Appends {"kind", "step", ...} to the log."""
+        """Append {"kind", "step", ...} to the log."""
         if self.writes:
             with open(self.log_path, "a") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
     def draw_curves(self) -> None:
-        """Writes curves.json and curves.png from the log."""
+        """Write curves.json and curves.png from the log."""
         if not self.writes:
             return
         curves: dict[str, list[list[float]]] = {}
@@ -151,7 +152,7 @@ PANELS = {
 
 
 def draw_panels(curves: dict[str, list[list[float]]], path: Path) -> None:
-    """One panel a quantity, steps along x. A panel without points is left out."""
+    """Draw a panel for each quantity over the steps. A panel without points is left out."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -43,9 +43,9 @@ def run_stage(
     checkpoint, damaged = checkpoints.newest_verified(run.checkpoints)
     if run.writes:
         for bad in damaged:
-            print_line(f"passed over a damaged checkpoint, {bad}")
+            print_line(f"skipped a damaged checkpoint, {bad}")
         if checkpoint is not None:
-            print_line(f"going on from {checkpoint}")
+            print_line(f"resuming from {checkpoint}")
     run.rewind(checkpoints.step_of(checkpoint) if checkpoint is not None else -1)
 
     trainer.begin(resumed=checkpoint is not None)
@@ -54,7 +54,7 @@ def run_stage(
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     if trainer.interrupted:
-        print_line(f"interrupted: saved at step {trainer.state.global_step}; run the same command again to go on")
+        print_line(f"interrupted: saved at step {trainer.state.global_step}; run the same command again to resume")
         return 130
 
     summary = trainer.summary(trainer.load_best())

@@ -1,0 +1,138 @@
+"""What `blipren train` trains: connector, LoRA, all of the language model, beside one in few bits."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blipren import BliprenForConditionalGeneration
+from blipren.training.engine import trained_parts as tuning
+from blipren.training.errors import UsageError, UserError
+from blipren.training.stages import train as caption
+from tests import tiny_models
+from tests.stages.tools import events, make_model, weights
+
+
+def logits_of(model):
+    torch.manual_seed(0)
+    n = model.config.num_visual_tokens
+    ids = torch.tensor([[model.config.image_token_id] * n + [5, 6, 7]])
+    features = torch.randn(1, 16, model.config.vision_hidden_size)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), patch_features=features).logits
+
+
+def test_lora_saves_with_the_bridge_and_reloads(settings, tmp_path, model_dir):
+    caption.train(settings(llm_tuning="lora", keep_best="last", learning_rates={"llm": 1e-2}))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not [name for name in weights(tmp_path / "run") if "language_model" in name]
+    before, after = (BliprenForConditionalGeneration.from_pretrained(p) for p in (model_dir, tmp_path / "run"))
+    trained = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-6" / "trained.safetensors")
+    state = after.state_dict()
+    adapters = [n for n in trained if "lora_" in n]
+    assert len(adapters) == 2 * 7 * 2  # two layers, seven linears, A and B
+    assert all(torch.equal(trained[n], state[n]) for n in adapters)
+    assert any(trained[n].abs().sum() > 0 for n in adapters if "lora_B" in n)
+    assert not torch.equal(logits_of(before), logits_of(after))
+    tuning.merge_lora(after)
+    torch.testing.assert_close(
+        logits_of(after),
+        logits_of(BliprenForConditionalGeneration.from_pretrained(tmp_path / "run")),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_merged_lora_is_a_full_checkpoint_with_equal_logits(settings, tmp_path):
+    caption.train(settings(llm_tuning="lora", keep_best="last", learning_rates={"llm": 1e-2}))
+    caption.train(
+        settings(llm_tuning="lora", keep_best="last", learning_rates={"llm": 1e-2}, full=True, merge_lora=True,
+                 out=str(tmp_path / "merged"))
+    )  # fmt: skip
+    assert not (tmp_path / "merged" / "adapter").exists()
+    models = [BliprenForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("run", "merged")]
+    torch.testing.assert_close(*map(logits_of, models), rtol=1e-4, atol=1e-5)
+
+
+def test_full_tuning_trains_the_llm_and_saves_everything(settings, tmp_path, model_dir):
+    caption.train(settings(llm_tuning="full", keep_best="last", gradient_checkpointing=True))
+    before, after = (
+        BliprenForConditionalGeneration.from_pretrained(p).state_dict() for p in (model_dir, tmp_path / "run")
+    )
+    names = [n for n in before if "language_model.layers" in n and n.endswith("proj.weight")]
+    assert names and all(not torch.equal(before[n], after[n]) for n in names)
+    assert all(torch.equal(before[n], after[n]) for n in before if "vision_tower" in n)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(settings, tmp_path, deterministic_model, monkeypatch):
+    values = dict(model=str(deterministic_model), max_steps=2, keep_best="last")
+    recomputed, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda f, *a, **k: recomputed.append(f) or checkpoint(f, *a, **k)
+    )
+    caption.train(settings(**values))
+    assert not recomputed
+    caption.train(settings(**values, gradient_checkpointing=True, out=str(tmp_path / "other")))
+    assert recomputed
+    for name, tensor in weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "other")[name])
+
+
+def test_frozen_qformer_and_learning_rate_groups(model_dir, settings):
+    model = BliprenForConditionalGeneration.from_pretrained(model_dir)
+    tuning.choose_trained(model, settings(train_qformer=False))
+    model.train()
+    assert not any(p.requires_grad for p in model.model.qformer.parameters())
+    assert not any(m.training for m in model.model.qformer.modules())
+    assert all(p.requires_grad for p in model.model.projector.parameters())
+
+    s = settings(learning_rates={"projector": 7e-3, "llm": 1e-5}, llm_tuning="full")
+    tuning.choose_trained(model, s)
+    groups = tuning.parameter_groups(model, s)
+    rates = {g["part"]: g["lr"] for g in groups}
+    assert rates == {"qformer": 3e-3, "projector": 7e-3, "llm": 1e-5}
+    named = {name: g for g in groups for name in g["names"]}
+    assert set(named) == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, group in named.items():
+        bare = name.endswith("bias") or "norm" in name or "query_tokens" in name or "embed" in name
+        assert group["weight_decay"] == (0.0 if bare else s.weight_decay), name
+
+
+@pytest.mark.parametrize("tuning_mode, bits", [("frozen", 8), ("frozen", 4), ("lora", 4)])
+def test_bridge_trains_beside_a_language_model_in_few_bits(settings, tmp_path, tuning_mode, bits, bases):
+    pytest.importorskip("bitsandbytes")
+    llm = tiny_models.make_llm(tmp_path / "llm", hidden_size=64, intermediate_size=128)  # a block of 4 bits is 64 wide
+    start = make_model(tmp_path / "start", bases[0], llm)
+    run = settings(model=str(start), llm_tuning=tuning_mode, max_steps=6, learning_rate=1e-2, log_every=1)
+    few = type(run)(**run.__dict__ | {"llm_bits": bits, "out": str(tmp_path / "few")})
+    caption.train(run)
+    caption.train(few)
+    losses, few_losses = ([e["loss"] for e in events(tmp_path / name, "train")] for name in ("run", "few"))
+    assert few_losses[0] == pytest.approx(losses[0], rel=0.05) and few_losses[0] != losses[0]  # rounded, and really so
+    assert few_losses[-1] < few_losses[0]
+    assert events(tmp_path / "few", "train")[0]["grad_norm"] == pytest.approx(
+        events(tmp_path / "run", "train")[0]["grad_norm"], rel=0.3
+    )  # it reaches the bridge
+    model = BliprenForConditionalGeneration.from_pretrained(tmp_path / "few")
+    before = BliprenForConditionalGeneration.from_pretrained(start).state_dict()
+    after = {n.replace(".base_layer.", "."): t for n, t in model.state_dict().items()}
+    assert all(torch.equal(before[n], after[n]) for n in before if "language_model" in n)
+
+
+@pytest.mark.parametrize("tuning_mode, projector", [("frozen", "mlp"), ("lora", "mlp"), ("frozen", "moe")])
+def test_a_language_model_that_lets_no_gradient_through_is_refused(
+    settings, tmp_path, bases, monkeypatch, tuning_mode, projector
+):
+    def without_gradient(model, precision):
+        language_model = model.parts()["llm"]
+        language_model.forward = torch.no_grad()(language_model.forward)
+
+    monkeypatch.setattr(caption, "set_precision", without_gradient)
+    with pytest.raises(UserError, match="no gradient reaches the projector"):
+        caption.train(
+            settings(model=str(make_model(tmp_path / "m", *bases, projector=projector)), llm_tuning=tuning_mode)
+        )
+
+
+def test_few_bits_cannot_be_trained_fully(settings):
+    with pytest.raises(UsageError, match="cannot be trained fully"):
+        settings(llm_bits=4, llm_tuning="full")
