@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from blipren.training.data.sources.images import ImageError
-from blipren.training.evaluation.captioning import encode_photos, generate_captions, load_model
 from blipren.training.evaluation.examples import open_split
+from blipren.training.evaluation.features import encode_images
+from blipren.training.evaluation.generation import generate_answers, load_model
 
 
 def measure(
@@ -31,14 +32,14 @@ def measure(
             photos.append(example.load())
         except ImageError as error:
             print(f"left out: {error}")
-    features = encode_photos(network, processor, photos)
+    features = encode_images(network, processor, photos)
     arms = {"one by one": 1, f"batches of {batch_size}": batch_size}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     captions: dict[str, list[str]] = {}
     for _ in range(rounds):
         for name, size in arms.items():
             begin = time.perf_counter()
-            found = generate_captions(network, processor, features, batch_size=size, max_new_tokens=max_new_tokens)
+            found = generate_answers(network, processor, features, batch_size=size, max_new_tokens=max_new_tokens)
             if network.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)

@@ -15,7 +15,8 @@ import torch
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.encoder import to_storage
 from blipren.training.engine.loading import load_checkpoint
-from blipren.training.evaluation.captioning import Features, generate_captions
+from blipren.training.evaluation.features import PatchFeatures
+from blipren.training.evaluation.generation import generate_answers
 from blipren.training.evaluation.metrics.captions import caption_metrics
 
 
@@ -69,7 +70,7 @@ def main() -> None:
         (cache.dtype, exact, patches * width * stored),
         ("int8", as_int8(exact), patches * width + 4 * patches),
     ):
-        captions = generate_captions(model, processor, Features(features), None, batch_size=50, max_new_tokens=30)
+        captions = generate_answers(model, processor, PatchFeatures(features), None, batch_size=50, max_new_tokens=30)
         predictions = {row: caption["text"] for row, caption in zip(ids, captions)}
         metrics = caption_metrics(predictions, dict(zip(ids, answers)))
         result[name] = {

@@ -52,10 +52,11 @@ def colours(tmp_path_factory):
 
 def learn(model, processor, rows, pictures, steps: int) -> None:
     """Teaches captions and answers of a few pictures, connector and language model together."""
-    from blipren.training.evaluation.captioning import encode_photos, pad_right
+    from blipren.training.evaluation.features import encode_images
+    from blipren.training.evaluation.generation import pad_right
 
     model.freeze(train=("connector", "llm"))
-    features = encode_photos(model, processor, pictures)
+    features = encode_images(model, processor, pictures)
     texts, owners = [], []
     for i, row in enumerate(rows):
         for prompt, answer in [(None, row["captions"][0]), (row["questions"][0], row["answers"][0])]:

@@ -14,12 +14,12 @@ from blipren.training.evaluation.attention import (
     grid_of,
     query_maps,
     query_statistics,
-    seen_picture,
+    seen_image,
     token_maps,
     token_texts,
     word_maps,
 )
-from blipren.training.evaluation.captioning import encode_photos
+from blipren.training.evaluation.features import encode_images
 from tests.evaluation.conftest import colour_picture, new_model
 from tests.tiny_models import make_llm, make_vision, random_image
 
@@ -85,12 +85,12 @@ def test_the_bright_patch_is_found(tmp_path, name, select):
         # the photo is twice as wide as high: the processor squeezes it
         x, y = 2 * patch_size, patch_size
         photo = dark_photo((2 * image_size, image_size), (column * x, row * y, column * x + x, row * y + y))
-        features = encode_photos(model, processor, [photo], keep_pixels=True)
+        features = encode_images(model, processor, [photo], keep_pixels=True)
         maps = query_maps(model, features)
         assert maps.shape == (2, 3, *grid)
         for one in maps.flatten(0, 1):
             assert divmod(int(one.argmax()), width) == (row, column)
-        seen = np.asarray(seen_picture(processor, features.pixels).convert("L"))
+        seen = np.asarray(seen_image(processor, features.pixels).convert("L"))
         assert seen.shape == (image_size, image_size)
         assert seen[int((row + 0.5) * patch_size), int((column + 0.5) * patch_size)] > 240
         assert np.median(seen) < 30
@@ -105,23 +105,23 @@ def test_crop_and_resize(tmp_path):
     photo_size, scale = (300, 200), 73 / 200
     for x, y in [(150, 100), (80, 40), (215, 160), (100, 170)]:
         photo = dark_photo(photo_size, (x - 11, y - 11, x + 11, y + 11))
-        features = encode_photos(model, processor, [photo], keep_pixels=True)
+        features = encode_images(model, processor, [photo], keep_pixels=True)
         best = int(query_maps(model, features)[0, 0].argmax())
         row, column = divmod(best, 8)
         seen_x, seen_y = x * scale - (300 * scale - 64) / 2, y * scale - (73 - 64) / 2
         assert abs((column + 0.5) * 8 - seen_x) <= 8 and abs((row + 0.5) * 8 - seen_y) <= 8
-        seen = np.asarray(seen_picture(processor, features.pixels).convert("L"))
+        seen = np.asarray(seen_image(processor, features.pixels).convert("L"))
         assert seen.shape == (64, 64) and seen[int(seen_y), int(seen_x)] > 200
     # what the crop takes away is in no map
-    outside = encode_photos(model, processor, [dark_photo(photo_size, (0, 90, 20, 110))], keep_pixels=True)
+    outside = encode_images(model, processor, [dark_photo(photo_size, (0, 90, 20, 110))], keep_pixels=True)
     flat = query_maps(model, outside)[0, 0]
     assert float(flat.max() / flat.min()) < 1.01
-    assert np.asarray(seen_picture(processor, outside.pixels)).max() < 40
+    assert np.asarray(seen_image(processor, outside.pixels)).max() < 40
 
 
 def test_words_are_drawn_from_the_bright_patch(tmp_path):
     model, processor = brightness_model(tmp_path, "vit", 64, 8, {})
-    features = encode_photos(model, processor, [dark_photo((64, 64), (24, 40, 32, 48))], keep_pixels=True)
+    features = encode_images(model, processor, [dark_photo((64, 64), (24, 40, 32, 48))], keep_pixels=True)
     ids = list(processor.encode_answer("A dog runs ."))
     assert not any(p.requires_grad for p in model.model.language_model.parameters())
     maps, log_probabilities = token_maps(model, processor, features, 0, None, ids)
@@ -132,7 +132,7 @@ def test_words_are_drawn_from_the_bright_patch(tmp_path):
 
 def test_gradient_is_that_of_the_word(tmp_path):
     model, processor = new_model(tmp_path, connector="patches")
-    features = encode_photos(model, processor, [random_image(1)], keep_pixels=True)
+    features = encode_images(model, processor, [random_image(1)], keep_pixels=True)
     ids = list(processor.encode_answer("red"))[:1]
     maps, (log_probability,) = token_maps(model, processor, features, 0, None, ids)
     assert maps.shape == (1, 4, 4)
@@ -155,10 +155,10 @@ def test_gradient_is_that_of_the_word(tmp_path):
 def test_naflex_has_a_grid_for_each_picture(tmp_path):
     model, processor = new_model(tmp_path, vision="siglip2_vision_model")
     photos = [dark_photo((64, 16), (48, 8, 56, 16)), dark_photo((16, 48), (8, 40, 16, 48))]
-    features = encode_photos(model, processor, photos, keep_pixels=True)
+    features = encode_images(model, processor, photos, keep_pixels=True)
     for row, photo in enumerate(photos):
         grid = grid_of(model.config, features.pixels, row)
-        seen = seen_picture(processor, features.pixels, row)
+        seen = seen_image(processor, features.pixels, row)
         assert seen.size == (grid.width * 8, grid.height * 8) and (grid.width > grid.height) == (
             photo.width > photo.height
         )
@@ -211,7 +211,7 @@ def test_query_statistics_name_dead_and_identical_queries():
 
 
 def test_tokens_join_to_words(seeing, tmp_path):
-    from blipren.training.evaluation.captioning import load_model
+    from blipren.training.evaluation.generation import load_model
 
     model, processor = load_model(str(seeing), "cpu")
     ids = list(processor.encode_answer("A déjà-vu picture ."))[:-1]

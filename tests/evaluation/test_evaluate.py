@@ -9,10 +9,10 @@ from blipren.training.cli import main
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.data.sources.splits import split_by_hash
 from blipren.training.errors import UsageError, UserError
-from blipren.training.evaluation import inference as sweep
-from blipren.training.evaluation.captioning import load_model
+from blipren.training.evaluation import inference
 from blipren.training.evaluation.evaluate import evaluate
 from blipren.training.evaluation.examples import open_split
+from blipren.training.evaluation.generation import load_model
 from blipren.training.evaluation.image_use import HARDLY, IGNORES, USES, image_use, other_images, verdict
 from tests.evaluation.conftest import colour_picture
 
@@ -80,7 +80,7 @@ def test_an_untrained_model_ignores_its_image(untrained, colours, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_result(seen, seeing, colours, tmp_path, monkeypatch, capsys):
-    original, calls = sweep._sweep_chunk, []
+    original, calls = inference.run_chunk, []
 
     def counting(model, processor, examples, plan, black):
         calls.append([e.id for e in examples])
@@ -88,22 +88,22 @@ def test_a_killed_run_goes_on_to_the_same_result(seen, seeing, colours, tmp_path
             raise KeyboardInterrupt
         return original(model, processor, examples, plan, black)
 
-    plan = sweep.SweepPlan(questions=True, generation={"max_new_tokens": 24, "num_beams": 1}, chunk=8)
+    plan = inference.InferencePlan(questions=True, generation={"max_new_tokens": 24, "num_beams": 1}, chunk=8)
     model, processor = load_model(str(seeing), "cpu")
     split = open_split(str(colours))
-    whole = sweep.sweep(model, processor, split, plan, tmp_path / "whole.jsonl", "w")
-    monkeypatch.setattr(sweep, "_sweep_chunk", counting)
+    whole = inference.run_inference(model, processor, split, plan, tmp_path / "whole.jsonl", "w")
+    monkeypatch.setattr(inference, "run_chunk", counting)
     with pytest.raises(KeyboardInterrupt):
-        sweep.sweep(model, processor, split, plan, tmp_path / "partial.jsonl", "w")
+        inference.run_inference(model, processor, split, plan, tmp_path / "partial.jsonl", "w")
     with (tmp_path / "partial.jsonl").open("a") as file:
         file.write('{"id": "014.png", "caption": {"te')  # killed while writing
     calls.append("resumed")
-    resumed = sweep.sweep(model, processor, split, plan, tmp_path / "partial.jsonl", "w")
+    resumed = inference.run_inference(model, processor, split, plan, tmp_path / "partial.jsonl", "w")
     after = calls[calls.index("resumed") + 1 :]
     assert [len(c) for c in after] == [8, 8] and after[0][0] == "014.png"
     assert resumed == whole
-    assert "going on behind 8 images" in capsys.readouterr().out
-    assert not sweep.read_partial(tmp_path / "partial.jsonl", "another fingerprint")
+    assert "resuming after 8 images" in capsys.readouterr().out
+    assert not inference.read_partial(tmp_path / "partial.jsonl", "another fingerprint")
 
 
 def test_the_same_command_gives_the_same_files(seen, seeing, colours, tmp_path):
@@ -221,6 +221,6 @@ def test_verdicts():
 
 
 def test_chunks_never_leave_one_image_alone():
-    assert [list(c) for c in sweep.chunks(5, 2)] == [[0, 1], [2, 3, 4]]
-    assert [len(c) for c in sweep.chunks(256, 128)] == [128, 128]
-    assert [len(c) for c in sweep.chunks(1, 128)] == [1]
+    assert [list(c) for c in inference.split_into_chunks(5, 2)] == [[0, 1], [2, 3, 4]]
+    assert [len(c) for c in inference.split_into_chunks(256, 128)] == [128, 128]
+    assert [len(c) for c in inference.split_into_chunks(1, 128)] == [1]

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from blipren.training.evaluation.captioning import generate_captions, load_model
-from blipren.training.evaluation.lmms_plugin import CLASS_PATH, MODEL_ID
+from blipren.training.evaluation.generation import generate_answers, load_model
+from blipren.training.evaluation.lmms.plugin import CLASS_PATH, MODEL_ID
 from tests.evaluation.conftest import QUESTION, colour_picture
 
 
 def test_entry_point_is_declared():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["lmms_eval.models"] == {
-        MODEL_ID: "blipren.training.evaluation.lmms_plugin:manifest"
+        MODEL_ID: "blipren.training.evaluation.lmms.plugin:manifest"
     }
 
 
@@ -32,7 +32,7 @@ def request(*args):
 def plugin(lmms_eval, seeing):
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
-    from blipren.training.evaluation.lmms_plugin import manifest
+    from blipren.training.evaluation.lmms.plugin import manifest
 
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())
@@ -57,7 +57,7 @@ def test_answers_are_ours(plugin, seeing):
     requests.append(request("<image>\n" + QUESTION, dict(settings, num_beams=2), visual, 2, "colours", "test"))
     answers = plugin.generate_until(requests)
     model, processor = load_model(str(seeing), "cpu")
-    ours = generate_captions(model, processor, [colour_picture(i) for i in range(6)], QUESTION, max_new_tokens=8)
+    ours = generate_answers(model, processor, [colour_picture(i) for i in range(6)], QUESTION, max_new_tokens=8)
     assert answers[:6] == [a["text"] for a in ours] == ["red", "green", "blue", "yellow", "black", "white"]
     assert answers[6] == "blue"
     stopped = plugin.generate_until([request(QUESTION, {"until": "e"}, visual, 1, "colours", "test")])

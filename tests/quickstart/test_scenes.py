@@ -20,7 +20,7 @@ from blipren.training.quickstart.scenes import (
     make_scene,
     write_scenes,
 )
-from blipren.training.quickstart.truth import caption_truth
+from blipren.training.quickstart.truth import judge_caption
 from blipren.training.quickstart.wording import plural
 
 FIRST_SCENE = [
@@ -86,7 +86,7 @@ def test_captions_differ_and_are_true(rows):
         scene = Scene.from_json(row["scene"])
         assert len(set(row["captions"])) == len(row["captions"]) >= 3
         for caption in row["captions"]:
-            verdict = caption_truth(caption, scene)
+            verdict = judge_caption(caption, scene)
             assert verdict.true, (caption, verdict.problems)
             assert verdict.attribute_recall == 1
             assert verdict.hallucinated == 0

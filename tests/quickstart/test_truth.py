@@ -3,7 +3,7 @@
 import pytest
 
 from blipren.training.quickstart.scenes import Scene, SceneObject
-from blipren.training.quickstart.truth import caption_truth
+from blipren.training.quickstart.truth import judge_caption
 
 
 def thing(size: str, colour: str, shape: str, row: int, column: int) -> SceneObject:
@@ -99,7 +99,7 @@ UNREADABLE = [
 
 @pytest.mark.parametrize("scene, caption", TRUE)
 def test_true(scene, caption):
-    verdict = caption_truth(caption, scene)
+    verdict = judge_caption(caption, scene)
     assert verdict.true, verdict.problems
     assert verdict.attribute_recall == 1
     assert verdict.hallucinated == 0
@@ -107,14 +107,14 @@ def test_true(scene, caption):
 
 @pytest.mark.parametrize("scene, caption, why", FALSE)
 def test_false(scene, caption, why):
-    verdict = caption_truth(caption, scene)
+    verdict = judge_caption(caption, scene)
     assert not verdict.true, why
     assert verdict.problems
 
 
 @pytest.mark.parametrize("scene, caption, recall, hallucinated", PARTIAL)
 def test_partly_right_is_not_true(scene, caption, recall, hallucinated):
-    verdict = caption_truth(caption, scene)
+    verdict = judge_caption(caption, scene)
     assert not verdict.true
     assert verdict.attribute_recall == pytest.approx(recall)
     assert verdict.hallucinated == hallucinated
@@ -123,18 +123,18 @@ def test_partly_right_is_not_true(scene, caption, recall, hallucinated):
 @pytest.mark.parametrize("caption", VAGUE)
 def test_empty_and_vague_are_not_true(caption):
     for scene in (ONE, TWO, THREE, PAIR):
-        verdict = caption_truth(caption, scene)
+        verdict = judge_caption(caption, scene)
         assert not verdict.true
         assert verdict.attribute_recall < 1
 
 
 @pytest.mark.parametrize("caption", UNREADABLE)
 def test_what_cannot_be_read_is_not_true(caption):
-    assert not caption_truth(caption, ONE).true
+    assert not judge_caption(caption, ONE).true
 
 
 def test_long_rambling_is_judged_quickly():
-    verdict = caption_truth("a red circle " * 60, TWO)
+    verdict = judge_caption("a red circle " * 60, TWO)
     assert not verdict.true
     assert verdict.mentioned == 60
     assert verdict.hallucinated == 59

@@ -26,6 +26,17 @@ def run(settings: CaptionSettings) -> int | None:
     check_checkpoint(settings.model)
     check_files(*settings.images)
 
-    from blipren.training.evaluation.captioning import caption
+    import json
 
-    return caption(settings)
+    from blipren.training.evaluation.generation import generate_answers, load_model, read_image
+
+    images = [read_image(path) for path in settings.images]  # before the model is loaded: a wrong name fails at once
+    model, processor = load_model(settings.model, settings.device)
+    answers = generate_answers(
+        model, processor, images, settings.prompt, settings.batch_size, **settings.generate_options()
+    )
+    for path, answer in zip(settings.images, answers):
+        if settings.json:
+            print(json.dumps({"image": path, "prompt": settings.prompt, **answer}, ensure_ascii=False))
+        else:
+            print(answer["text"] if len(answers) == 1 else f"{path}: {answer['text']}")

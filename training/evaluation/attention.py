@@ -1,9 +1,9 @@
-"""What each query and each word sees: cross-attention on the encoder's true grid, over the photo as the encoder saw it.
+"""Attention maps of queries and words on the encoder's true grid, over the image as the encoder saw it.
 
-Cross-attention is read from the Q-Former, averaged over heads, per layer and query. A word's map weights it by the
-gradient of the word's log-probability (Chefer et al. 2021, arXiv:2103.15679: positive part of gradient times
-attention). The connector `patches` has no cross-attention: there a word's map is gradient times feature of each patch.
-Class and register tokens are no places of the picture and are left out.
+The maps of a query are the Q-Former's cross-attention, averaged over heads, for each layer. The map of a word weights the
+attention by the gradient of the word's log-probability (Chefer et al. 2021, arXiv:2103.15679: positive part of gradient
+times attention). The connector `patches` has no cross-attention; its map of a word is gradient times feature of each
+patch. Class and register tokens have no place in the image and are left out.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from blipren.training.evaluation.captioning import Features, encode_photos, generate_captions, pad_right
+from blipren.training.evaluation.features import PatchFeatures, encode_images
+from blipren.training.evaluation.generation import generate_answers, pad_right
 
 
 @dataclass
 class Grid:
-    """Where patch features lie in the picture that the encoder saw.
+    """The grid of patch features in the image that the encoder saw.
 
     Attributes:
-        height, width: patches. prefix: leading tokens that are no patches (class, registers).
+        height, width: in patches. prefix: number of leading tokens that are no patches (class, registers).
     """
 
     height: int
@@ -31,7 +32,7 @@ class Grid:
     prefix: int = 0
 
     def maps(self, values: torch.Tensor) -> torch.Tensor:
-        """[..., tokens] -> [..., height, width], whatever stands before the patches or pads behind them left out."""
+        """Reshape [..., tokens] to [..., height, width], without prefix tokens and padding."""
         patches = self.height * self.width
         if values.shape[-1] < self.prefix + patches:
             raise ValueError(
@@ -41,17 +42,17 @@ class Grid:
 
 
 def grid_of(config, pixels: dict[str, torch.Tensor] | None = None, row: int = 0) -> Grid:
-    """The true grid of an image's patch features: the config's, or where it differs from image to image its own."""
+    """Return the grid of an image: the config's, or the image's own if the encoder's grid differs between images."""
     prefix = config.num_prefix_tokens if config.vision_feature_select == "full" else 0
     if config.vision_grid is not None:
         return Grid(*config.vision_grid, prefix)
     if pixels is None or "spatial_shapes" not in pixels:
-        raise ValueError("this encoder's grid differs from image to image: the processor's spatial_shapes are needed")
+        raise ValueError("this encoder's grid differs between images: the processor's spatial_shapes are needed")
     return Grid(*pixels["spatial_shapes"][row].tolist(), prefix)
 
 
-def seen_picture(processor, pixels: dict[str, torch.Tensor], row: int = 0) -> Image.Image:
-    """The picture as the encoder saw it: resized, cropped and padded by the processor, colours put back."""
+def seen_image(processor, pixels: dict[str, torch.Tensor], row: int = 0) -> Image.Image:
+    """Return the image as the encoder saw it, resized, cropped and padded by the processor, in its original colours."""
     values = pixels["pixel_values"][row].float()
     image_processor = processor.image_processor
     if "spatial_shapes" in pixels:  # NaFlex: rows of patches [patches, side * side * channels]
@@ -64,15 +65,15 @@ def seen_picture(processor, pixels: dict[str, torch.Tensor], row: int = 0) -> Im
             torch.tensor(getattr(image_processor, f"image_{name}"))[:, None, None] for name in ("mean", "std")
         )
         values = values * std + mean
-    # without rescaling the processor hands on numbers up to 255
+    # without rescaling the processor's values go up to 255
     scale = 255 if getattr(image_processor, "do_rescale", True) else 1
     array = (values * scale).clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).convert("RGB")
 
 
 @torch.no_grad()
-def query_maps(model, features: Features, row: int = 0) -> torch.Tensor | None:
-    """Mean over heads of the cross-attention of one image: [layers, queries, height, width]; each sums to at most 1.
+def query_maps(model, features: PatchFeatures, row: int = 0) -> torch.Tensor | None:
+    """Return the cross-attention of one image, mean over heads: [layers, queries, height, width]; each sums to at most 1.
 
     None for the connector `patches`, which has no queries.
     """
@@ -84,7 +85,7 @@ def query_maps(model, features: Features, row: int = 0) -> torch.Tensor | None:
     return torch.stack([grid.maps(layer[0].float().mean(dim=0)) for layer in attentions]).cpu()
 
 
-def _prefixes(model, processor, features: Features, row: int, prompt, answer_ids: Sequence[int]):
+def _prefixes(model, processor, features: PatchFeatures, row: int, prompt, answer_ids: Sequence[int]):
     count = features[[row]].visual_tokens(model.config)
     before = list(processor.encode_prompt(prompt, num_visual_tokens=count))
     ids, mask = pad_right([before + list(answer_ids)], 0)
@@ -92,23 +93,23 @@ def _prefixes(model, processor, features: Features, row: int, prompt, answer_ids
 
 
 def token_maps(
-    model, processor, features: Features, row: int, prompt: str | None, answer_ids: Sequence[int]
+    model, processor, features: PatchFeatures, row: int, prompt: str | None, answer_ids: Sequence[int]
 ) -> tuple[torch.Tensor, list[float]]:
-    """Gradient-weighted maps of an image for each token of an answer.
+    """Compute the gradient-weighted map of an image for each token of an answer.
 
     Args:
-        features: with `pixels` where the grid differs from image to image. row: the image.
+        features: with `pixels` if the encoder's grid differs between images. row: the image.
         answer_ids: tokens of the answer, as `processor.encode_answer` gives them.
 
     Returns:
-        Maps [tokens, height, width], each with its maximum at 1 (all zero where nothing is positive), and the
+        Maps [tokens, height, width], each scaled to a maximum of 1 (all zero if nothing is positive), and the
         log-probability of each token.
     """
     ids, mask, start = _prefixes(model, processor, features, row, prompt, answer_ids)
     grid = grid_of(model.config, features.pixels, row)
     with torch.enable_grad():
         inputs = features[[row]].model_inputs(model.device)
-        # frozen models have no gradient of their own; the picture's side of the graph is made to have one
+        # all parameters are frozen; the gradient is taken with respect to the patch features
         inputs["patch_features"] = inputs["patch_features"].float().requires_grad_(True)
         image = model.get_image_features(**inputs, output_attentions=model.config.connector == "qformer")
         at = torch.arange(start - 1, start - 1 + len(answer_ids), device=model.device)
@@ -132,10 +133,10 @@ def token_maps(
 
 
 def word_maps(tokens: Sequence[str], maps: torch.Tensor) -> tuple[list[str], torch.Tensor]:
-    """Joins the tokens of each word: words, and maps [words, height, width], the mean of their tokens'.
+    """Join the tokens of each word. Returns the words and their maps [words, height, width], the mean over tokens.
 
     Args:
-        tokens: text of each token as it continues the answer, white space in front where a word begins.
+        tokens: text of each token as it continues the answer; a word begins with white space.
     """
     words: list[str] = []
     members: list[list[int]] = []
@@ -151,11 +152,11 @@ def word_maps(tokens: Sequence[str], maps: torch.Tensor) -> tuple[list[str], tor
 
 
 def token_texts(processor, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to those before it, so that pieces and bytes come out as they are read."""
+    """Return the text that each token adds to the tokens before it."""
     texts, before = [], ""
     for end in range(1, len(ids) + 1):
         whole = processor.tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
-        if whole.endswith("\ufffd"):  # half of a character: shown with its other half
+        if whole.endswith("\ufffd"):  # a part of a character: its text comes with the last part
             texts.append("")
             continue
         texts.append(whole[len(before) :])
@@ -165,10 +166,10 @@ def token_texts(processor, ids: Sequence[int]) -> list[str]:
 
 @dataclass
 class QueryStatistics:
-    """Whether queries look at different things, of one image or averaged over several.
+    """Statistics that show whether queries attend to different places, of one image or averaged over several.
 
     Attributes:
-        entropy: [queries], of each query's map (mean over layers), as a share of the largest: 1 is everywhere alike.
+        entropy: [queries], of each query's map (mean over layers), as a share of its maximum: 1 is a uniform map.
         overlap: [queries, queries], sum of the smaller of two normalised maps: 1 is the same map.
         dead: queries whose map is flat (entropy above 0.98). identical: pairs of queries with overlap above 0.95.
     """
@@ -181,7 +182,7 @@ class QueryStatistics:
 
 
 def query_statistics(maps: torch.Tensor) -> QueryStatistics:
-    """Entropy and overlap of queries from maps [layers, queries, height, width] of one image, or [images, ...]."""
+    """Compute entropy and overlap of queries from maps [layers, queries, height, width] of one image, or [images, ...]."""
     if maps.dim() == 4:
         maps = maps[None]
     flat = maps.double().mean(dim=1).flatten(2)  # [images, queries, patches]
@@ -201,19 +202,20 @@ def query_statistics(maps: torch.Tensor) -> QueryStatistics:
     )
 
 
-def feature_norms(model, features: Features, row: int = 0) -> torch.Tensor:
-    """Length of each patch feature, [height, width]: large ones are what the encoder makes much of, or artefacts."""
+def feature_norms(model, features: PatchFeatures, row: int = 0) -> torch.Tensor:
+    """Return the norm of each patch feature, [height, width]."""
     norms = features.patches[row].float().norm(dim=-1)
     return grid_of(model.config, features.pixels, row).maps(norms)
 
 
 @dataclass
-class Explained:
-    """One photo for the attention explorer.
+class Explanation:
+    """An image, its caption and the attention maps.
 
     Attributes:
-        seen: the picture as the encoder saw it. queries: [layers, queries, h, w] or None.
-        words, word_maps: of the caption; log_probabilities of its tokens. norms: [h, w]. router: of the experts.
+        seen: the image as the encoder saw it. queries: maps [layers, queries, h, w], None for the connector `patches`.
+        words: of the caption. word_maps: [words, h, w]. norms: of the patch features, [h, w].
+        router: probability of each expert, None without a mixture of experts.
     """
 
     seen: Image.Image
@@ -225,11 +227,13 @@ class Explained:
     router: list[float] | None
 
 
-def explain(model, processor, photo: Image.Image, prompt: str | None = None, caption: str | None = None, **generation):
-    """Caption of a photo (generated unless given), what every query saw, and what every word was drawn from."""
-    features = encode_photos(model, processor, [photo], keep_pixels=True)
+def explain(
+    model, processor, image: Image.Image, prompt: str | None = None, caption: str | None = None, **generation
+) -> Explanation:
+    """Compute the attention maps of an image and its caption, which is generated unless it is given."""
+    features = encode_images(model, processor, [image], keep_pixels=True)
     if caption is None:
-        caption = generate_captions(model, processor, features, prompt, **generation)[0]["text"]
+        caption = generate_answers(model, processor, features, prompt, **generation)[0]["text"]
     router = None
     if model.config.projector == "moe":
         with torch.no_grad():
@@ -240,8 +244,8 @@ def explain(model, processor, photo: Image.Image, prompt: str | None = None, cap
         ids = list(processor.encode_answer(caption))[:-1]
         per_token, _ = token_maps(model, processor, features, 0, prompt, ids)
         words, maps = word_maps(token_texts(processor, ids), per_token)
-    return Explained(
-        seen=seen_picture(processor, features.pixels),
+    return Explanation(
+        seen=seen_image(processor, features.pixels),
         caption=caption,
         queries=query_maps(model, features),
         words=words,

@@ -1,4 +1,4 @@
-"""The held-out split of a data set, one example an image: reference captions, questions with answers, known objects."""
+"""The split to evaluate on, one example an image: reference captions, questions with answers, known content."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.data.sources.rows import Row, Source
 from blipren.training.data.sources.splits import normalize_split, split_by_hash
 from blipren.training.errors import UserError
+from blipren.training.evaluation.judges import installed_judges
 
 logger = logging.getLogger(__name__)
 
-FACT_COLUMNS = ("objects", "scene", "group")
-"""Metadata columns, beside images and texts, that say what is in a picture."""
+FACT_COLUMNS = ("objects", "group")
+"""Columns of metadata.jsonl, beside images and texts, that say what is in an image. Those of the judges are read too."""
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Example:
 
     Attributes:
         references: its captions (texts whose prompt is the default one). questions: question -> answers of people.
-        facts: what else the metadata knows: `objects` (COCO boxes), `scene` (a drawn scene as JSON), `group`.
+        facts: other columns of the metadata: `objects` (COCO boxes), `group`, and the column of a judge.
     """
 
     id: str
@@ -39,25 +40,26 @@ class Example:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> Image.Image:
-        """The upright RGB photo. Raises `ImageError`."""
+        """Return the image as upright RGB. Raises `ImageError`."""
         try:
             return self.row.load()
         finally:
-            self.row._data = None  # a whole split of encoded photos does not fit into memory
+            self.row._data = None  # the encoded images of a whole split do not fit into memory
 
 
 @dataclass
 class Split:
-    """The examples that are evaluated, and which part of the data they are."""
+    """The examples that are evaluated, and the part of the data set that they are."""
 
     dataset: str
     name: str
     examples: list[Example]
     rows: Counter
-    """Rows of each split of the data set, rejected ones apart."""
+    """Number of rows of each split of the data set; rejected rows are counted as `rejected`."""
     fingerprint: str
 
     def describe(self) -> str:
+        """Return which split it is and how many images it has, in words."""
         sizes = ", ".join(f"{name} {count:,}" for name, count in self.rows.items())
         return f"split {self.name!r} of {self.dataset}: {len(self.examples):,} images (the data set has {sizes})"
 
@@ -76,9 +78,9 @@ def _split_of(row: Row, shares: tuple[float, float]) -> str:
 
 
 def _facts(dataset: str) -> dict[str, dict[str, Any]]:
-    """What a local folder's metadata.jsonl says about each picture beside its texts: id or file name -> columns."""
+    """Return what a local folder's metadata.jsonl says about each image beside its texts: id or file name -> columns."""
     found: dict[str, dict[str, Any]] = {}
-    path = Path(dataset)
+    path, columns = Path(dataset), (*FACT_COLUMNS, *installed_judges())
     if not path.is_dir():
         return found
     for file in (path / "metadata.jsonl", *sorted(path.glob("*/metadata.jsonl"))):
@@ -91,7 +93,7 @@ def _facts(dataset: str) -> dict[str, dict[str, Any]]:
                 continue  # the reader of rows rejects and counts such lines
             if not isinstance(record, dict):
                 continue
-            facts = {name: record[name] for name in FACT_COLUMNS if record.get(name) is not None}
+            facts = {name: record[name] for name in columns if record.get(name) is not None}
             name = record.get("id", record.get("file_name"))
             if facts and name is not None:
                 prefix = "" if file.parent == path or "id" in record else f"{file.parent.name}/"
@@ -132,13 +134,14 @@ def open_split(
     test_share: float = 0.05,
     **options: Any,
 ) -> Split:
-    """The examples to evaluate on.
+    """Open the examples to evaluate on.
 
     Args:
         dataset: anything that `open_rows` takes.
-        split: `train`, `validation` or `test`; None takes test, else validation, else everything, and says so.
-        limit: only the first so many images.
-        options: columns and the rest of what `open_rows` takes.
+        split: `train`, `validation` or `test`. None takes test, or validation if there is no test split, or the train
+            split with a warning if there is neither.
+        limit: use only this many images, the first ones.
+        options: columns and other options of `open_rows`.
 
     Raises:
         UserError: there is no such split, or it has no image.

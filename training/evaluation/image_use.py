@@ -1,4 +1,4 @@
-"""Does the model look at its image? Losses and scores with the right image, another one, a black one and none."""
+"""Whether the model uses its image: losses and scores with the right image, another image, a black one and none."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from blipren.training.evaluation.captioning import Features, pad_id, pad_right
+from blipren.training.evaluation.features import PatchFeatures
+from blipren.training.evaluation.generation import pad_id, pad_right
 from blipren.training.evaluation.metrics.bootstrap import Statistic, interval, mean_statistic, paired_difference
 
 CONDITIONS = ("right", "shuffled", "black", "none")
 IGNORES, HARDLY, USES = "ignores its image", "hardly uses its image", "looks at its image"
 IGNORES_BELOW, HARDLY_BELOW = 0.005, 0.03
-"""Loss gap between another image and the right one, as shares of the loss, below which the verdict falls."""
+"""Share of the loss that another image has to add, below which the model ignores or hardly uses its image."""
 KEPT_ABOVE = 0.5
-"""Share of the score left with another image, above which a small loss gap means that the image is hardly used."""
+"""Share of the score that is left with another image, above which a small loss gap means that the image is hardly used."""
 
 
 @torch.no_grad()
 def answer_losses(
     model,
     processor,
-    features: Features | None,
+    features: PatchFeatures | None,
     prompts: Sequence[str | None],
     answers: Sequence[str],
     batch_size: int = 32,
 ) -> list[tuple[float, int]]:
-    """Negative log-likelihood (nats, summed) and number of tokens of each answer, its end token among them.
+    """Compute the negative log-likelihood (nats, summed) and number of tokens of each answer with its end token.
 
-    `features` None leaves the image out of the prompt; the rest of the prompt stays the same.
+    Args:
+        features: the image of each answer; None leaves the image out of the prompt and keeps the rest.
     """
     counts = [None] * len(answers) if features is None else features.visual_tokens(model.config)
     rows = []
@@ -43,7 +45,7 @@ def answer_losses(
         chosen = order[start : start + batch_size]
         ids, mask = pad_right([rows[i][0] + rows[i][1] for i in chosen], pad_id(model, processor))
         inputs = {} if features is None else features[chosen].model_inputs(model.device)
-        # token t is predicted at t - 1; only those logits are computed
+        # token t is predicted at position t - 1; only those logits are computed
         spans = [(row, len(rows[i][0]), len(rows[i][1])) for row, i in enumerate(chosen)]
         at = torch.cat([row * ids.shape[1] + torch.arange(p - 1, p + n - 1) for row, p, n in spans])
         logits = model(
@@ -59,7 +61,7 @@ def answer_losses(
 
 
 def other_images(count: int, seed: int) -> list[int]:
-    """For each of `count` images another one of them: a rotation, so that none keeps its own. Empty for one image."""
+    """Return for each of `count` images the index of another one. A rotation, so no image keeps its own. Empty for one."""
     if count < 2:
         return []
     shift = 1 + int(np.random.default_rng(seed).integers(count - 1))
@@ -67,17 +69,17 @@ def other_images(count: int, seed: int) -> list[int]:
 
 
 def loss_statistic(losses: Sequence[tuple[float, int]]) -> Statistic:
-    """Loss per answer token over images, as training measures it."""
+    """Return the loss per answer token over images, as training computes it."""
     return Statistic(np.array(losses, dtype=np.float64), lambda sums: sums[..., 0] / sums[..., 1])
 
 
 def verdict(right: float, gap: float, gap_low: float, score_kept: float | None = None) -> str:
-    """One of `IGNORES`, `HARDLY`, `USES`.
+    """Return one of `IGNORES`, `HARDLY`, `USES`.
 
     Args:
         right: loss with the right image. gap, gap_low: what another image adds to it, and the interval's lower end.
-        score_kept: share of the caption or answer score that is left with another image. A reference's loss moves little
-            even where captions are good, since most of its words are grammar: a score that falls by half speaks louder.
+        score_kept: share of the caption or answer score that is left with another image. The loss of a reference changes
+            little even for a good model, since most of its words are grammar, so a score that falls by half counts more.
     """
     if gap_low <= 0 or gap < IGNORES_BELOW * right:
         return IGNORES
@@ -92,7 +94,7 @@ def image_use(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict:
-    """The table of conditions and the verdict.
+    """Return the values of each condition and the verdict.
 
     Args:
         losses: condition -> (summed loss, tokens) of each image, `right` and `shuffled` at least.

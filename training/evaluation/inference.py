@@ -1,7 +1,8 @@
-"""One restartable pass over the photos of a split: each is decoded and encoded once for all that is asked about it.
+"""The inference pass over a split: each image is decoded and encoded once for everything that is asked about it.
 
-The pass goes in chunks of images. A chunk's answers are appended to `partial.jsonl` together, so that a killed run goes
-on behind the last whole chunk, with the same results as one never killed. "Another image" is another one of the chunk.
+The pass takes the images in chunks. The records of a chunk are appended to `partial.jsonl` together. A killed run
+resumes after the last complete chunk and gives the same results as one that was never killed. "Another image" is another
+image of the same chunk.
 """
 
 from __future__ import annotations
@@ -18,25 +19,27 @@ from PIL import Image
 from tqdm import tqdm
 
 from blipren.training.data.sources.images import ImageError
-from blipren.training.evaluation.captioning import Features, encode_photos, generate_captions
 from blipren.training.evaluation.examples import Example, Split
+from blipren.training.evaluation.features import PatchFeatures, encode_images
+from blipren.training.evaluation.generation import generate_answers
 from blipren.training.evaluation.image_use import answer_losses, other_images
-from blipren.training.evaluation.metrics.pope import PopeQuestion, ask_pope
+from blipren.training.evaluation.metrics.pope import PopeQuestion
 
 
 @dataclasses.dataclass(frozen=True)
-class SweepPlan:
-    """What is asked about every image; part of the fingerprint that a resumed pass must share.
+class InferencePlan:
+    """What is asked about every image. A resumed pass must have the same plan.
 
     Attributes:
-        captions, questions: generate captions, answer the data set's questions. probe: losses with other images.
-        prompt: caption prompt, None for the model's own. generation: settings of `generate`.
-        chunk: images of one chunk; another image is another one of it.
+        captions: generate captions. questions: answer the data set's questions.
+        image_use: compute losses with other images, a black one and none.
+        prompt: caption prompt, None for the model's own. generation: keyword arguments of `generate`.
+        chunk: number of images in a chunk.
     """
 
     captions: bool = True
     questions: bool = False
-    probe: bool = True
+    image_use: bool = True
     prompt: str | None = None
     generation: dict = dataclasses.field(default_factory=dict)
     batch_size: int = 32
@@ -44,13 +47,14 @@ class SweepPlan:
     seed: int = 0
 
     def fingerprint(self, model_fingerprint: str, split: Split) -> str:
+        """Return a hash of everything that the records depend on."""
         ids = [example.id for example in split.examples]
         parts = [dataclasses.asdict(self), model_fingerprint, split.fingerprint, split.name, ids]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def chunks(count: int, size: int) -> list[range]:
-    """Chunks of a split; a last one of a single image joins the one before, or it would have no other image."""
+def split_into_chunks(count: int, size: int) -> list[range]:
+    """Return the chunks of a split. A last chunk of one image joins the chunk before, since it has no other image."""
     starts = list(range(0, count, size))
     if len(starts) > 1 and count - starts[-1] == 1:
         starts.pop()
@@ -58,7 +62,7 @@ def chunks(count: int, size: int) -> list[range]:
 
 
 def read_partial(path: Path, fingerprint: str) -> dict[str, dict]:
-    """Finished records by id; empty where the file is another run's. A line cut short by a kill is left out."""
+    """Return the finished records by id, none if the file belongs to another run. An incomplete last line is left out."""
     if not path.exists():
         return {}
     records = {}
@@ -77,20 +81,28 @@ def read_partial(path: Path, fingerprint: str) -> dict[str, dict]:
     return records
 
 
-def _load(examples: Sequence[Example]) -> tuple[list[Example], list[Image.Image], list[dict]]:
-    """Examples whose photo could be read, the photos, and records of the others."""
-    good, photos, rejected = [], [], []
+def load_images(examples: Sequence[Example]) -> tuple[list[Example], list[Image.Image], list[dict]]:
+    """Return the examples whose image can be read, their images, and a record with the reason for each of the others."""
+    good, images, rejected = [], [], []
     for example in examples:
         try:
-            photos.append(example.load())
+            images.append(example.load())
             good.append(example)
         except ImageError as error:
             rejected.append({"id": example.id, "rejected": [error.reason, error.detail]})
-    return good, photos, rejected
+    return good, images, rejected
 
 
-def probe_pair(example: Example, plan: SweepPlan) -> tuple[str | None, str] | None:
-    """The text whose loss is taken with each image: the first reference caption, else the first question's answer."""
+def image_batches(examples: Sequence[Example], size: int) -> Iterator[tuple[list[Example], list[Image.Image]]]:
+    """Yield batches of examples and their images, without those whose image cannot be read."""
+    for start in range(0, len(examples), size):
+        good, images, _ = load_images(examples[start : start + size])
+        if good:
+            yield good, images
+
+
+def choose_reference(example: Example, plan: InferencePlan) -> tuple[str | None, str] | None:
+    """Return the prompt and text whose loss is computed: the first reference caption, or the first question's answer."""
     if example.references and plan.captions:
         return plan.prompt, example.references[0]
     if example.questions and plan.questions:
@@ -100,88 +112,117 @@ def probe_pair(example: Example, plan: SweepPlan) -> tuple[str | None, str] | No
 
 
 @torch.no_grad()
-def _sweep_chunk(model, processor, examples: list[Example], plan: SweepPlan, black: Features | None) -> list[dict]:
-    good, photos, records = _load(examples)
+def run_chunk(
+    model, processor, examples: list[Example], plan: InferencePlan, black: PatchFeatures | None
+) -> list[dict]:
+    """Return the records of the images of one chunk. `black` are the patch features of a black image."""
+    good, images, rejected = load_images(examples)
     if not good:
-        return records
-    features = encode_photos(model, processor, photos, plan.batch_size)
-    own = [{"id": example.id} for example in good]
+        return rejected
+    features = encode_images(model, processor, images, plan.batch_size)
+    records = [{"id": example.id} for example in good]
     others = other_images(len(good), plan.seed)
-    for record, other in zip(own, others):
+    for record, other in zip(records, others):
         record["other"] = good[other].id
     if model.config.projector == "moe":
         routed = model.get_image_features(**features.model_inputs(model.device)).router_probs
-        for record, probabilities in zip(own, routed.float().cpu().tolist()):
+        for record, probabilities in zip(records, routed.float().cpu().tolist()):
             record["router"] = [round(p, 5) for p in probabilities]
-
     if plan.captions:
-        captions = generate_captions(model, processor, features, plan.prompt, plan.batch_size, **plan.generation)
-        for record, caption in zip(own, captions):
+        captions = generate_answers(model, processor, features, plan.prompt, plan.batch_size, **plan.generation)
+        for record, caption in zip(records, captions):
             record["caption"] = caption
     if plan.questions:
-        asked = [(i, question) for i, example in enumerate(good) for question in example.questions]
-        if asked:
-            rows, texts = [i for i, _ in asked], [q for _, q in asked]
-            answers = generate_captions(model, processor, features[rows], texts, plan.batch_size, **plan.generation)
-            for (i, question), answer in zip(asked, answers):
-                own[i].setdefault("answers", []).append({"question": question, **answer})
-        if plan.probe and others:
-            first = [i for i, example in enumerate(good) if example.questions]
-            if first:
-                swapped = [next(iter(good[i].questions)) for i in first]
-                of_other = features[[others[i] for i in first]]
-                answers = generate_captions(model, processor, of_other, swapped, plan.batch_size, **plan.generation)
-                for i, answer in zip(first, answers):
-                    own[i]["answer_to_other_image"] = answer["text"]
-    if plan.probe:
-        pairs = {i: pair for i, example in enumerate(good) if (pair := probe_pair(example, plan))}
-        if pairs:
-            _probe(model, processor, features, others, pairs, black, plan, own)
-    return records + own
+        _answer_questions(model, processor, features, good, others, plan, records)
+    if plan.image_use:
+        _compute_losses(model, processor, features, good, others, black, plan, records)
+    return rejected + records
 
 
-def _probe(model, processor, features: Features, others, pairs: dict, black: Features, plan: SweepPlan, own) -> None:
-    rows, (prompts, answers) = list(pairs), zip(*pairs.values())
-    inputs = {"right": features[rows], "black": black[[0] * len(rows)], "none": None}
+def _answer_questions(
+    model,
+    processor,
+    features: PatchFeatures,
+    examples: list[Example],
+    others: list[int],
+    plan: InferencePlan,
+    records: list[dict],
+) -> None:
+    """Add to each record the answers to the image's questions, and to its first question about another image."""
+    asked = [(i, question) for i, example in enumerate(examples) for question in example.questions]
+    if not asked:
+        return
+    rows, texts = [i for i, _ in asked], [question for _, question in asked]
+    answers = generate_answers(model, processor, features[rows], texts, plan.batch_size, **plan.generation)
+    for (i, question), answer in zip(asked, answers):
+        records[i].setdefault("answers", []).append({"question": question, **answer})
+    if plan.image_use and others:
+        rows = [i for i, example in enumerate(examples) if example.questions]
+        first_questions = [next(iter(examples[i].questions)) for i in rows]
+        of_others = features[[others[i] for i in rows]]
+        answers = generate_answers(model, processor, of_others, first_questions, plan.batch_size, **plan.generation)
+        for i, answer in zip(rows, answers):
+            records[i]["answer_to_other_image"] = answer["text"]
+
+
+def _compute_losses(
+    model,
+    processor,
+    features: PatchFeatures,
+    examples: list[Example],
+    others: list[int],
+    black: PatchFeatures,
+    plan: InferencePlan,
+    records: list[dict],
+) -> None:
+    """Add to each record the loss of its reference with its image, another image, a black one and none."""
+    chosen = {i: pair for i, example in enumerate(examples) if (pair := choose_reference(example, plan))}
+    if not chosen:
+        return
+    rows, (prompts, texts) = list(chosen), zip(*chosen.values())
+    conditions = {"right": features[rows], "black": black[[0] * len(rows)], "none": None}
     if others:
-        inputs["shuffled"] = features[[others[i] for i in rows]]
-    for condition, given in inputs.items():
-        losses = answer_losses(model, processor, given, prompts, answers, plan.batch_size)
+        conditions["shuffled"] = features[[others[i] for i in rows]]
+    for condition, given in conditions.items():
+        losses = answer_losses(model, processor, given, prompts, texts, plan.batch_size)
         for i, (loss, tokens) in zip(rows, losses):
-            own[i].setdefault("losses", {})[condition] = [round(loss, 6), tokens]
+            records[i].setdefault("losses", {})[condition] = [round(loss, 6), tokens]
 
 
-def black_features(model, processor) -> Features:
-    """Patch features of a black picture."""
-    return encode_photos(model, processor, [Image.new("RGB", (320, 240))])
+def encode_black_image(model, processor) -> PatchFeatures:
+    """Return the patch features of a black image."""
+    return encode_images(model, processor, [Image.new("RGB", (320, 240))])
 
 
-def sweep(model, processor, split: Split, plan: SweepPlan, path: Path, model_fingerprint: str) -> list[dict]:
-    """Records of all images of a split, in its order: answers, losses, routing, or why an image was rejected.
+def run_inference(
+    model, processor, split: Split, plan: InferencePlan, path: Path, model_fingerprint: str
+) -> list[dict]:
+    """Return a record for each image of a split, in order: answers, losses, routing, or why the image was rejected.
 
     Args:
-        path: the partial results, written as the pass goes and used where they fit; kept until the caller removes them.
+        path: file of partial results. Records of an interrupted run with the same plan are taken from it. The caller
+            removes it.
     """
     fingerprint = plan.fingerprint(model_fingerprint, split)
     done = read_partial(path, fingerprint)
-    parts = [[split.examples[i] for i in part] for part in chunks(len(split.examples), plan.chunk)]
+    parts = [[split.examples[i] for i in part] for part in split_into_chunks(len(split.examples), plan.chunk)]
     finished = [part for part in parts if all(example.id in done for example in part)]
     done = {example.id: done[example.id] for part in finished for example in part}
-    # written anew, so that lines of a chunk that was cut short do not stay
+    # the file is rewritten, so that no line of an incomplete chunk stays in it
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"fingerprint": fingerprint}) + "\n")
         file.writelines(json.dumps(record) + "\n" for record in done.values())
     temporary.replace(path)
     if done:
-        print(f"going on behind {len(done):,} images that are already done ({path})")
-    black = black_features(model, processor) if plan.probe else None
+        print(f"resuming after {len(done):,} images that are already done ({path})")
+    black = encode_black_image(model, processor) if plan.image_use else None
     with tqdm(total=len(split.examples), initial=len(done), unit="image", desc=f"evaluate {split.name}") as bar:
         with path.open("a", encoding="utf-8") as file:
             for part in parts:
                 if part[0].id in done:
                     continue
-                records = _sweep_chunk(model, processor, part, plan, black)
+                records = run_chunk(model, processor, part, plan, black)
                 file.write("".join(json.dumps(record) + "\n" for record in records))
                 file.flush()
                 os.fsync(file.fileno())
@@ -191,39 +232,39 @@ def sweep(model, processor, split: Split, plan: SweepPlan, path: Path, model_fin
 
 
 @torch.no_grad()
-def fixed_answers(model, processor, prompts: Sequence[str | None], plan: SweepPlan) -> dict[str, dict]:
-    """What the model says without looking: condition (`black`, `none`) -> prompt -> text. One answer a prompt."""
+def answers_without_image(
+    model, processor, prompts: Sequence[str | None], plan: InferencePlan
+) -> dict[str, dict[str | None, str]]:
+    """Return the answers to a black image and to no image: condition (`black`, `none`) -> prompt -> text."""
     distinct = list(dict.fromkeys(prompts))
-    black = black_features(model, processor)[[0] * len(distinct)]
-    generation = {"batch_size": plan.batch_size, **plan.generation}
+    black = encode_black_image(model, processor)[[0] * len(distinct)]
     result = {}
     for condition, given in (("black", black), ("none", None)):
-        answers = generate_captions(model, processor, given, distinct, **generation)
+        answers = generate_answers(model, processor, given, distinct, plan.batch_size, **plan.generation)
         result[condition] = {prompt: answer["text"] for prompt, answer in zip(distinct, answers)}
     return result
 
 
-def batches_of_photos(examples: Sequence[Example], size: int) -> Iterator[tuple[list[Example], list[Image.Image]]]:
-    """Readable photos in batches, unreadable ones left out."""
-    for start in range(0, len(examples), size):
-        good, photos, _ = _load(examples[start : start + size])
-        if good:
-            yield good, photos
-
-
 @torch.no_grad()
-def sweep_pope(model, processor, examples: Sequence[Example], questions: Sequence[PopeQuestion], batch_size: int = 32):
-    """(questions that were asked, whether the model finds "yes" likelier), over photos that can be read."""
+def answer_pope(
+    model, processor, examples: Sequence[Example], questions: Sequence[PopeQuestion], batch_size: int = 32
+) -> tuple[list[PopeQuestion], list[bool]]:
+    """Return the POPE questions about images that can be read, and for each whether "yes" is likelier than "no"."""
     by_image: dict[str, list[PopeQuestion]] = {}
     for question in questions:
         by_image.setdefault(question.image, []).append(question)
     wanted = [example for example in examples if example.id in by_image]
-    asked, said = [], []
+    asked, said_yes = [], []
     with tqdm(total=len(wanted), unit="image", desc="POPE") as bar:
-        for good, photos in batches_of_photos(wanted, batch_size):
-            features = encode_photos(model, processor, photos, batch_size)
+        for good, images in image_batches(wanted, batch_size):
             own = [(row, question) for row, example in enumerate(good) for question in by_image[example.id]]
+            rows, texts = [row for row, _ in own], [question.text for _, question in own]
+            features = encode_images(model, processor, images, batch_size)[rows]
+            yes, no = (
+                answer_losses(model, processor, features, texts, [answer] * len(texts), batch_size)
+                for answer in ("yes", "no")
+            )
             asked += [question for _, question in own]
-            said += ask_pope(model, processor, features, [q for _, q in own], [row for row, _ in own], batch_size)
+            said_yes += [a[0] < b[0] for a, b in zip(yes, no)]
             bar.update(len(good))
-    return asked, said
+    return asked, said_yes

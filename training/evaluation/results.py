@@ -1,8 +1,9 @@
-"""From what the model said to numbers: one object a task for metrics.json, and a line an image for predictions.jsonl."""
+"""Numbers from answers: one object a task for metrics.json, and the rows of predictions.jsonl."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,10 @@ import numpy as np
 
 from blipren.training.evaluation.examples import Example, Split
 from blipren.training.evaluation.image_use import image_use
+from blipren.training.evaluation.judges import find_judge
 from blipren.training.evaluation.metrics.bootstrap import Statistic, grouped_statistic, interval, mean_statistic
 from blipren.training.evaluation.metrics.captions import CaptionScores, score_captions
-from blipren.training.evaluation.metrics.hallucination import Hallucination, chair, scene_truth
+from blipren.training.evaluation.metrics.hallucination import Hallucination, chair, judge_captions
 from blipren.training.evaluation.metrics.pope import PopeQuestion
 from blipren.training.evaluation.metrics.retrieval import RECALL_AT
 from blipren.training.evaluation.metrics.vqa import answer_table, vqa_scores
@@ -27,16 +29,16 @@ PER_IMAGE = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", *SIMILARITIES)
 
 @dataclass
 class Evaluation:
-    """Everything that metrics.json, the predictions and the report are made from.
+    """The results from which metrics.json, the predictions and the report are made.
 
     Attributes:
         metrics: task -> values, intervals and counts.
         examples: the images that were evaluated, in order. captions: id -> caption.
-        caption_scores: None without captions. hallucination: None where nothing is known of the pictures.
+        caption_scores, hallucination: None without captions.
         answers: (image id, question) -> answer, its scores and the people's answers.
-        asked, said: POPE's questions, and whether the model says yes to each.
-        ranks: image id -> its retrieval ranks, of the best of its captions and of its photo for each of them.
-        records: what the pass wrote about each image.
+        asked, said_yes: POPE's questions, and whether "yes" is likelier than "no" for each.
+        ranks: image id -> its retrieval ranks: of its best ranked caption, and of the image for each of its captions.
+        records: the records of the inference pass by image id.
     """
 
     metrics: dict = field(default_factory=dict)
@@ -46,13 +48,13 @@ class Evaluation:
     hallucination: Hallucination | None = None
     answers: dict[tuple[str, str], dict] = field(default_factory=dict)
     asked: list[PopeQuestion] = field(default_factory=list)
-    said: list[bool] = field(default_factory=list)
+    said_yes: list[bool] = field(default_factory=list)
     ranks: dict[str, dict] = field(default_factory=dict)
     records: dict[str, dict] = field(default_factory=dict)
 
 
 def split_counts(split: Split, records: Sequence[Mapping]) -> dict:
-    """How many of what, and what was left out."""
+    """Return the numbers of images, references, questions, rejected images and rows."""
     rejected = Counter(record["rejected"][0] for record in records if "rejected" in record)
     return {
         "split": split.name,
@@ -65,6 +67,7 @@ def split_counts(split: Split, records: Sequence[Mapping]) -> dict:
 
 
 def _caption_object(scores: CaptionScores, resamples: int, seed: int, references: int) -> dict:
+    """Return the object `captioning` of metrics.json."""
     return {
         **scores.corpus,
         "intervals": scores.intervals(resamples, seed),
@@ -76,7 +79,7 @@ def _caption_object(scores: CaptionScores, resamples: int, seed: int, references
 
 
 def add_captions(result: Evaluation, settings, captions: dict[str, dict], meteor: bool = True) -> None:
-    """Caption metrics and hallucination of the captions of images that have references."""
+    """Add caption metrics and hallucination of the captions of images that have references."""
     examples = [e for e in result.examples if e.references and e.id in captions]
     predictions = {e.id: captions[e.id]["text"] for e in examples}
     references = {e.id: e.references for e in examples}
@@ -87,29 +90,31 @@ def add_captions(result: Evaluation, settings, captions: dict[str, dict], meteor
     total = sum(len(texts) for texts in references.values())
     result.metrics["captioning"] = _caption_object(scores, settings.resamples, settings.seed, total)
 
-    scenes = {e.id: e.facts["scene"] for e in examples if "scene" in e.facts}
-    if scenes:
-        result.hallucination = scene_truth({key: predictions[key] for key in scenes}, scenes)
+    judge = None
+    if found := find_judge(e.facts for e in examples):
+        column, judge = found
+        contents = {e.id: e.facts[column] for e in examples if column in e.facts}
+        result.hallucination = judge_captions({key: predictions[key] for key in contents}, contents, judge)
     else:
         boxes = {e.id: [o["category"] for o in e.facts["objects"]] for e in examples if e.facts.get("objects")}
         result.hallucination = chair(predictions, references, boxes or None)
-    found = result.hallucination
+    hallucination = result.hallucination
     result.metrics["hallucination"] = {
-        **found.values,
-        "intervals": {n: interval(s, settings.resamples, settings.seed) for n, s in found.statistics.items()},
-        "truth": found.basis,
+        **hallucination.values,
+        "intervals": {n: interval(s, settings.resamples, settings.seed) for n, s in hallucination.statistics.items()},
+        "truth": hallucination.basis,
     }
     groups = {e.facts.get("group") for e in examples} - {None}
-    if scenes and len(groups) > 1:
-        # seen and unseen combinations: the number that says whether anything was learned beyond the training pairs
+    if judge is not None and len(groups) > 1:
+        # combinations that training had and had not: the difference shows whether the model generalises
         for group in sorted(groups):
             ids = [e.id for e in examples if e.facts.get("group") == group]
-            part = scene_truth({key: predictions[key] for key in ids}, {key: scenes[key] for key in ids})
+            part = judge_captions({key: predictions[key] for key in ids}, {key: contents[key] for key in ids}, judge)
             result.metrics["hallucination"][group] = part.values
 
 
-def add_similarity(result: Evaluation, settings, scores: Mapping[str, Sequence[float]], encoder: str) -> None:
-    """Image-text similarity beside the other caption metrics, and whose it is: that of another does not compare."""
+def add_clip_scores(result: Evaluation, settings, scores: Mapping[str, Sequence[float]], encoder: str) -> None:
+    """Add CLIPScore or SigLIPScore to the caption metrics, with the encoder: values of two encoders do not compare."""
     found, values = result.caption_scores, result.metrics["captioning"]
     values["similarity_encoder"] = encoder
     for name, per_image in scores.items():
@@ -121,7 +126,7 @@ def add_similarity(result: Evaluation, settings, scores: Mapping[str, Sequence[f
 
 
 def add_answers(result: Evaluation, settings) -> None:
-    """VQA accuracy over every question of every image."""
+    """Add VQA accuracy over all questions of all images."""
     given, people, questions = {}, {}, {}
     by_id = {example.id: example for example in result.examples}
     for key, record in result.records.items():
@@ -146,10 +151,10 @@ def add_answers(result: Evaluation, settings) -> None:
 
 
 def add_image_use(result: Evaluation, settings, fixed: Mapping[str, Mapping]) -> None:
-    """The probe: losses and scores with the right image, another one, a black one and none; the verdict.
+    """Add losses and scores with the right image, another one, a black one and none, and the verdict.
 
     Args:
-        fixed: condition (`black`, `none`) -> prompt -> what the model says without looking.
+        fixed: condition (`black`, `none`) -> prompt -> answer without the image.
     """
     ids = [key for key, record in result.records.items() if record.get("losses")]
     losses: dict[str, list] = {}
@@ -163,16 +168,16 @@ def add_image_use(result: Evaluation, settings, fixed: Mapping[str, Mapping]) ->
     if result.caption_scores is not None and "captioning" in settings.tasks:
         scored = result.caption_scores.ids
         references = {e.id: e.references for e in result.examples if e.id in set(scored)}
-        said = {"right": {key: result.captions[key]["text"] for key in scored}}
+        texts = {"right": {key: result.captions[key]["text"] for key in scored}}
         if all("other" in result.records[key] for key in scored):
-            said["shuffled"] = {key: result.captions[result.records[key]["other"]]["text"] for key in scored}
+            texts["shuffled"] = {key: result.captions[result.records[key]["other"]]["text"] for key in scored}
         for condition in ("black", "none"):
-            said[condition] = dict.fromkeys(scored, fixed[condition][settings.prompt])
+            texts[condition] = dict.fromkeys(scored, fixed[condition][settings.prompt])
         scores["CIDEr"] = {
             condition: list(
-                score_captions(texts, references, settings.tokenizer, meteor=False).per_image["CIDEr"].values()
+                score_captions(own, references, settings.tokenizer, meteor=False).per_image["CIDEr"].values()
             )
-            for condition, texts in said.items()
+            for condition, own in texts.items()
         }
     asked = [key for key, record in result.records.items() if "answer_to_other_image" in record]
     if asked and "vqa" in settings.tasks:
@@ -191,7 +196,7 @@ def add_image_use(result: Evaluation, settings, fixed: Mapping[str, Mapping]) ->
 
 
 def add_routing(result: Evaluation) -> None:
-    """How a mixture of experts divides the images."""
+    """Add the routing statistics of a mixture of experts."""
     routed = {key: record["router"] for key, record in result.records.items() if "router" in record}
     if not routed:
         return
@@ -207,7 +212,7 @@ def add_routing(result: Evaluation) -> None:
 
 
 def add_ranks(result: Evaluation, settings, ranks: Mapping[str, Mapping]) -> None:
-    """Intervals of recall over images: the captions of one are drawn together."""
+    """Add the ranks and the intervals of recall over images. The captions of an image are drawn together."""
     result.ranks = dict(ranks)
     statistics = recall_statistics(list(ranks.values()))
     result.metrics["retrieval"]["intervals"] = {
@@ -216,7 +221,7 @@ def add_ranks(result: Evaluation, settings, ranks: Mapping[str, Mapping]) -> Non
 
 
 def recall_statistics(ranks: Sequence[Mapping]) -> dict[str, Statistic]:
-    """`image_to_text.R@1`, ... of the ranks of each image, as predictions.jsonl holds them."""
+    """Return `image_to_text.R@1`, ... from the ranks of each image, as predictions.jsonl holds them."""
     found = {}
     for way, key in (("image_to_text", "image_to_text_rank"), ("text_to_image", "text_to_image_ranks")):
         own = [row[key] if isinstance(row[key], list) else [row[key]] for row in ranks]
@@ -227,7 +232,7 @@ def recall_statistics(ranks: Sequence[Mapping]) -> dict[str, Statistic]:
 
 
 def prediction_rows(result: Evaluation, prompt: str | None) -> list[dict]:
-    """One object a caption or answer, in the order of the images; POPE's questions behind them."""
+    """Return a row for each caption and answer, in the order of the images, then a row for each POPE question."""
     rows = []
     scores = result.caption_scores
     scored = set(scores.ids) if scores is not None else set()
@@ -265,7 +270,7 @@ def prediction_rows(result: Evaluation, prompt: str | None) -> list[dict]:
                         "soft": answer["soft"],
                     }
                 )
-    for question, yes in zip(result.asked, result.said):
+    for question, yes in zip(result.asked, result.said_yes):
         words = {"caption": "yes" if yes else "no", "references": ["yes" if question.answer else "no"]}
         own = {"id": question.image, "prompt": question.text, **words}
         rows.append(own | {"pope": question.strategy, "right": float(yes == question.answer)})
@@ -273,7 +278,7 @@ def prediction_rows(result: Evaluation, prompt: str | None) -> list[dict]:
 
 
 def _safe_cell(value):
-    """Spreadsheets run cells that begin with = + - @; captions are foreign text."""
+    """Return a value for a CSV cell. Spreadsheets run text that begins with = + - @ as a formula, so it gets a quote."""
     if isinstance(value, list):
         return " | ".join(map(str, value))
     if isinstance(value, str) and value[:1] in "=+-@\t\r" and value[:1]:
@@ -282,19 +287,17 @@ def _safe_cell(value):
 
 
 def read_lines(path: Path) -> list:
-    """The values of a file of JSON lines. Captions may hold characters that `splitlines` takes for line ends."""
+    """Read a file of JSON lines. Captions may hold characters at which `splitlines` would split."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def is_caption(row: Mapping) -> bool:
-    """Whether a line of predictions.jsonl is an image's caption: no answer, no question of POPE, no ranks alone."""
+    """Whether a row of predictions.jsonl is a caption, and not an answer, a POPE question or ranks alone."""
     return not {"exact", "pope"} & row.keys() and ("caption" in row or "image_to_text_rank" not in row)
 
 
 def write_predictions(folder: Path, rows: Sequence[Mapping]) -> None:
-    """predictions.jsonl and predictions.csv."""
-    import io
-
+    """Write predictions.jsonl and predictions.csv."""
     write_atomically(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     buffer = io.StringIO(newline="")

@@ -18,7 +18,7 @@ from blipren.training.commands.quickstart import QuickstartSettings
 from blipren.training.errors import UserError
 from blipren.training.quickstart.scenes import Scene, draw_scene, write_scenes
 from blipren.training.quickstart.text_tokenizer import write_tokenizer
-from blipren.training.quickstart.truth import caption_truth
+from blipren.training.quickstart.truth import judge_caption
 
 TOWERS = Path(__file__).parent / "towers"
 RECIPE = "quickstart"
@@ -152,7 +152,7 @@ def draw_grid(out: Path, rows: dict[str, dict], shown: list[str]) -> None:
         axis.imshow(draw_scene(scene, 256))
         axis.set_title(f"{rows[name]['group']} combinations", fontsize=9)
         for height, label, text in ((-0.02, "before", before[name]), (-0.14, "after", after[name])):
-            colour = "darkgreen" if caption_truth(text, scene).true else "firebrick"
+            colour = "darkgreen" if judge_caption(text, scene).true else "firebrick"
             words = "\n".join(textwrap.wrap(f"{label}: {text or '(empty)'}", 50)[:3])
             axis.text(0, height, words, color=colour, fontsize=9, va="top", transform=axis.transAxes)
     figure.savefig(out / "captions.png", dpi=90)

@@ -1,14 +1,15 @@
-"""Is a caption true of a scene? A caption is read back into objects, places, relations and counts, and checked.
+"""Whether a caption is true of a scene. A caption is parsed into objects, places, relations and counts, then checked.
 
-Strict on purpose: a caption is true when every object of the scene is named with its colour and shape, and every size,
-place, relation and count that it states holds. Empty and vague captions are not true, nor is one with a word that the
-reader does not know, since nobody can tell whether that word holds.
+The check is strict: a caption is true if it names every object of the scene with its colour and shape, and if every size,
+place, relation and count that it states holds. Empty and vague captions are not true. A caption with a word that the
+parser does not know is not true either, since that word cannot be checked.
 """
 
 import itertools
 import re
 from dataclasses import dataclass, field
 
+from blipren.training.evaluation.judges import CaptionVerdict
 from blipren.training.quickstart.scenes import COLOURS, SHAPES, SIZES, Scene, SceneObject
 
 _SHAPES = {s: s for s in SHAPES} | {s + "s": s for s in SHAPES} | {"crosses": "cross"}
@@ -29,7 +30,7 @@ _PICTURE = {"picture", "image", "scene", "drawing"}
 
 @dataclass
 class Mention:
-    """One noun phrase: "two large red circles on the left". None is what it does not state."""
+    """One noun phrase: "two large red circles on the left". What it does not state is None."""
 
     count: int = 1
     colour: str | None = None
@@ -39,12 +40,13 @@ class Mention:
     column: int | None = None
 
     def fits(self, o: SceneObject) -> bool:
+        """Whether all that the phrase states holds for an object."""
         stated = ("colour", "shape", "size", "row", "column")
         return all(getattr(self, k) in (None, getattr(o, k)) for k in stated)
 
 
 @dataclass
-class Reading:
+class ParsedCaption:
     """What a caption states. `relations` holds indices into `mentions`: (first, "left", second)."""
 
     mentions: list[Mention] = field(default_factory=list)
@@ -53,26 +55,7 @@ class Reading:
     unknown: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class CaptionTruth:
-    """The verdict on one caption.
-
-    Attributes:
-        true: every object named with colour and shape, and nothing stated that does not hold.
-        attribute_recall: share of the scene's colours and shapes (two an object) that the caption names rightly.
-        hallucinated: number of named objects that the scene does not have in that colour and shape.
-        mentioned: number of named objects.
-        problems: why it is not true, in words.
-    """
-
-    true: bool
-    attribute_recall: float
-    hallucinated: int
-    mentioned: int
-    problems: tuple[str, ...]
-
-
-def _read_place(words: list[str], i: int) -> tuple[dict[str, int], int] | None:
+def _parse_place(words: list[str], i: int) -> tuple[dict[str, int], int] | None:
     """A place phrase at `i`, such as "in the top left corner of the picture": row and column stated, next index."""
     if words[i] not in ("in", "on", "at", "to"):
         return None
@@ -102,7 +85,7 @@ def _read_place(words: list[str], i: int) -> tuple[dict[str, int], int] | None:
     return found, j
 
 
-def _read_relation(words: list[str], i: int) -> tuple[str, int] | None:
+def _parse_relation(words: list[str], i: int) -> tuple[str, int] | None:
     """A relation at `i`, such as "to the left of" or "above": its name and the next index."""
     if words[i] in _ABOVE:
         return _ABOVE[words[i]], i + 1
@@ -112,8 +95,8 @@ def _read_relation(words: list[str], i: int) -> tuple[str, int] | None:
     return None
 
 
-def _read_noun(words: list[str], i: int) -> tuple[Mention, bool, bool, int] | None:
-    """A noun phrase at `i`: the mention, whether it has "the", whether it has a count, and the next index."""
+def _parse_noun(words: list[str], i: int) -> tuple[Mention, bool, bool, int] | None:
+    """Parse a noun phrase at `i`. Returns the mention, whether it has "the", whether it has a count, and the next index."""
     mention, definite, counted = Mention(), False, False
     if words[i] in ("a", "an", "the"):
         definite = words[i] == "the"
@@ -139,40 +122,40 @@ def _read_noun(words: list[str], i: int) -> tuple[Mention, bool, bool, int] | No
     return None
 
 
-def read_caption(caption: str) -> Reading:
-    """Read a caption from left to right. A place or relation belongs to the noun before it."""
+def parse_caption(caption: str) -> ParsedCaption:
+    """Parse a caption from left to right. A place or relation belongs to the noun before it."""
     words = re.findall(r"[a-z]+|\d+|[^\sa-z\d]", caption.lower())
-    reading = Reading()
+    parsed = ParsedCaption()
     current: int | None = None  # the mention that a place or relation belongs to
-    pending: tuple[int, str] | None = None  # a relation that waits for its second noun
+    pending: tuple[int, str] | None = None  # a relation whose second noun has not come yet
     i = 0
     while i < len(words):
-        noun = _read_noun(words, i)
+        noun = _parse_noun(words, i)
         if noun:
             mention, definite, counted, i = noun
             bare = mention.shape is None and mention.colour is None and mention.size is None
             if bare and counted and pending is None:
-                reading.totals.append(mention.count)
+                parsed.totals.append(mention.count)
                 continue
-            index = _earlier(reading.mentions, mention) if definite else None
+            index = _earlier(parsed.mentions, mention) if definite else None
             if index is None:
-                reading.mentions.append(mention)
-                index = len(reading.mentions) - 1
+                parsed.mentions.append(mention)
+                index = len(parsed.mentions) - 1
             if pending:
-                reading.relations.append((*pending, index))
+                parsed.relations.append((*pending, index))
                 pending = None
             current = index
             continue
-        related = _read_relation(words, i)
-        where = _read_place(words, i)
+        related = _parse_relation(words, i)
+        where = _parse_place(words, i)
         if (related or where) and (current is None or pending):
-            reading.unknown.append(words[i])
+            parsed.unknown.append(words[i])
             i += 1
         elif where:
             for axis, value in where[0].items():
-                mention = reading.mentions[current]
+                mention = parsed.mentions[current]
                 if getattr(mention, axis) not in (None, value):
-                    reading.unknown.append(f"two places for one {mention.shape or 'shape'}")
+                    parsed.unknown.append(f"two places for one {mention.shape or 'shape'}")
                 setattr(mention, axis, value)
             i = where[1]
         elif related:
@@ -180,15 +163,15 @@ def read_caption(caption: str) -> Reading:
             i = related[1]
         else:
             if words[i] not in _FILLER:
-                reading.unknown.append(words[i])
+                parsed.unknown.append(words[i])
             i += 1
     if pending:
-        reading.unknown.append(f"nothing after {pending[1]!r}")
-    return reading
+        parsed.unknown.append(f"nothing after {pending[1]!r}")
+    return parsed
 
 
 def _earlier(mentions: list[Mention], wanted: Mention) -> int | None:
-    """The last earlier mention that "the red circle" can mean, if any."""
+    """Return the index of the last earlier mention that "the red circle" can refer to, if any."""
     for index in reversed(range(len(mentions))):
         mention = mentions[index]
         stated = ("colour", "shape", "size")
@@ -207,22 +190,22 @@ def _holds(first: SceneObject, name: str, second: SceneObject) -> bool:
 
 
 def _expand(mentions: list[Mention]) -> list[int]:
-    """Index of the mention of every single named object."""
+    """Return for every named object the index of its mention."""
     return [k for k, m in enumerate(mentions) for _ in range(m.count)]
 
 
-def _is_arrangement_true(reading: Reading, scene: Scene) -> bool:
-    """Whether the named objects can be the scene's, each once, with all that is stated about them."""
-    named = _expand(reading.mentions)
+def _is_arrangement_true(parsed: ParsedCaption, scene: Scene) -> bool:
+    """Whether the named objects match the scene's one to one, with everything that is stated about them."""
+    named = _expand(parsed.mentions)
     if len(named) != len(scene.objects):
         return False
     for order in itertools.permutations(scene.objects):
-        if not all(reading.mentions[k].fits(o) for k, o in zip(named, order)):
+        if not all(parsed.mentions[k].fits(o) for k, o in zip(named, order)):
             continue
         by_mention = {k: [o for j, o in zip(named, order) if j == k] for k in set(named)}
         if all(
             _holds(a, name, b)
-            for first, name, second in reading.relations
+            for first, name, second in parsed.relations
             for a in by_mention[first]
             for b in by_mention[second]
         ):
@@ -231,7 +214,7 @@ def _is_arrangement_true(reading: Reading, scene: Scene) -> bool:
 
 
 def _best_recall(mentions: list[Mention], objects: tuple[SceneObject, ...]) -> int:
-    """Most colours and shapes rightly named, each named object standing for one of the scene's at most."""
+    """Return the largest number of correct colours and shapes over all ways to match named objects with the scene's."""
     named = [mentions[k] for k in _expand(mentions)]
     best = {frozenset(): 0}  # used named objects -> attributes right so far
     for o in objects:
@@ -248,7 +231,7 @@ def _best_recall(mentions: list[Mention], objects: tuple[SceneObject, ...]) -> i
 
 
 def _count_hallucinated(mentions: list[Mention], objects: tuple[SceneObject, ...]) -> int:
-    """Named objects without one of the scene's in that colour and shape (the most that can be matched are)."""
+    """Return the number of named objects that no object of the scene matches, in a maximum matching."""
     named = [mentions[k] for k in _expand(mentions)]
     owner: dict[int, int] = {}  # scene object -> named object
 
@@ -266,21 +249,21 @@ def _count_hallucinated(mentions: list[Mention], objects: tuple[SceneObject, ...
     return sum(not assign(k, set()) for k in range(len(named)))
 
 
-def caption_truth(caption: str, scene: Scene) -> CaptionTruth:
-    """Check a caption against the scene that it should describe."""
-    reading = read_caption(caption)
-    mentions = reading.mentions
-    problems = [f"cannot be read: {word}" for word in reading.unknown]
+def judge_caption(caption: str, scene: Scene) -> CaptionVerdict:
+    """Check a caption against the scene that it describes."""
+    parsed = parse_caption(caption)
+    mentions = parsed.mentions
+    problems = [f"cannot be read: {word}" for word in parsed.unknown]
     if not mentions:
         problems.append("names no object")
     if any(m.colour is None or m.shape is None for m in mentions):
         problems.append("names an object without its colour and shape")
-    if any(total != len(scene.objects) for total in reading.totals):
-        problems.append(f"states {reading.totals} shapes where there are {len(scene.objects)}")
-    if mentions and not _is_arrangement_true(reading, scene):
+    if any(total != len(scene.objects) for total in parsed.totals):
+        problems.append(f"states {parsed.totals} shapes where there are {len(scene.objects)}")
+    if mentions and not _is_arrangement_true(parsed, scene):
         problems.append("objects, sizes, places or relations do not match the scene")
-    capped = mentions[:24]  # a caption that rambles on is judged by its beginning
-    return CaptionTruth(
+    capped = mentions[:24]  # a very long caption is judged by its beginning
+    return CaptionVerdict(
         true=not problems,
         attribute_recall=_best_recall(capped, scene.objects) / (2 * len(scene.objects)),
         hallucinated=_count_hallucinated(mentions, scene.objects),

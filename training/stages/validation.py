@@ -9,7 +9,8 @@ from blipren.training.data.batches.datasets import EvalBatches
 from blipren.training.data.batches.masks import build_attention_mask, dense_attention
 from blipren.training.engine.fsdp import is_sharded
 from blipren.training.engine.settings import GeneratedCaptionSettings
-from blipren.training.evaluation.captioning import Features, generate_captions
+from blipren.training.evaluation.features import PatchFeatures
+from blipren.training.evaluation.generation import generate_answers
 from blipren.training.evaluation.metrics.captions import score_captions
 
 IMAGES_PER_BATCH = 32
@@ -70,9 +71,9 @@ class AnswerValidation:
                 inputs = {k: v.to(device) for k, v in inputs.items()}
                 mask = inputs.get("pixel_attention_mask")
                 inputs = {"patch_features": model.encode_images(**inputs), "patch_attention_mask": mask}
-            features = Features(inputs["patch_features"], inputs.get("patch_attention_mask"))
+            features = PatchFeatures(inputs["patch_features"], inputs.get("patch_attention_mask"))
             with dense_attention(model.parts()["llm"]):
-                made = generate_captions(
+                made = generate_answers(
                     model,
                     self.processor,
                     features,

@@ -1,9 +1,9 @@
-"""Confidence intervals by resampling images, for metrics that are sums over images and for those that are ratios of sums.
+"""Bootstrap confidence intervals over images.
 
 A metric is a table of per-image statistics [images, columns] and a function of their column sums: the mean of a score
-is `sum / n`, corpus BLEU is a function of summed n-gram counts. Resampling images then is one matrix product, and the
-value of the whole set and of each resample come from the same formula. CIDEr's document frequencies stay those of the
-whole set, so that a resample asks "which images", not "which corpus". (Efron 1979; for captions, Koehn 2004.)
+is `sum / n`, corpus BLEU is a function of summed n-gram counts. Resampling images is one matrix product, and the value of
+the whole set and of each sample come from the same formula. CIDEr's document frequencies stay those of the whole set.
+(Efron 1979; for captions, Koehn 2004.)
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Statistic:
 
     @property
     def value(self) -> float:
+        """The metric over all images."""
         return float(self.formula(self.rows.sum(axis=0)))
 
 
@@ -36,7 +37,7 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 
 def mean_statistic(scores, weights=None) -> Statistic:
-    """The (weighted) mean of one number an image. `None` or NaN scores are left out of it."""
+    """Return the (weighted) mean of one score an image. Scores that are None or NaN are left out."""
     scores = np.array([np.nan if s is None else s for s in scores], dtype=np.float64)
     weights = np.ones_like(scores) if weights is None else np.asarray(weights, dtype=np.float64)
     weights = np.where(np.isnan(scores), 0.0, weights)
@@ -44,7 +45,7 @@ def mean_statistic(scores, weights=None) -> Statistic:
 
 
 def grouped_statistic(scores, groups) -> Statistic:
-    """The mean over all scores, resampled by group: questions about one image stand or fall together."""
+    """Return the mean over all scores, resampled by group: the questions about one image are drawn together."""
     sums: dict = {}
     for score, group in zip(scores, groups, strict=True):
         total, count = sums.get(group, (0.0, 0))
@@ -53,7 +54,7 @@ def grouped_statistic(scores, groups) -> Statistic:
 
 
 def resample_counts(images: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each image is drawn in each resample: [resamples, images], the same for the same arguments."""
+    """Return how often each image is drawn in each sample, [resamples, images]. Equal arguments give equal draws."""
     if images < 1:
         raise ValueError(f"cannot resample {images} images")
     generator = np.random.default_rng(seed)
@@ -61,10 +62,10 @@ def resample_counts(images: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def resampled_values(statistic: Statistic, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """The metric of each resample, [resamples]; resamples without a single counted image are left out."""
+    """Return the metric of each sample, [resamples]. Samples without a single counted image are left out."""
     values = []
     images = len(statistic.rows)
-    # in slices, so that 100,000 images do not ask for a gigabyte
+    # in slices, so that 100,000 images do not need a gigabyte
     step = max(1, min(resamples, 20_000_000 // images))
     for start in range(0, resamples, step):
         counts = resample_counts(images, min(step, resamples - start), seed + start)
@@ -77,7 +78,7 @@ def resampled_values(statistic: Statistic, resamples: int = 1000, seed: int = 0)
 def interval(
     statistic: Statistic, resamples: int = 1000, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a metric, (low, high)."""
+    """Return the percentile bootstrap interval of a metric, (low, high)."""
     values = resampled_values(statistic, resamples, seed)
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
@@ -90,7 +91,7 @@ class PairedDifference:
     Attributes:
         difference: on all images.
         low, high: bootstrap interval of the difference.
-        p_value: two-sided share of resamples on the other side of zero (at least 1 / resamples).
+        p_value: two-sided share of samples on the other side of zero (at least 1 / resamples).
     """
 
     a: float
@@ -104,7 +105,7 @@ class PairedDifference:
 def paired_difference(
     a: Statistic, b: Statistic, resamples: int = 1000, seed: int = 0, confidence: float = 0.95
 ) -> PairedDifference:
-    """Paired bootstrap: both metrics on the same draws of the same images, in the same order."""
+    """Compute the paired bootstrap of two metrics over the same images in the same order."""
     if len(a.rows) != len(b.rows):
         raise ValueError(f"a paired comparison needs the same images: {len(a.rows)} against {len(b.rows)}")
     joined = Statistic(

@@ -1,10 +1,10 @@
-"""CLIPScore and SigLIPScore: how near captions and photos lie in the encoder's own joint space, with and without
-references (Hessel et al. 2021, arXiv:2104.08718).
+"""CLIPScore and SigLIPScore: similarity of captions and images in the joint space of the vision encoder and its text
+tower, with and without references (Hessel et al. 2021, arXiv:2104.08718).
 
-Score of a caption: 2.5 * max(cos(photo, caption), 0). The reference form is the harmonic mean of that and
-max(cos(caption, nearest reference), 0). CLIP reads "A photo depicts CAPTION" as in the paper; SigLIP, which has no
-published score, reads the caption alone in lower case, as it was trained, and keeps the formula. Values of different
-encoders do not compare, and an encoder judges a bridge upon itself kindly.
+Score of a caption: 2.5 * max(cos(image, caption), 0). The reference form is the harmonic mean of that and
+max(cos(caption, nearest reference), 0). CLIP reads "A photo depicts CAPTION" as in the paper. SigLIP has no published
+score: it reads the caption alone in lower case, as in its training, with the same formula. Values of different encoders
+do not compare. The score is biased in favour of a model that has the same encoder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TwoTowers:
 
     @classmethod
     def load(cls, encoder: str, revision: str | None = None, device: str = "cpu") -> TwoTowers:
-        """By Hub id or folder."""
+        """Load both towers by Hub id or folder."""
         return cls(
             AutoModel.from_pretrained(encoder, revision=revision).to(device).eval(),
             AutoImageProcessor.from_pretrained(encoder, revision=revision),
@@ -45,22 +45,23 @@ class TwoTowers:
 
     @property
     def is_clip(self) -> bool:
-        """CLIP's text tower reads an attention mask and a prompt; SigLIP's reads padding, as it was trained."""
+        """CLIP's text tower takes an attention mask and a prompt; SigLIP's takes padding, as in its training."""
         return self.model.config.model_type.startswith("clip")
 
     @property
     def name(self) -> str:
+        """Name of the metric."""
         return "CLIPScore" if self.is_clip else "SigLIPScore"
 
     @torch.no_grad()
-    def embed_images(self, photos: Sequence[Image.Image]) -> torch.Tensor:
-        """[photos, width], of length one."""
-        inputs = self.image_processor(images=list(photos), return_tensors="pt").to(self.model.device)
+    def embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return embeddings [images, width] of length one."""
+        inputs = self.image_processor(images=list(images), return_tensors="pt").to(self.model.device)
         return _unit(self.model.get_image_features(**inputs))
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
-        """[texts, width], of length one."""
+        """Return embeddings [texts, width] of length one."""
         written = [CLIP_PROMPT + text if self.is_clip else text.lower() for text in texts]
         length = self.model.config.text_config.max_position_embeddings
         parts = []
@@ -82,18 +83,18 @@ def _unit(output) -> torch.Tensor:
     return F.normalize(values.float(), dim=-1).cpu()
 
 
-def caption_scores(
+def clip_scores(
     towers: TwoTowers,
     batches: Iterable[tuple[Sequence[Image.Image], Sequence[str], Sequence[Sequence[str]]]],
 ) -> dict[str, list[float]]:
-    """`CLIPScore` and `RefCLIPScore` (or SigLIP's) of each caption.
+    """Compute `CLIPScore` and `RefCLIPScore` (or SigLIP's) of each caption.
 
     Args:
-        batches: (photos, captions, references of each) in batches, so that no split has to lie in memory.
+        batches: (images, captions, references of each) in batches, so that the images of a split need not fit in memory.
     """
     plain, with_references = [], []
-    for photos, captions, references in batches:
-        images, texts = towers.embed_images(photos), towers.embed_texts(captions)
+    for pixels, captions, references in batches:
+        images, texts = towers.embed_images(pixels), towers.embed_texts(captions)
         scores = WEIGHT * (images * texts).sum(dim=-1).clamp(min=0)
         flat = towers.embed_texts([text for own in references for text in own])
         nearest = torch.stack(
@@ -104,10 +105,12 @@ def caption_scores(
     return {towers.name: plain, f"Ref{towers.name}": with_references}
 
 
-def towers_beside(model, device: str = "cpu") -> TwoTowers | None:
-    """The two towers of the encoder that a checkpoint was made with; None where it has no text tower, or is not here.
+def load_towers(model, device: str = "cpu") -> TwoTowers | None:
+    """Load both towers of the vision encoder that a model was made with.
 
-    A full checkpoint loads without the encoder that it came from, so a missing one is no error.
+    Returns:
+        None if the encoder has no text tower or cannot be loaded. That is no error: a full checkpoint does not need the
+        encoder that it was made with.
     """
     reference = (getattr(model.config, "base_models", None) or {}).get("vision")
     if reference is None:

@@ -1,7 +1,7 @@
-"""Objects that a caption names and the picture does not have: CHAIR over COCO categories, exact truth of drawn scenes.
+"""Objects that a caption names and the image does not have: CHAIR over COCO categories, or the verdicts of a judge.
 
-CHAIR (Rohrbach et al. 2018, arXiv:1809.02156): a caption's object words are mapped to the 80 COCO categories; one is
-hallucinated when neither the boxes nor the reference captions have it. `CHAIR_i` is the share of hallucinated object
+CHAIR (Rohrbach et al. 2018, arXiv:1809.02156): a caption's object words are mapped to the 80 COCO categories. An object
+is hallucinated if neither the boxes nor the reference captions have it. `CHAIR_i` is the share of hallucinated object
 mentions, `CHAIR_s` the share of captions with at least one.
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from blipren.training.evaluation.judges import Judge
 from blipren.training.evaluation.metrics.bootstrap import Statistic, mean_statistic
 from blipren.training.evaluation.metrics.tokenizer import ptb_tokens
 
@@ -105,7 +107,7 @@ COCO_WORDS = {
     "hair drier": "hairdryer",
     "toothbrush": "",
 }
-# phrases that contain a category's word and mean none of it
+# phrases that contain a category's word and mean no such object
 _NOT_OBJECTS = ("hot dog stand", "orange juice", "cat walk", "train track", "bear crawl", "dirt bike trail")
 _COLOURS = {"orange"}  # a colour unless nothing follows that it could colour
 _IRREGULAR = {
@@ -119,7 +121,7 @@ _IRREGULAR = {
 
 
 def singular(word: str) -> str:
-    """The singular of an English noun as captions use them; words that only look plural are left alone."""
+    """Return the singular of an English noun as captions use it. Words that only look plural stay as they are."""
     if word in _IRREGULAR:
         return _IRREGULAR[word]
     if word in ("skis", "scissors", "bus", "grass", "glass", "canvas", "tennis") or len(word) < 4:
@@ -133,6 +135,7 @@ def singular(word: str) -> str:
 
 @functools.cache
 def _lexicon() -> dict[tuple[str, ...], str]:
+    """Return the COCO category of each phrase, "" for phrases that name no object."""
     table = {}
     for category, words in COCO_WORDS.items():
         for phrase in (category, *(word.replace("_", " ") for word in words.split())):
@@ -143,7 +146,7 @@ def _lexicon() -> dict[tuple[str, ...], str]:
 
 
 def coco_objects(caption: str) -> list[str]:
-    """COCO categories that a caption names, in order, each mention once; the longest phrase wins."""
+    """Return the COCO category of each object mention of a caption, in order. The longest phrase wins."""
     words = [singular(token) for token in ptb_tokens(caption)]
     found, i = [], 0
     while i < len(words):
@@ -170,12 +173,13 @@ def coco_objects(caption: str) -> list[str]:
 
 @dataclass
 class Hallucination:
-    """Mentions and hallucinated mentions of every image.
+    """Object mentions and hallucinated object mentions of every image.
 
     Attributes:
-        values: shares over the set. per_image: id -> `mentions` (objects named), `hallucinated` (those that are not there)
-            and what else is known.
-        statistics: for intervals. basis: what the truth was taken from.
+        values: shares over the set.
+        per_image: id -> `mentions` (number of named objects), `hallucinated` (those that the image does not have), and
+            `objects` (CHAIR) or `true`, `problems`, `attribute_recall` (a judge).
+        statistics: for intervals. basis: what the verdicts rest on.
     """
 
     values: dict[str, float]
@@ -189,7 +193,7 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 
 def image_statistics(per_image: Sequence[Mapping]) -> dict[str, Statistic]:
-    """Metrics of what is known of each image: of drawn scenes where captions are `true` or not, else CHAIR."""
+    """Return the metrics of rows of `Hallucination.per_image`: those of a judge if the rows have `true`, else CHAIR."""
     rows = np.array([[len(own["hallucinated"]), own["mentions"]] for own in per_image], dtype=np.float64)
     share = Statistic(rows, _ratio)
     if "true" not in per_image[0]:
@@ -211,12 +215,12 @@ def chair(
     references: Mapping[str, Sequence[str]],
     boxes: Mapping[str, Sequence[str]] | None = None,
 ) -> Hallucination:
-    """CHAIR of captions.
+    """Compute CHAIR of captions.
 
     Args:
         captions: id -> caption. references: id -> reference captions.
         boxes: id -> categories of annotated objects; ids without them are left out. None takes the references alone,
-            which calls an object hallucinated that is there but that nobody mentioned: then it is only an upper bound.
+            which counts objects as hallucinated that are in the image but that nobody mentioned: an upper bound.
     """
     per_image = {}
     for key, caption in captions.items():
@@ -231,12 +235,13 @@ def chair(
     return _hallucination(per_image, basis)
 
 
-def scene_truth(captions: Mapping[str, str], scenes: Mapping[str, str]) -> Hallucination:
-    """Exact truth of captions of drawn scenes (id -> scene as JSON): shares of true captions and invented objects."""
-    from blipren.training.quickstart.scenes import Scene
-    from blipren.training.quickstart.truth import caption_truth
+def judge_captions(captions: Mapping[str, str], contents: Mapping[str, Any], judge: Judge) -> Hallucination:
+    """Judge captions by the known content of their pictures: shares of true captions and of hallucinated objects.
 
-    verdicts = {key: caption_truth(caption, Scene.from_json(scenes[key])) for key, caption in captions.items()}
+    Args:
+        captions: id -> caption. contents: id -> content of the picture, as the judge reads it.
+    """
+    verdicts = {key: judge.judge_caption(caption, contents[key]) for key, caption in captions.items()}
     per_image = {
         key: {
             "true": v.true,
@@ -247,4 +252,4 @@ def scene_truth(captions: Mapping[str, str], scenes: Mapping[str, str]) -> Hallu
         }
         for key, v in verdicts.items()
     }
-    return _hallucination(per_image, "the scenes themselves")
+    return _hallucination(per_image, judge.basis)

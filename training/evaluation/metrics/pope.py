@@ -1,8 +1,8 @@
-"""POPE: yes/no questions about objects that are there and objects that are not (Li et al. 2023, arXiv:2305.10355).
+"""POPE: yes/no questions about objects that are in the image and objects that are not (Li et al. 2023, arXiv:2305.10355).
 
-For every image as many absent objects are asked about as present ones, drawn at random, from the most frequent objects
-of the set, or from those that most often occur together with the present ones. The answer is the likelier of "yes" and
-"no" as a whole answer, so that a model which never says either is measured too.
+Each image has as many questions about absent objects as about present ones. The absent objects are drawn at random, from
+the most frequent objects of the set, or from the objects that most often occur together with the present ones. The answer
+is the likelier of "yes" and "no" as a whole answer, so that a model that never generates either is measured too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ QUESTION = "Is there {article} {object}?"
 
 @dataclass(frozen=True)
 class PopeQuestion:
-    """One question: `answer` is whether the object is there; `strategy` how an absent one was chosen."""
+    """One question. `answer` says whether the object is in the image, `strategy` how the absent objects were chosen."""
 
     image: str
     object: str
@@ -29,22 +29,16 @@ class PopeQuestion:
 
     @property
     def text(self) -> str:
+        """The question in words."""
         article = "an" if self.object[0] in "aeiou" else "a"
         return QUESTION.format(article=article, object=self.object)
 
 
-def scene_objects(scene_json: str) -> list[str]:
-    """ "red circle", ... of a drawn scene."""
-    from blipren.training.quickstart.scenes import Scene
-
-    return sorted({f"{o.colour} {o.shape}" for o in Scene.from_json(scene_json).objects})
-
-
 def pope_questions(objects: Mapping[str, Sequence[str]], per_image: int = 3, seed: int = 0) -> list[PopeQuestion]:
-    """Balanced questions for each strategy: of each image up to `per_image` present objects and as many absent ones.
+    """Return balanced questions for each strategy: up to `per_image` present objects an image, and as many absent ones.
 
     Args:
-        objects: image -> what is in it (different names). Images without an object are left out.
+        objects: image id -> names of the objects in it. Images without an object are left out.
     """
     there = {image: sorted(set(names)) for image, names in objects.items() if names}
     frequency = Counter(name for names in there.values() for name in names)
@@ -74,7 +68,7 @@ def pope_questions(objects: Mapping[str, Sequence[str]], per_image: int = 3, see
 def pope_scores(
     questions: Sequence[PopeQuestion], said_yes: Sequence[bool], resamples: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """strategy -> accuracy (with interval), precision, recall, F1 of "yes", share of "yes", number of questions."""
+    """Return for each strategy accuracy with its interval, precision, recall and F1 of "yes", share of "yes", questions."""
     table = {}
     for strategy in STRATEGIES:
         own = [(q, yes) for q, yes in zip(questions, said_yes, strict=True) if q.strategy == strategy]
@@ -95,14 +89,3 @@ def pope_scores(
             "questions": len(pairs),
         }
     return table
-
-
-def ask_pope(model, processor, features, questions: Sequence[PopeQuestion], rows: Sequence[int], batch_size: int = 32):
-    """For each question whether "yes" is likelier than "no"; `rows` says which of `features` is its image."""
-    from blipren.training.evaluation.image_use import answer_losses
-
-    own = features[list(rows)]
-    texts = [q.text for q in questions]
-    yes = answer_losses(model, processor, own, texts, ["yes"] * len(texts), batch_size)
-    no = answer_losses(model, processor, own, texts, ["no"] * len(texts), batch_size)
-    return [a[0] < b[0] for a, b in zip(yes, no)]

@@ -1,8 +1,8 @@
-"""Image-text retrieval: ranks, recall, re-ranking by matching, the frozen encoder's own score, the similarity grid.
+"""Image-text retrieval: ranks, recall, re-ranking by matching, and the frozen encoder's own recall.
 
-An image may have several captions. Image to text, its rank is that of the best placed of its captions; text to image,
-every caption is a query with one right image. Ties count against the model: one that gives every pair the same score
-finds nothing. Recall is a share between 0 and 1, median rank begins at 1.
+An image may have several captions. Image to text: the rank of an image is that of its best ranked caption. Text to image:
+every caption is a query with one right image. Ties count against the model: a model that gives every pair the same score
+has a recall of zero. Recall is a share between 0 and 1, the best median rank is 1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ RECALL_AT = (1, 5, 10)
 
 # ---------------------------------------------------------------------------------------------------------- ranks
 def image_to_text_ranks(scores: Tensor, image_of_text: Tensor) -> Tensor:
-    """Rank of each image's best placed caption, `[images]`, from scores `[images, texts]`. 1 is the best."""
+    """Return the rank of each image's best ranked caption, `[images]`, from scores `[images, texts]`. 1 is the best."""
     own = image_of_text[None] == torch.arange(len(scores))[:, None]
     if not own.any(1).all():
         raise ValueError(f"Image {int((~own.any(1)).nonzero()[0])} has no caption: leave such images out.")
@@ -33,13 +32,13 @@ def image_to_text_ranks(scores: Tensor, image_of_text: Tensor) -> Tensor:
 
 
 def text_to_image_ranks(scores: Tensor, image_of_text: Tensor) -> Tensor:
-    """Rank of each text's image, `[texts]`, from scores `[images, texts]`. 1 is the best."""
+    """Return the rank of each text's image, `[texts]`, from scores `[images, texts]`. 1 is the best."""
     own = scores.gather(0, image_of_text[None])
     return (scores >= own).sum(0)  # the own image is among them
 
 
 def ranks_of_images(scores: Tensor, captions: Sequence[Sequence[str]]) -> list[dict]:
-    """`image_to_text_rank` and `text_to_image_ranks` (of each of its captions) of every image."""
+    """Return `image_to_text_rank` and `text_to_image_ranks` (one for each of its captions) of every image."""
     image_of_text = torch.tensor([index for index, own in enumerate(captions) for _ in own])
     to_text = image_to_text_ranks(scores, image_of_text).tolist()
     to_image = text_to_image_ranks(scores, image_of_text).split([len(own) for own in captions])
@@ -47,13 +46,13 @@ def ranks_of_images(scores: Tensor, captions: Sequence[Sequence[str]]) -> list[d
 
 
 def recall(ranks: Tensor) -> dict[str, float]:
-    """`R@1`, `R@5`, `R@10` and `median_rank` of ranks."""
+    """Compute `R@1`, `R@5`, `R@10` and `median_rank` of ranks."""
     found = {f"R@{k}": (ranks <= k).double().mean().item() for k in RECALL_AT}
     return found | {"median_rank": ranks.double().quantile(0.5).item()}
 
 
 def chance(image_of_text: Tensor, images: int) -> dict[str, dict[str, float]]:
-    """Expected recall of a random order, both ways: an image with c captions among t has c chances to be found."""
+    """Compute the expected recall of a random order in both directions, with c captions of an image among t."""
     texts = len(image_of_text)
     captions = torch.bincount(image_of_text, minlength=images).tolist()
     to_text, to_image = {}, {}
@@ -64,8 +63,10 @@ def chance(image_of_text: Tensor, images: int) -> dict[str, dict[str, float]]:
     return {"image_to_text": to_text, "text_to_image": to_image}
 
 
-def both_ways(image_to_text: Tensor, image_of_text: Tensor, text_to_image: Tensor | None = None) -> dict[str, dict]:
-    """Recall in both directions. Both score tensors are `[images, texts]`; one is enough where they are the same."""
+def recall_both_ways(
+    image_to_text: Tensor, image_of_text: Tensor, text_to_image: Tensor | None = None
+) -> dict[str, dict]:
+    """Compute recall in both directions. Both score tensors are `[images, texts]`; one is enough where they are the same."""
     text_to_image = image_to_text if text_to_image is None else text_to_image
     return {
         "image_to_text": recall(image_to_text_ranks(image_to_text, image_of_text)),
@@ -75,9 +76,9 @@ def both_ways(image_to_text: Tensor, image_of_text: Tensor, text_to_image: Tenso
 
 # ----------------------------------------------------------------------------------------------------- re-ranking
 def reranked(scores: Tensor, match: Callable[[Tensor, Tensor], Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Let the slow matching head order the k best candidates of the fast similarity; BLIP-2's way with k = 128.
+    """Re-order the k best candidates by the matching head, as BLIP-2 does with k = 128.
 
-    A candidate's new score is its matching logit plus its similarity; what was not among the k keeps its order behind.
+    A candidate's new score is its matching logit plus its similarity. All others keep their order behind the candidates.
 
     Args:
         scores: `[images, texts]` similarities.
@@ -94,7 +95,7 @@ def reranked(scores: Tensor, match: Callable[[Tensor, Tensor], Tensor], k: int) 
         first, second = rows.reshape(-1), candidates.reshape(-1)
         logits = match(first, second) if direction is scores else match(second, first)
         fresh = logits.view_as(candidates).to(direction) + direction.gather(1, candidates)
-        behind = direction - direction.max() + fresh.min() - 1  # all of it below every re-ranked score
+        behind = direction - direction.max() + fresh.min() - 1  # below every re-ranked score
         results.append(behind.scatter(1, candidates, fresh))
     return results[0], results[1].T
 
@@ -102,7 +103,7 @@ def reranked(scores: Tensor, match: Callable[[Tensor, Tensor], Tensor], k: int) 
 # ---------------------------------------------------------------------------------------------------- whole model
 @torch.no_grad()
 def embed_images(model, features: Callable, count: int, batch_size: int = 64) -> Tensor:
-    """Image embeddings `[count, Q, D]`, float32 on the CPU. `features(indices)` gives patch features and mask."""
+    """Return image embeddings `[count, Q, D]`, float32 on the CPU. `features(indices)` gives patch features and mask."""
     parts = []
     for start in range(0, count, batch_size):
         patches, mask = features(list(range(start, min(start + batch_size, count))))
@@ -114,7 +115,7 @@ def embed_images(model, features: Callable, count: int, batch_size: int = 64) ->
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts: Sequence[str], batch_size: int = 256, max_length: int = 64) -> Tensor:
-    """Text embeddings `[texts, D]`, float32 on the CPU."""
+    """Return text embeddings `[texts, D]`, float32 on the CPU."""
     parts = []
     for start in range(0, len(texts), batch_size):
         tokens = tokenize(tokenizer, texts[start : start + batch_size], max_length).to(model.device)
@@ -123,7 +124,7 @@ def embed_texts(model, tokenizer, texts: Sequence[str], batch_size: int = 256, m
 
 
 def tokenize(tokenizer, texts: Sequence[str], max_length: int):
-    """Right-padded token ids; nothing inside a caption becomes a special token."""
+    """Return right-padded token ids. No text of a caption becomes a special token."""
     return tokenizer(
         list(texts),
         padding=True,
@@ -136,7 +137,7 @@ def tokenize(tokenizer, texts: Sequence[str], max_length: int):
 
 
 def matcher(model, tokenizer, features: Callable, texts: Sequence[str], batch_size: int = 64, max_length: int = 64):
-    """Function from image and text indices to matching logits, batch by batch."""
+    """Return a function from image and text indices to matching logits, which works in batches."""
     ids = tokenizer(
         list(texts), truncation=True, max_length=max_length, return_token_type_ids=False, split_special_tokens=True
     )["input_ids"]
@@ -146,7 +147,7 @@ def matcher(model, tokenizer, features: Callable, texts: Sequence[str], batch_si
         parts = []
         for start in range(0, len(images), batch_size):
             batch = slice(start, start + batch_size)
-            here, inverse = images[batch].unique(return_inverse=True)  # one query's candidates share its image
+            here, inverse = images[batch].unique(return_inverse=True)  # the candidates of a query share its image
             patches, mask = features(here.tolist())
             tokens = tokenizer.pad({"input_ids": [ids[i] for i in chosen[batch].tolist()]}, return_tensors="pt")
             logits = model(
@@ -172,7 +173,7 @@ def evaluate_retrieval(
     rerank: int = 0,
     max_length: int = 64,
 ) -> tuple[dict, Tensor]:
-    """Retrieval among images and all of their captions.
+    """Evaluate retrieval among images and all of their captions.
 
     Args:
         model: `BliprenForImageTextRetrieval`, in evaluation mode.
@@ -180,11 +181,11 @@ def evaluate_retrieval(
         features: list of image indices -> (patch features `[n, P, D]`, mask `[n, P]` or None).
         captions: each image's captions, at least one.
         rerank: candidates that the matching head re-orders; 0 for none.
-        max_length: tokens of a caption; never more than the model has positions.
+        max_length: maximum number of tokens of a caption; never more than the model has positions.
 
     Returns:
         (metrics, similarities `[images, texts]`). The metrics hold `image_to_text` and `text_to_image` (ITC alone),
-        `chance`, `reranked` where asked for, `counts` and `seconds`.
+        `chance`, `reranked` if `rerank` is not 0, `counts` and `seconds`.
     """
     if not captions or not all(captions):
         raise UserError(
@@ -202,7 +203,7 @@ def evaluate_retrieval(
     scores = torch.cat(
         [similarity(part, text_embeds, model.config.itc_pooling) for part in image_embeds.split(batch_size)]
     )
-    metrics: dict = both_ways(scores, image_of_text)
+    metrics: dict = recall_both_ways(scores, image_of_text)
     seconds = {
         "embed_images": with_images - begin,
         "embed_texts": with_texts - with_images,
@@ -212,7 +213,7 @@ def evaluate_retrieval(
     if rerank:
         begin = time.perf_counter()
         match = matcher(model, tokenizer, features, texts, batch_size, max_length)
-        metrics["reranked"] = {"k": rerank} | both_ways(*_reordered(scores, match, rerank, image_of_text))
+        metrics["reranked"] = {"k": rerank} | recall_both_ways(*_reordered(scores, match, rerank, image_of_text))
         seconds["rerank"] = time.perf_counter() - begin
     metrics["counts"] = {"images": len(captions), "captions": len(texts), "distinct_captions": len(set(texts))}
     metrics["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
@@ -226,7 +227,7 @@ def _reordered(scores: Tensor, match: Callable, k: int, image_of_text: Tensor) -
 
 # ---------------------------------------------------------------------------------------------- the frozen encoder
 def has_text_tower(encoder: str, revision: str | None = None) -> bool:
-    """Whether a checkpoint's model gives image and text features in one space."""
+    """Whether an encoder's checkpoint has a text tower that shares a space with the image tower."""
     from transformers import MODEL_MAPPING, AutoConfig
 
     config = AutoConfig.from_pretrained(encoder, revision=revision)
@@ -234,20 +235,20 @@ def has_text_tower(encoder: str, revision: str | None = None) -> bool:
 
 
 @torch.no_grad()
-def encoder_zero_shot(
+def encoder_recall(
     encoder: str,
     images: Sequence,
     captions: Sequence[Sequence[str]],
     revision: str | None = None,
     batch_size: int = 32,
 ) -> dict | None:
-    """Recall of the frozen encoder's own text tower (SigLIP, CLIP): what stage 1 must beat.
+    """Compute zero-shot recall with the frozen encoder's own text tower (SigLIP, CLIP), which stage 1 has to exceed.
 
     Args:
         encoder: Hub id or folder of the vision encoder. images: PIL images. captions: each image's.
 
     Returns:
-        Both ways' recall, or None where the encoder has no text tower.
+        Recall in both directions, or None if the encoder has no text tower.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -259,7 +260,7 @@ def encoder_zero_shot(
     tokenizer = AutoTokenizer.from_pretrained(encoder, revision=revision)
     texts = [caption for own in captions for caption in own]
     image_of_text = torch.tensor([index for index, own in enumerate(captions) for _ in own])
-    length = config.text_config.max_position_embeddings  # SigLIP was trained with every text padded to this
+    length = config.text_config.max_position_embeddings  # SigLIP's training padded every text to this length
 
     def pooled(output) -> Tensor:
         return F.normalize(output if isinstance(output, Tensor) else output.pooler_output, dim=-1)
@@ -274,68 +275,17 @@ def encoder_zero_shot(
         tokens = tokenizer(part, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         known = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
         text_parts.append(pooled(model.get_text_features(**known)))
-    return {"encoder": encoder} | both_ways(torch.cat(image_parts) @ torch.cat(text_parts).T, image_of_text)
+    return {"encoder": encoder} | recall_both_ways(torch.cat(image_parts) @ torch.cat(text_parts).T, image_of_text)
 
 
-def zero_shot_beside(model, load: Callable[[int], object], captions: Sequence[Sequence[str]]) -> dict | None:
-    """`encoder_zero_shot` of the encoder that a model was made with, where its id is known and it has a text tower.
+def encoder_recall_of(model, load: Callable[[int], object], captions: Sequence[Sequence[str]]) -> dict | None:
+    """Compute `encoder_recall` of the encoder that a model was made with; None if it is unknown or has no text tower.
 
     Args:
-        load: image number -> PIL image; not called where there is no text tower.
+        load: image index -> PIL image; not called if there is no text tower.
     """
     reference = (model.config.base_models or {}).get("vision")
     if reference is None or not has_text_tower(reference["id"], reference["revision"]):
         return None
     images = [load(index) for index in range(len(captions))]
-    return encoder_zero_shot(reference["id"], images, captions, reference["revision"])
-
-
-# -------------------------------------------------------------------------------------------------------- picture
-def first_grid(
-    path: str | Path, load: Callable[[int], object], captions: Sequence[Sequence[str]], scores: Tensor
-) -> Path:
-    """`similarity_grid` of the first eight images with their first captions."""
-    count = min(8, len(captions))
-    firsts = torch.tensor([0, *(len(own) for own in captions)]).cumsum(0)[:count]
-    chosen = [own[0] for own in captions[:count]]
-    return similarity_grid(path, [load(index) for index in range(count)], chosen, scores[:count, firsts])
-
-
-def similarity_grid(path: str | Path, images: Sequence, captions: Sequence[str], scores: Tensor) -> Path:
-    """Picture of the similarity of a few images (rows) with a few captions (columns); the diagonal is right.
-
-    Args:
-        path: PNG to write. images: PIL images, n. captions: n, the i-th of the i-th image. scores: `[n, n]`.
-    """
-    from textwrap import fill
-
-    from matplotlib.figure import Figure
-
-    count = len(images)
-    if scores.shape != (count, count) or len(captions) != count:
-        raise ValueError(
-            f"{count} images want {count} captions and scores; got {len(captions)}, {tuple(scores.shape)}."
-        )
-    figure = Figure(figsize=(2.2 + 1.1 * count, 1.6 + 1.1 * count), layout="constrained")
-    axes = figure.subplots(count, 2, width_ratios=[1, count], squeeze=False)
-    grid = axes[0, 1].get_gridspec()
-    for row, image in enumerate(images):
-        axes[row, 1].remove()
-        axes[row, 0].imshow(image.convert("RGB"))
-        axes[row, 0].set_axis_off()
-    heat = figure.add_subplot(grid[:, 1])
-    heat.imshow(scores.numpy(), cmap="viridis", aspect="auto")
-    middle = (scores.max() + scores.min()).item() / 2
-    for row in range(count):
-        for column in range(count):
-            value = scores[row, column].item()
-            colour = "black" if value > middle else "white"
-            weight = "bold" if row == column else "normal"
-            heat.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, weight=weight, fontsize=8)
-    labels = [fill(caption, 18)[:90].replace("$", r"\$") for caption in captions]
-    heat.set_xticks(range(count), labels, rotation=60, ha="right", fontsize=7)
-    heat.set_yticks([])
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    return encoder_recall(reference["id"], images, captions, reference["revision"])

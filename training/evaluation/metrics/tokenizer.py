@@ -1,9 +1,9 @@
 """Penn-Treebank tokens for caption metrics: Stanford's tokenizer through Java, or the same tokens in pure Python.
 
 The reference implementation of BLEU, ROUGE-L, METEOR and CIDEr for captions (coco-caption, here `pycocoevalcap`) runs
-Stanford's `PTBTokenizer -preserveLines -lowerCase` and then throws punctuation away. Scores of two tools are only
-comparable after the same tokenizer, so `ptb_tokens` gives its tokens for English captions without Java. It was written
-from what the tokenizer does, not from its source; the tests hold both against each other.
+Stanford's `PTBTokenizer -preserveLines -lowerCase` and then removes punctuation. Scores of two tools are only
+comparable after the same tokenizer, so `ptb_tokens` gives the same tokens for English captions without Java. It was
+written from the tokenizer's output, not from its source; the tests compare both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from blipren.training.errors import UserError
 TOKENIZERS = ("auto", "java", "python", "whitespace")
 PUNCTUATION = frozenset(ptbtokenizer.PUNCTUATIONS)
 
-# A Java reader ends a line at more characters than "\n"; one caption has to stay one line.
+# Java ends a line at more characters than "\n"; one caption has to stay one line.
 _LINE_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
 
 _TYPOGRAPHY = str.maketrans(
@@ -46,8 +46,8 @@ _TYPOGRAPHY = str.maketrans(
 _BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
 
-# Words that keep their full stop, as the tokenizer was observed to do for 40,000 words: always, only when capitalised
-# (American states that are everyday words), only in front of a number.
+# Words that keep their full stop, as observed for 40,000 words: always, only when capitalised (American states that are
+# everyday words too), only in front of a number.
 _ABBREVIATIONS = """
 al az cf co ct dr ft ga jr ky lt md mo mr ms mt ph rd rt sq sr st va vs vt wm adj adm adv ala apr aug ave bhd cie col cos
 cpl dak dec det drs ens esq est etc ext feb fla fri gen gov hon inc ind jan jos jul jun kan ltd maj mar mfg mme mon mrs
@@ -59,7 +59,7 @@ _CAPITALISED_ABBREVIATIONS = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash".split
 _NUMBERED_ABBREVIATIONS = "no nos fig op pp prop art ca".split()
 
 _LETTER, _ALNUM = r"[^\W\d_]", r"[^\W_]"
-# what is cut off a word: 's 'm 'd 're 've 'll, n't
+# endings that are tokens of their own: 's 'm 'd 're 've 'll, n't
 _CLITIC = rf"(?i:'(?:s|m|d|re|ve|ll)(?!{_ALNUM}))"
 _NOT = rf"(?i:n['`]t(?!{_ALNUM}))"
 _TOKEN = re.compile(
@@ -87,15 +87,17 @@ _TWO_WORDS = {w: (w[:n], w[n:]) for w, n in dict(cannot=3, gonna=3, gotta=3, wan
 
 
 def ptb_tokens(caption: str) -> list[str]:
-    """The tokens of a caption as the reference scorers see them: Penn Treebank, lower case, punctuation taken off.
+    """Return the tokens of a caption as the reference scorers see them: Penn Treebank, lower case, without punctuation.
 
     Pure Python, equal to `java ... PTBTokenizer -preserveLines -lowerCase` for English captions (the tests compare
-    both); rare typography (SGML attributes, telephone numbers in brackets) may be cut differently.
+    both); rare typography (SGML attributes, telephone numbers in brackets) may be split differently.
     """
     for entity, character in _ENTITIES.items():
         caption = caption.replace(entity, character)
     caption = _LINE_BREAKS.sub(" ", caption).translate(_TYPOGRAPHY)
-    caption = "".join(c for c in caption if ord(c) <= 0xFFFF)  # Stanford's tokenizer drops what needs two code units
+    caption = "".join(
+        c for c in caption if ord(c) <= 0xFFFF
+    )  # Stanford's tokenizer drops characters of two code units
     tokens: list[str] = []
     for token in _TOKEN.findall(caption):
         token = token.lower()
@@ -105,16 +107,16 @@ def ptb_tokens(caption: str) -> list[str]:
 
 
 def java_available() -> bool:
-    """Whether a `java` command is on the PATH (a Java that does not start is reported when it is used)."""
+    """Whether a `java` command is on the PATH (a Java that does not start is an error when it is used)."""
     return shutil.which("java") is not None
 
 
 def _java_tokens(captions: list[str]) -> list[list[str]]:
-    """pycocoevalcap's own jar and punctuation list; its wrapper writes into site-packages and breaks at odd newlines."""
+    """Tokenise by pycocoevalcap's jar. Its own wrapper writes into site-packages and fails at rare line breaks."""
     folder = Path(ptbtokenizer.__file__).parent
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "captions.txt"
-        # a lone "." keeps an empty caption a line of its own; it is punctuation and vanishes again
+        # a lone "." keeps an empty caption on a line of its own; as punctuation it is removed again
         lines = [_LINE_BREAKS.sub(" ", caption).strip() or "." for caption in captions]
         source.write_text("\n".join(lines) + "\n", encoding="utf-8")
         command = ["java", "-Dfile.encoding=UTF-8", "-cp", str(folder / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)]
@@ -130,7 +132,7 @@ def _java_tokens(captions: list[str]) -> list[list[str]]:
 
 
 def choose_tokenizer(name: str = "auto") -> str:
-    """`auto` -> `java` where there is one, else `python`. Raises `UserError` for a name that is none."""
+    """Return the tokenizer to use: `auto` is `java` if there is one, else `python`. Raises `UserError` for other names."""
     if name not in TOKENIZERS:
         raise UserError(f"tokenizer {name!r} is not one of {', '.join(TOKENIZERS)}")
     if name == "auto":
@@ -141,7 +143,7 @@ def choose_tokenizer(name: str = "auto") -> str:
 
 
 def tokenize(captions: Iterable[str], tokenizer: str = "auto") -> list[str]:
-    """Captions -> captions whose tokens are joined by one space, in the same order.
+    """Tokenise captions. Returns them in the same order, with tokens joined by one space.
 
     Args:
         tokenizer: `java` (Stanford's), `python` (`ptb_tokens`), `whitespace` (texts that are tokens already), `auto`.

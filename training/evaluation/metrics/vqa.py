@@ -1,4 +1,4 @@
-"""Visual question answering: exact accuracy and the VQA soft score, after the official normalisation of answers.
+"""Visual question answering: exact accuracy and the VQA soft score of answers in the official normal form.
 
 Antol et al. 2015 (arXiv:1505.00468) and the evaluation code of VQA v2: lower case, no articles, number words as digits,
 contractions with their apostrophe, punctuation off except inside numbers.
@@ -17,7 +17,7 @@ from blipren.training.errors import UserError
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {w: str(n) for n, w in enumerate("zero one two three four five six seven eight nine ten".split())}
 _NUMBERS["none"] = "0"
-# "dont" -> "don't": made from the written-out forms, so that nothing is listed twice; ambiguous ones stay as they are
+# "dont" -> "don't"; forms that are words themselves ("well", "its") stay as they are
 _CONTRACTIONS = {
     word.replace("'", ""): word
     for word in (
@@ -33,7 +33,7 @@ _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as the VQA evaluation compares it: `" The RED bus."` -> `"red bus"`, `"Two"` -> `"2"`."""
+    """Return an answer as the VQA evaluation compares it: `" The RED bus."` -> `"red bus"`, `"Two"` -> `"2"`."""
     text = " ".join(answer.split()).lower()
     text = _COMMA_IN_NUMBER.sub("", text)
     text = _PUNCTUATION.sub(" ", text)
@@ -43,12 +43,12 @@ def normalize_answer(answer: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 where the normalised prediction is one of the normalised answers."""
+    """Return 1.0 if the normalised prediction is one of the normalised answers, else 0.0."""
     return float(normalize_answer(prediction) in {normalize_answer(a) for a in answers})
 
 
 def soft_score(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy: min(1, people who said it / 3), averaged over leaving each person out.
+    """Compute VQA accuracy: min(1, people who gave the answer / 3), averaged over leaving each person out.
 
     With fewer than four answers, three agreeing others cannot exist, and the score is `exact_match`.
     """
@@ -63,7 +63,7 @@ def soft_score(prediction: str, answers: Sequence[str]) -> float:
 def vqa_scores(
     predictions: Mapping[object, str], answers: Mapping[object, Sequence[str]]
 ) -> tuple[dict[str, float], dict[object, dict[str, float]]]:
-    """Values over the set, and `exact` and `soft` of each question.
+    """Compute the values over the set, and `exact` and `soft` of each question.
 
     Args:
         predictions: question id -> answer given. answers: question id -> answers of people, at least one.
@@ -87,12 +87,12 @@ def vqa_scores(
 
 
 def vqa_metrics(predictions: Mapping[object, str], answers: Mapping[object, Sequence[str]]) -> dict[str, float]:
-    """`accuracy` (exact after normalisation) and `soft_score` (VQA accuracy over several people's answers)."""
+    """Compute `accuracy` (exact after normalisation) and `soft_score` (VQA accuracy over several people's answers)."""
     return vqa_scores(predictions, answers)[0]
 
 
 def answer_table(questions: Mapping[object, str], scores: Mapping[object, Mapping[str, float]]) -> dict[str, dict]:
-    """Accuracy by the first two words of the question, the usual question types: type -> {questions, accuracy}."""
+    """Return the accuracy by question type, the first two words of the question: type -> {questions, accuracy}."""
     groups: dict[str, list[float]] = {}
     for key, question in questions.items():
         groups.setdefault(" ".join(question.lower().split()[:2]), []).append(scores[key]["exact"])

@@ -16,8 +16,8 @@ function differences() {
   const c = data.counts;
   section("differences", "Differences", make("div", { class: "card" },
     table(["", "A", "B", "B − A", "95% interval", "p", "B is"], rows),
-    make("p", { class: "soft small" }, `Paired bootstrap over ${number(c.images)} images, ${number(data.resamples)} draws; the thin line is no difference. ` +
-      `${number(c.same_caption)} captions are the same word for word.` + (c.only_in_a || c.only_in_b ? ` Left out: ${c.only_in_a} images only in A, ${c.only_in_b} only in B.` : "")),
+    make("p", { class: "soft small" }, `Paired bootstrap over ${number(c.images)} images, ${number(data.resamples)} samples; the thin line is zero. ` +
+      `${number(c.same_caption)} captions are identical.` + (c.only_in_a || c.only_in_b ? ` Not compared: ${c.only_in_a} images only in A, ${c.only_in_b} only in B.` : "")),
     data.verdicts.a && data.verdicts.b ? make("p", {}, `A ${data.verdicts.a}; B ${data.verdicts.b}.`) : null));
 }
 
@@ -30,26 +30,26 @@ function changed() {
     "B better": (x, y) => gain(y) - gain(x),
     "A better": (x, y) => gain(x) - gain(y),
   };
-  const cards = items.map((item) => ({ item, node: make("article", { class: "card photo" },
-    item.photo ? make("img", { src: item.photo, alt: item.references[0], decoding: "async" }) : null,
+  const cards = items.map((item) => ({ item, node: make("article", { class: "card image-card" },
+    item.image ? make("img", { src: item.image, alt: item.references[0], decoding: "async" }) : null,
     make("div", { class: "text" },
       make("div", { class: "pair" },
-        make("p", {}, make("span", { class: "soft small" }, `A ${fixed(item.cider_a, 2)}`), make("br"), item.a || "(nothing)"),
-        make("p", {}, make("span", { class: `small ${gain(item) >= 0 ? "up" : "down"}` }, `B ${fixed(item.cider_b, 2)}`), make("br"), make("b", {}, item.b || "(nothing)"))),
+        make("p", {}, make("span", { class: "soft small" }, `A ${fixed(item.cider_a, 2)}`), make("br"), item.a || "(empty)"),
+        make("p", {}, make("span", { class: `small ${gain(item) >= 0 ? "up" : "down"}` }, `B ${fixed(item.cider_b, 2)}`), make("br"), make("b", {}, item.b || "(empty)"))),
       make("details", {}, make("summary", {}, "references"), make("ul", {}, item.references.map((text) => make("li", {}, text)))),
       make("p", { class: "soft small mono" }, item.id))) }));
   const grid = make("div", { class: "grid", id: "grid" });
-  const order = make("select", { id: "order", "aria-label": "order of the photos" }, Object.keys(orders).map((name) => make("option", {}, name)));
+  const order = make("select", { id: "order", "aria-label": "order of the images" }, Object.keys(orders).map((name) => make("option", {}, name)));
   const show = () => grid.replaceChildren(...[...cards].sort((x, y) => orders[order.value](x.item, y.item)).map(({ node }) => node));
   order.addEventListener("change", show);
-  section("photos", "Photos whose captions changed most", make("div", { class: "controls" }, order, make("span", { class: "soft small" }, "CIDEr of each image beside A and B")), grid);
+  section("images", "Images whose captions changed most", make("div", { class: "controls" }, order, make("span", { class: "soft small" }, "A and B show the CIDEr of the image")), grid);
   show();
 }
 
 function attention() {
   if (!data.explained.length) return;
   const view = (item, label) => {
-    const canvas = make("canvas", { "aria-label": `what ${label} attends to` });
+    const canvas = make("canvas", { "aria-label": `attention map of ${label}` });
     const words = make("div", { class: "words" });
     const size = item.height * item.width;
     const show = (kind, index) => {
@@ -58,13 +58,13 @@ function attention() {
       paint(canvas, bytes(source).slice(start * size, (start + 1) * size), item.height, item.width, { strength: 0.8, smooth: true });
       [...words.children].forEach((node, i) => node.setAttribute("aria-pressed", kind === "word" ? i === index + 1 : i === 0));
     };
-    words.append(make("button", { type: "button", onclick: () => show("all", 0) }, item.queries ? "all queries" : "features"),
+    words.append(make("button", { type: "button", onclick: () => show("all", 0) }, item.queries ? "mean of queries" : "feature norms"),
       ...item.words.map((word, i) => make("button", { type: "button", onclick: () => show("word", i) }, word)));
     show("all", 0);
     return make("div", {}, make("p", {}, make("b", {}, label + " "), item.caption), make("div", { class: "stage" }, make("img", { src: item.seen, alt: item.caption }), canvas),
       make("div", { style: { marginTop: "8px" } }, words));
   };
-  section("attention", "What they see", data.explained.map((pair) => make("div", { class: "card", style: { marginBottom: "14px" } },
+  section("attention", "Attention", data.explained.map((pair) => make("div", { class: "card", style: { marginBottom: "14px" } },
     make("div", { class: "two" }, view(pair.a, "A"), view(pair.b, "B")))));
 }
 

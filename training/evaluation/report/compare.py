@@ -1,4 +1,4 @@
-"""The `compare` command: two evaluations of the same images, paired: what differs, by how much, and where."""
+"""The command `compare`: a paired comparison of two evaluations of the same images."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from blipren.training.evaluation.metrics.bootstrap import (
 from blipren.training.evaluation.metrics.captions import CaptionScores, score_captions
 from blipren.training.evaluation.metrics.hallucination import image_statistics
 from blipren.training.evaluation.report.page import embedded_data, render_page, training_curves
-from blipren.training.evaluation.report.pictures import photo_address
+from blipren.training.evaluation.report.pictures import image_url
 from blipren.training.evaluation.results import SIMILARITIES, is_caption, read_lines, recall_statistics
 from blipren.training.files import write_atomically
 
 LOWER_IS_BETTER = ("hallucinated_objects", "CHAIR_i", "CHAIR_s", "repetition", "cut_off")
-NEITHER = ("length",)
+NO_DIRECTION = ("length",)
 Pairs = dict[str, tuple[Statistic, Statistic]]
 """Metric -> its statistics in run A and in run B, over the same images."""
 
@@ -53,13 +53,13 @@ class Run:
 
     @property
     def images(self) -> set[str]:
-        """Ids of all images that anything is known of."""
+        """Ids of all images of the run."""
         questions = [image for image, _ in self.answers] + [image for _, image, _ in self.pope]
         return {*self.captions, *questions, *self.ranks}
 
 
 def read_run(path: str) -> Run:
-    """An evaluation folder. Raises `UserError` where it is none, or was cut short."""
+    """Read an evaluation folder. Raises `UserError` if it is none or is incomplete."""
     folder = Path(path)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -76,7 +76,8 @@ def read_run(path: str) -> Run:
     return Run(folder, metrics, captions, answers, pope, ranks)
 
 
-def _scores(run: Run, ids: list[str], tokenizer: str, meteor: bool) -> CaptionScores:
+def _score(run: Run, ids: list[str], tokenizer: str, meteor: bool) -> CaptionScores:
+    """Score the captions of some images of a run."""
     known = all(run.captions[key].get("ended_by_eos") is not None for key in ids)
     return score_captions(
         {key: run.captions[key]["caption"] for key in ids},
@@ -88,7 +89,7 @@ def _scores(run: Run, ids: list[str], tokenizer: str, meteor: bool) -> CaptionSc
 
 
 def _pairs(a: dict, b: dict, statistics: Callable[[list[dict]], dict[str, Statistic]]) -> Pairs:
-    """Metrics of the rows that both runs have, by name."""
+    """Return the metrics of the rows that both runs have."""
     keys = [key for key in a if key in b]
     if not keys:
         return {}
@@ -96,26 +97,28 @@ def _pairs(a: dict, b: dict, statistics: Callable[[list[dict]], dict[str, Statis
     return {name: (first[name], second[name]) for name in first if name in second}
 
 
-def _of_captions(a: Run, b: Run, ids: list[str]) -> Pairs:
-    """What predictions.jsonl knows of captions beside their words: objects that are not there, image-text similarity."""
+def _caption_pairs(a: Run, b: Run, ids: list[str]) -> Pairs:
+    """Return the metrics whose values predictions.jsonl holds: hallucination and image-text similarity."""
 
-    def having(name: str) -> list[dict[str, dict]]:
+    def rows_with(name: str) -> list[dict[str, dict]]:
         return [{key: run.captions[key] for key in ids if name in run.captions[key]} for run in (a, b)]
 
-    pairs = _pairs(*having("mentions"), image_statistics)
+    pairs = _pairs(*rows_with("mentions"), image_statistics)
     encoders = [run.metrics["captioning"].get("similarity_encoder") for run in (a, b)]
     for name in SIMILARITIES if encoders[0] == encoders[1] else ():  # values of two encoders do not compare
-        pairs |= _pairs(*having(name), lambda rows, name=name: {name: mean_statistic([row[name] for row in rows])})
+        pairs |= _pairs(*rows_with(name), lambda rows, name=name: {name: mean_statistic([row[name] for row in rows])})
     return pairs
 
 
-def _of_answers(rows: list[dict]) -> dict[str, Statistic]:
+def _answer_statistics(rows: list[dict]) -> dict[str, Statistic]:
+    """Return VQA accuracy and soft score of rows of predictions.jsonl."""
     images = [row["id"] for row in rows]
     columns = (("VQA accuracy", "exact"), ("VQA soft score", "soft"))
     return {name: grouped_statistic([row[column] for row in rows], images) for name, column in columns}
 
 
-def _of_pope(rows: list[dict]) -> dict[str, Statistic]:
+def _pope_statistics(rows: list[dict]) -> dict[str, Statistic]:
+    """Return the accuracy of each POPE strategy of rows of predictions.jsonl."""
     found = {}
     for strategy in dict.fromkeys(row["pope"] for row in rows):
         own = [row for row in rows if row["pope"] == strategy]
@@ -124,7 +127,7 @@ def _of_pope(rows: list[dict]) -> dict[str, Statistic]:
 
 
 def paired_statistics(a: Run, b: Run) -> tuple[Pairs, dict[str, tuple[float, float]]]:
-    """metric -> its statistics in both runs over the same images, in the same order; and CIDEr of each image in both.
+    """Return the statistics of each metric in both runs over the same images in the same order, and CIDEr of each image.
 
     Raises:
         UserError: the runs have no image in common, or other references for one.
@@ -134,16 +137,18 @@ def paired_statistics(a: Run, b: Run) -> tuple[Pairs, dict[str, tuple[float, flo
     ids = [key for key in a.captions if key in b.captions and a.captions[key]["references"]]
     other = [key for key in ids if a.captions[key]["references"] != b.captions[key]["references"]]
     if other:
-        raise UserError(f"{a.path} and {b.path} have other references for {other[0]!r}: they judge different data")
+        raise UserError(
+            f"{a.path} and {b.path} have different references for {other[0]!r}: they are evaluations of different data"
+        )
     if ids:
         tokenizer = a.metrics["captioning"]["tokenizer"]
         meteor = all(run.metrics["captioning"].get("METEOR") is not None for run in (a, b))
-        first, second = (_scores(run, ids, tokenizer, meteor) for run in (a, b))
+        first, second = (_score(run, ids, tokenizer, meteor) for run in (a, b))
         pairs |= {n: (first.statistics[n], second.statistics[n]) for n in first.statistics if n in second.statistics}
-        pairs |= _of_captions(a, b, ids)
+        pairs |= _caption_pairs(a, b, ids)
         per_image = {key: (first.per_image["CIDEr"][key], second.per_image["CIDEr"][key]) for key in ids}
-    pairs |= _pairs(a.answers, b.answers, _of_answers)
-    pairs |= _pairs(a.pope, b.pope, _of_pope)
+    pairs |= _pairs(a.answers, b.answers, _answer_statistics)
+    pairs |= _pairs(a.pope, b.pope, _pope_statistics)
     pairs |= _pairs(a.ranks, b.ranks, recall_statistics)
     if not pairs:
         raise UserError(f"{a.path} and {b.path} have no image in common: nothing can be compared")
@@ -151,36 +156,36 @@ def paired_statistics(a: Run, b: Run) -> tuple[Pairs, dict[str, tuple[float, flo
 
 
 def verdict(name: str, low: float, high: float) -> str:
-    """`better`, `worse`, `different` (where neither way is better) or `no difference seen`, of B against A."""
+    """Return `better`, `worse`, `different` (a metric without a better direction) or `no difference seen` for B against A."""
     if low <= 0 <= high:
         return "no difference seen"
-    if name in NEITHER:
+    if name in NO_DIRECTION:
         return "different"
     return "better" if (low > 0) != (name in LOWER_IS_BETTER) else "worse"
 
 
-def _photos(run: Run, ids: list[str]) -> dict[str, str]:
-    """Photos of some images as data addresses; without those that cannot be opened any more."""
+def _image_urls(run: Run, ids: list[str]) -> dict[str, str]:
+    """Return some images as `data:` URLs, without those that cannot be read any more."""
     found: dict[str, str] = {}
     settings = run.metrics.get("settings", {})
     options = {name: settings[name] for name in SOURCE_OPTIONS if name in settings}
     try:
         split = open_split(run.metrics["dataset"], run.metrics["split"], settings.get("limit"), **options)
     except UserError as error:
-        print(f"the photos cannot be shown: {error}")
+        print(f"the images cannot be shown: {error}")
         return found
     wanted = set(ids)
     for example in split.examples:
         if example.id in wanted:
             try:
-                found[example.id] = photo_address(example.load())
+                found[example.id] = image_url(example.load())
             except ImageError as error:
                 print(f"{example.id} cannot be shown: {error}")
     return found
 
 
 def _explained(a: Run, b: Run) -> list[dict]:
-    """Attention of both runs for the photos that both reports explain."""
+    """Return the attention maps of both runs for the images that both reports have."""
     both = []
     for run in (a, b):
         page = run.path / "report.html"
@@ -190,7 +195,7 @@ def _explained(a: Run, b: Run) -> list[dict]:
 
 
 def _curves(a: Run, b: Run) -> list[dict]:
-    """Curves of both trainings, quantity by quantity."""
+    """Return the training curves of both runs, one panel a quantity."""
     panels: dict[str, list[dict]] = {}
     for label, run in (("A", a), ("B", b)):
         settings = run.metrics.get("settings", {})
@@ -201,7 +206,7 @@ def _curves(a: Run, b: Run) -> list[dict]:
 
 
 def compare(settings: CompareSettings) -> None:
-    """The `compare` command."""
+    """Run the command `compare`. Raises `UserError` for what the user can repair."""
     a, b = read_run(settings.run_a), read_run(settings.run_b)
     out = Path(settings.out or settings.run_b)
     print(f"comparing A = {a.path} with B = {b.path}, paired over the images of both")
@@ -238,9 +243,9 @@ def compare(settings: CompareSettings) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "compare.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    photos = _photos(b, [item["id"] for item in result["changed_most"]])
+    urls = _image_urls(b, [item["id"] for item in result["changed_most"]])
     for item in result["changed_most"]:
-        item["photo"] = photos.get(item["id"])
+        item["image"] = urls.get(item["id"])
         item["references"] = a.captions[item["id"]]["references"]
     looks = {label: run.metrics.get("image_use", {}).get("verdict") for label, run in (("a", a), ("b", b))}
     page = result | {"verdicts": looks, "explained": _explained(a, b), "curves": _curves(a, b)}

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page of an evaluation, for a person. Everything is embedded; nothing is fetched."""
+"""report.html: an evaluation as one self-contained page. Everything is embedded; nothing is fetched."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from blipren.training.data.sources.images import ImageError
-from blipren.training.evaluation.attention import Explained, explain, query_statistics
+from blipren.training.evaluation.attention import Explanation, explain, query_statistics
 from blipren.training.evaluation.metrics.hallucination import COCO_WORDS, singular
-from blipren.training.evaluation.report.pictures import map_bytes, photo_address, sample_grid
+from blipren.training.evaluation.report.pictures import image_url, map_bytes, sample_grid
 from blipren.training.evaluation.results import PER_IMAGE, SIMILARITIES, Evaluation
 from blipren.training.files import write_atomically
 
@@ -25,14 +25,14 @@ SHOWN_SETTINGS = (
     "model", "dataset", "tasks", "split", "limit", "prompt", "max_new_tokens", "num_beams", "length_penalty",
     "no_repeat_ngram_size", "batch_size", "tokenizer", "resamples", "seed", "before", "predictions",
 )  # fmt: skip
-UNSHOWN = ("BLEU-4", "RefCLIPScore", "RefSigLIPScore")
-"""Scores of single images that say little beside the others."""
+HIDDEN_SCORES = ("BLEU-4", "RefCLIPScore", "RefSigLIPScore")
+"""Scores that the report does not show for single images."""
 
 
 def render_page(data: dict, script: str, title: str, subtitle: str) -> str:
-    """The page as one text: style, scripts and data inside.
+    """Return the page as one text, with style, scripts and data inside.
 
-    Captions are foreign text: inside the data block `<` is written as an escape, so that none can end it.
+    Captions are untrusted text: inside the data block `<` is escaped, so that no caption can end the block.
     """
     embedded = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     scripts = "\n".join((HERE / name).read_text(encoding="utf-8") for name in ("report_common.js", script))
@@ -48,7 +48,7 @@ def render_page(data: dict, script: str, title: str, subtitle: str) -> str:
 
 
 def _finite(value):
-    """JSON has neither NaN nor infinity: they become null."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -69,7 +69,7 @@ def _tile(name: str, values: dict, key: str, before: dict | None = None, full: f
 
 
 def headline_tiles(metrics: dict) -> list[dict]:
-    """Name, value and interval of the numbers that come first."""
+    """Return name, value and interval of the most important numbers."""
     tiles: list[dict] = []
     before = metrics.get("before", {})
     captioning = metrics.get("captioning")
@@ -82,9 +82,9 @@ def headline_tiles(metrics: dict) -> list[dict]:
     found = metrics.get("hallucination")
     if found:
         earlier = before.get("hallucination")
-        names = {"captions_true": "true captions", "hallucinated_objects": "invented objects"}
+        names = {"captions_true": "true captions", "hallucinated_objects": "hallucinated objects"}
         if "captions_true" not in found:
-            names = {"CHAIR_i": "objects that are not there", "CHAIR_s": "captions with such an object"}
+            names = {"CHAIR_i": "hallucinated objects", "CHAIR_s": "captions with such an object"}
         tiles += [_tile(label, found, key, earlier, 1.0) for key, label in names.items()]
         tiles[-1]["note"] = f"by {found['truth']}"
     if "vqa" in metrics:
@@ -96,7 +96,7 @@ def headline_tiles(metrics: dict) -> list[dict]:
             tiles.append(tile | {"low": low, "high": high})
     if captioning:
         tiles.append({"name": "different captions", "value": captioning["unique_captions"], "full": 1.0})
-        tiles.append({"name": "words a caption", **_interval_of(captioning, "length")})
+        tiles.append({"name": "words per caption", **_interval_of(captioning, "length")})
         if "cut_off" in captioning:
             tiles.append({"name": "cut off", **_interval_of(captioning, "cut_off"), "full": 1.0})
     return tiles
@@ -107,9 +107,9 @@ def _interval_of(values: dict, key: str) -> dict:
     return {"value": values[key], "low": low, "high": high}
 
 
-# --------------------------------------------------------------------------------------------------------- photos
-def choose_photos(result: Evaluation, count: int) -> list[int]:
-    """Positions of the examples to show: the best and worst, the most hallucinated, and some evenly between."""
+# --------------------------------------------------------------------------------------------------------- images
+def choose_images(result: Evaluation, count: int) -> list[int]:
+    """Return the positions of the examples to show: the best, the worst, the most hallucinated, and some between."""
     scores = result.caption_scores
     positions = [i for i, e in enumerate(result.examples) if scores is None or e.id in scores.per_image["CIDEr"]]
     if len(positions) <= count:
@@ -137,25 +137,25 @@ def choose_photos(result: Evaluation, count: int) -> list[int]:
 
 
 def _wrong_words(caption: str, categories: Sequence[str]) -> list[str]:
-    """Words of a caption that name categories which are not there."""
+    """Return the words of a caption that name hallucinated categories."""
     words = {w for c in categories for w in (*c.split(), *COCO_WORDS.get(c, "").replace("_", " ").split())}
     return [w for w in re.findall(r"[a-z]+", caption.lower()) if singular(w) in words or w in words]
 
 
-def photo_items(result: Evaluation, positions: Sequence[int], before: Evaluation | None) -> list[dict]:
-    """What the grid shows of each photo."""
+def image_items(result: Evaluation, positions: Sequence[int], before: Evaluation | None) -> list[dict]:
+    """Return what the grid shows of each image."""
     items = []
     for position in positions:
         example = result.examples[position]
         try:
-            photo = photo_address(example.load())
+            url = image_url(example.load())
         except ImageError:
-            continue  # captions that were given may belong to photos that are not here
+            continue  # the images of given captions may be missing
         caption = result.captions.get(example.id, {})
         item = {
             "id": example.id,
             "index": position,
-            "photo": photo,
+            "image": url,
             "caption": caption.get("text", ""),
             "references": example.references,
             "ended": caption.get("ended_by_eos"),
@@ -165,7 +165,9 @@ def photo_items(result: Evaluation, positions: Sequence[int], before: Evaluation
         }
         if result.caption_scores is not None and example.id in result.caption_scores.per_image["CIDEr"]:
             per_image = result.caption_scores.per_image
-            item["scores"] = {n: per_image[n][example.id] for n in PER_IMAGE if n in per_image and n not in UNSHOWN}
+            item["scores"] = {
+                n: per_image[n][example.id] for n in PER_IMAGE if n in per_image and n not in HIDDEN_SCORES
+            }
         if result.hallucination is not None and example.id in result.hallucination.per_image:
             found = result.hallucination.per_image[example.id]
             item["hallucinated"] = len(found["hallucinated"])
@@ -186,10 +188,10 @@ def photo_items(result: Evaluation, positions: Sequence[int], before: Evaluation
 
 
 # ------------------------------------------------------------------------------------------------------ attention
-def explained_item(shown: Explained) -> dict:
-    """One photo of the attention explorer; maps of layers, then their mean as one more layer."""
+def attention_item(shown: Explanation) -> dict:
+    """Return an image of the attention explorer. The mean over layers follows the maps of the layers."""
     item = {
-        "seen": photo_address(shown.seen, 420, 85),
+        "seen": image_url(shown.seen, 420, 85),
         "caption": shown.caption,
         "words": shown.words,
         "word_maps": map_bytes(shown.word_maps) if shown.words else "",
@@ -207,10 +209,10 @@ def explained_item(shown: Explained) -> dict:
     return item
 
 
-def explain_photos(result: Evaluation, model, processor, settings) -> tuple[list[dict], dict | None]:
-    """Items of the explorer, and statistics of the queries over its photos (of one grid).
+def explain_images(result: Evaluation, model, processor, settings) -> tuple[list[dict], dict | None]:
+    """Return the images of the attention explorer, and statistics of the queries over them if they share a grid.
 
-    The photos are spread evenly over the split, whatever the scores, so that two reports show the same ones.
+    The images are spread evenly over the split and do not depend on scores, so that two reports show the same ones.
     """
     examples, shown = result.examples, []
     count = min(settings.attention_images, len(examples))
@@ -220,18 +222,18 @@ def explain_photos(result: Evaluation, model, processor, settings) -> tuple[list
         if text is None and example.questions:
             prompt = next(iter(example.questions))
             text = result.answers.get((example.id, prompt), {}).get("text")
-        limit = {"max_new_tokens": settings.max_new_tokens}  # where nothing was generated yet
+        limit = {"max_new_tokens": settings.max_new_tokens}  # used if nothing was generated yet
         shown.append((example.id, explain(model, processor, example.load(), prompt, text, **limit)))
     maps = [s.queries for _, s in shown if s.queries is not None]
     statistics = None
     if maps and len({m.shape for m in maps}) == 1:
         statistics = vars(query_statistics(torch.stack(maps)))
-    return [{"id": key, **explained_item(s)} for key, s in shown], statistics
+    return [{"id": key, **attention_item(s)} for key, s in shown], statistics
 
 
 # --------------------------------------------------------------------------------------------- training, retrieval
 def training_curves(folder: str | None) -> tuple[list[dict], int | None]:
-    """Panels of a run folder's curves.json, and the step whose model was kept; nothing where there is no run."""
+    """Return the panels of a run folder's curves.json and the step whose model was kept, or ([], None) without a run."""
     if folder is None or not (Path(folder) / "curves.json").is_file():
         return [], None
     curves = json.loads((Path(folder) / "curves.json").read_text(encoding="utf-8"))
@@ -253,7 +255,7 @@ def training_curves(folder: str | None) -> tuple[list[dict], int | None]:
 
 
 def retrieval_item(result: Evaluation, similarities: torch.Tensor | None, count: int = 8) -> dict | None:
-    """Recall in both directions, and the similarity of a few photos with their first captions."""
+    """Return recall in both directions, and the similarity of a few images with their first captions."""
     values = result.metrics.get("retrieval")
     if values is None:
         return None
@@ -268,7 +270,7 @@ def retrieval_item(result: Evaluation, similarities: torch.Tensor | None, count:
             position += len(example.references)
         rows = [i * len(examples) // count for i in range(min(count, len(examples)))]
         item["grid"] = {
-            "photos": [photo_address(examples[i].load(), 140) for i in rows],
+            "images": [image_url(examples[i].load(), 140) for i in rows],
             "captions": [examples[i].references[0] for i in rows],
             "scores": similarities[rows][:, [starts[i] for i in rows]].tolist(),
         }
@@ -277,16 +279,16 @@ def retrieval_item(result: Evaluation, similarities: torch.Tensor | None, count:
 
 # ----------------------------------------------------------------------------------------------------------- page
 def report_data(result: Evaluation, settings, model=None, processor=None, before=None, similarities=None) -> dict:
-    """All that the page shows, as JSON values."""
+    """Return everything that the page shows, as JSON values."""
     metrics = result.metrics
-    positions = choose_photos(result, settings.report_images) if result.captions or result.answers else []
+    positions = choose_images(result, settings.report_images) if result.captions or result.answers else []
     explained, queries = [], None
     if model is not None and settings.attention_images > 0:
-        explained, queries = explain_photos(result, model, processor, settings)
+        explained, queries = explain_images(result, model, processor, settings)
     curves, chosen = training_curves(settings.run or settings.model)
     counts, captioning = metrics["counts"], metrics.get("captioning", {})
     tokenizer = captioning.get("tokenizer")
-    told = {
+    tokenizers = {
         "java": "Stanford's PTB tokenizer (Java)",
         "python": "PTB tokenizer in Python",
         "whitespace": "white space",
@@ -297,9 +299,9 @@ def report_data(result: Evaluation, settings, model=None, processor=None, before
         "rows of the data set": ", ".join(f"{name} {count:,}" for name, count in counts["rows"].items()),
         "references": f"{counts['references']:,}",
         "questions": f"{counts['questions']:,}" if counts["questions"] else None,
-        "left out": ", ".join(f"{name} {n}" for name, n in counts["rejected"].items()) or "none",
-        "tokens of the metrics": told.get(tokenizer),
-        "intervals": f"95%, {settings.resamples:,} bootstrap draws of images",
+        "rejected images": ", ".join(f"{name} {n}" for name, n in counts["rejected"].items()) or "none",
+        "tokenizer of the metrics": tokenizers.get(tokenizer),
+        "intervals": f"95%, {settings.resamples:,} bootstrap samples of images",
         "weights": metrics["model"].get("weights"),
         "vision encoder": _base(config, "vision"),
         "language model": _base(config, "llm"),
@@ -315,7 +317,7 @@ def report_data(result: Evaluation, settings, model=None, processor=None, before
             "tiles": [tile for tile in headline_tiles(metrics) if tile["value"] is not None or tile.get("note")],
             "notes": captioning.get("notes", []),
             "image_use": metrics.get("image_use"),
-            "photos": photo_items(result, positions, before),
+            "gallery": image_items(result, positions, before),
             "images": len(result.examples),
             "explained": explained,
             "queries": queries,
@@ -333,6 +335,7 @@ def report_data(result: Evaluation, settings, model=None, processor=None, before
 
 
 def _base(config, part: str) -> str | None:
+    """Return id and revision of a frozen part."""
     base = (getattr(config, "base_models", None) or {}).get(part)
     if base is None:
         return None
@@ -341,30 +344,30 @@ def _base(config, part: str) -> str | None:
 
 
 def embedded_data(page: Path) -> dict:
-    """The data of a report that was written earlier."""
+    """Return the data of a report that was written earlier."""
     found = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
     return json.loads(found.group(1)) if found else {}
 
 
 def write_samples(path: Path, result: Evaluation, count: int = 12) -> None:
-    """A few captioned photos, spread evenly over the split whatever the scores; none where no photo is here."""
+    """Draw a few images with captions, spread evenly over the split; nothing if no image can be read."""
     captioned = [example for example in result.examples if example.id in result.captions]
-    photos, captions = [], []
+    images, captions = [], []
     count = min(count, len(captioned))
     for example in (captioned[k * len(captioned) // count] for k in range(count)):
-        with contextlib.suppress(ImageError):  # captions that were given may belong to photos that are not here
-            photos.append(example.load())
+        with contextlib.suppress(ImageError):  # the images of given captions may be missing
+            images.append(example.load())
             captions.append(result.captions[example.id]["text"])
-    if photos:
-        sample_grid(path, photos, captions)
+    if images:
+        sample_grid(path, images, captions)
 
 
 def write_report(
     out: Path, result: Evaluation, settings, model=None, processor=None, before=None, similarities=None
 ) -> Path:
-    """Writes report.html into the evaluation folder, and samples.png for the model card."""
+    """Write report.html into the evaluation folder, and samples.png for the model card."""
     data = report_data(result, settings, model, processor, before, similarities)
-    title = f"What {Path(settings.model).name} sees and says"
+    title = f"Evaluation of {Path(settings.model).name}"
     if settings.predictions is not None:
         title = f"Captions of {Path(settings.predictions).name}"
     counts = result.metrics["counts"]

@@ -27,11 +27,11 @@ function imageUse() {
   const largest = Object.fromEntries(columns.map((c) => [c, Math.max(...Object.values(use[c]), 1e-9)]));
   const rows = conditions.map((condition) => [names[condition], ...columns.map((c) => [
     make("span", { class: "bar", style: { width: `${Math.max(2, (70 * (use[c][condition] ?? 0)) / largest[c])}px` } }), fixed(use[c][condition])])]);
-  section("looking", "Does it look?",
+  section("image-use", "Image use",
     make("div", { class: `card verdict ${kind}`, id: "verdict" }, make("strong", {}, `This model ${use.verdict}.`),
       make("p", {}, use.because),
-      table(["given", ...columns.map((c) => (c === "loss" ? "loss, nats a token (lower is better)" : c))], rows),
-      make("p", { class: "soft small" }, `Measured on ${number(use.images)} images. A model that reads its image does worse with any other.`)));
+      table(["given", ...columns.map((c) => (c === "loss" ? "loss, nats per token (lower is better)" : c))], rows),
+      make("p", { class: "soft small" }, `Measured on ${number(use.images)} images. A model that uses its image has a higher loss with any other.`)));
 }
 
 function captionNode(item) {
@@ -39,46 +39,46 @@ function captionNode(item) {
   const wrong = new Set(item.wrong_words ?? []);
   item.caption.split(/(\s+)/).forEach((part) => {
     const word = part.toLowerCase().replace(/[^a-z]/g, "");
-    node.append(wrong.has(word) ? make("mark", { title: "not in the picture" }, part) : part);
+    node.append(wrong.has(word) ? make("mark", { title: "not in the image" }, part) : part);
   });
-  if (!item.caption) node.append(make("span", { class: "soft" }, "(nothing)"));
+  if (!item.caption) node.append(make("span", { class: "soft" }, "(empty)"));
   return node;
 }
 
-function photos() {
-  if (!data.photos.length) return;
+function images() {
+  if (!data.gallery.length) return;
   const score = (item) => item.scores.CIDEr ?? item.scores.exact ?? 0;
   const orders = {
     "best first": (a, b) => score(b) - score(a),
     "worst first": (a, b) => score(a) - score(b),
-    "most hallucinated": (a, b) => b.hallucinated - a.hallucinated || score(a) - score(b),
-    "longest": (a, b) => b.caption.length - a.caption.length,
-    "as in the data": (a, b) => a.index - b.index,
+    "most hallucinations": (a, b) => b.hallucinated - a.hallucinated || score(a) - score(b),
+    "longest caption": (a, b) => b.caption.length - a.caption.length,
+    "order of the data set": (a, b) => a.index - b.index,
   };
-  if (data.photos.some((item) => item.before !== undefined)) {
+  if (data.gallery.some((item) => item.before !== undefined)) {
     orders["most improved"] = (a, b) => score(b) - (b.before_score ?? 0) - (score(a) - (a.before_score ?? 0));
   }
   const grid = make("div", { class: "grid", id: "grid" });
-  const cards = data.photos.map((item) => ({ item, node: make("article", { class: "card photo" },
-    make("img", { src: item.photo, alt: item.caption, decoding: "async" }),
+  const cards = data.gallery.map((item) => ({ item, node: make("article", { class: "card image-card" },
+    make("img", { src: item.image, alt: item.caption, decoding: "async" }),
     make("div", { class: "text" },
       captionNode(item),
-      item.before === undefined ? null : make("p", { class: "was-caption" }, "before: " + (item.before || "(nothing)")),
+      item.before === undefined ? null : make("p", { class: "was-caption" }, "before: " + (item.before || "(empty)")),
       make("div", { class: "chips" },
         Object.entries(item.scores).map(([name, value]) => make("span", { class: "chip" }, `${name} ${fixed(value, 2)}`)),
         item.true === undefined ? null : make("span", { class: `chip ${item.true ? "good" : "bad"}` }, item.true ? "true" : "not true"),
-        item.hallucinated ? make("span", { class: "chip bad" }, `${item.hallucinated} not there`) : null,
+        item.hallucinated ? make("span", { class: "chip bad" }, `${item.hallucinated} hallucinated`) : null,
         item.ended === false ? make("span", { class: "chip bad" }, "cut off") : null,
         item.group ? make("span", { class: "chip" }, item.group) : null),
       item.problems && item.problems.length ? make("p", { class: "soft small" }, item.problems.join("; ")) : null,
       make("details", {}, make("summary", {}, `${item.references.length} reference${item.references.length === 1 ? "" : "s"}`),
         make("ul", {}, item.references.map((text) => make("li", {}, text)))),
       item.answers && item.answers.length ? make("details", {}, make("summary", {}, `${item.answers.length} question${item.answers.length === 1 ? "" : "s"}`),
-        make("ul", {}, item.answers.map((a) => make("li", {}, `${a.question} `, make("b", { class: a.exact ? "up" : "down" }, a.text || "(nothing)"),
+        make("ul", {}, item.answers.map((a) => make("li", {}, `${a.question} `, make("b", { class: a.exact ? "up" : "down" }, a.text || "(empty)"),
           a.exact ? "" : ` (${a.people[0]})`)))) : null,
       make("p", { class: "soft small mono" }, item.id))) }));
-  const find = make("input", { type: "search", placeholder: "words in a caption", "aria-label": "words in a caption" });
-  const order = make("select", { id: "order", "aria-label": "order of the photos" }, Object.keys(orders).map((name) => make("option", {}, name)));
+  const find = make("input", { type: "search", placeholder: "search captions", "aria-label": "search captions" });
+  const order = make("select", { id: "order", "aria-label": "order of the images" }, Object.keys(orders).map((name) => make("option", {}, name)));
   const count = make("span", { class: "soft small", "aria-live": "polite" });
   const FEW = 12;
   let all = false;
@@ -91,11 +91,11 @@ function photos() {
     grid.replaceChildren(...visible.map(({ node }) => node));
     more.hidden = visible.length === shown.length;
     more.textContent = `show all ${shown.length}`;
-    count.textContent = `${visible.length} of ${shown.length} photos, chosen from ${data.images.toLocaleString("en")}`;
+    count.textContent = `${visible.length} of ${shown.length} images, chosen from ${data.images.toLocaleString("en")}`;
   };
   order.addEventListener("change", show);
   find.addEventListener("input", show);
-  section("photos", "Photos", make("div", { class: "controls" }, order, find, count), grid,
+  section("images", "Images", make("div", { class: "controls" }, order, find, count), grid,
     make("div", { class: "controls" }, more));
   show();
 }
@@ -104,8 +104,8 @@ function explorer() {
   const items = data.explained;
   if (!items.length) return;
   const state = { item: 0, kind: "word", index: 0, layer: -1, strength: 0.8, smooth: true };
-  const photo = make("img", { alt: "the photo as the encoder saw it" });
-  const canvas = make("canvas", { id: "map", "aria-label": "what is attended to" });
+  const image = make("img", { alt: "the image as the encoder saw it" });
+  const canvas = make("canvas", { id: "map", "aria-label": "attention map" });
   const title = make("p", { class: "soft small", id: "map-title", "aria-live": "polite" });
   const words = make("div", { class: "words", id: "words" });
   const queries = make("div", { class: "queries", id: "queries" });
@@ -121,9 +121,9 @@ function explorer() {
 
   function current() {
     const item = items[state.item], size = item.height * item.width;
-    if (state.kind === "norm") return [slice(item.norms, 0, size), "length of each patch feature: what the encoder makes much of"];
+    if (state.kind === "norm") return [slice(item.norms, 0, size), "norm of each patch feature"];
     if (state.kind === "word") {
-      return [slice(item.word_maps, state.index, size), `where the word “${item.words[state.index]}” is drawn from (gradient × attention)`];
+      return [slice(item.word_maps, state.index, size), `attention of the word “${item.words[state.index]}” (gradient × attention)`];
     }
     const layer = state.layer < 0 ? item.layers : state.layer;
     const where = state.layer < 0 ? "mean over layers" : `cross-attention layer ${state.layer + 1}`;
@@ -147,7 +147,7 @@ function explorer() {
   function choose(index) {
     const item = items[index];
     Object.assign(state, { item: index, index: 0, layer: -1, kind: item.words.length ? "word" : item.queries ? "mean" : "norm" });
-    photo.src = item.seen;
+    image.src = item.seen;
     caption.textContent = item.caption;
     words.replaceChildren(...item.words.map((word, i) => make("button", { type: "button", onclick: () => { Object.assign(state, { kind: "word", index: i }); show(); } }, word)));
     const special = [["mean", "mean of queries", item.queries], ["norm", "feature norms", 1]].filter(([, , there]) => there)
@@ -171,11 +171,11 @@ function explorer() {
     oninput: (event) => { state.strength = Number(event.target.value); show(); } });
   const smooth = make("input", { type: "checkbox", id: "smooth", checked: true, onchange: (event) => { state.smooth = event.target.checked; show(); } });
   thumbs.append(...items.map((item, i) => make("button", { type: "button", "aria-label": item.caption, onclick: () => choose(i) }, make("img", { src: item.seen, alt: "" }))));
-  section("attention", "What it sees",
-    make("p", { class: "soft" }, "Choose a word or a query. The photo is shown as the encoder saw it, resized and cropped; maps lie on the encoder's own grid."),
+  section("attention", "Attention",
+    make("p", { class: "soft" }, "Choose a word or a query. The image is shown as the encoder saw it, resized and cropped. The maps have the encoder's own grid."),
     make("div", { class: "card" }, thumbs, make("div", { class: "explorer" },
-      make("div", {}, make("div", { class: "stage" }, photo, canvas), title,
-        make("div", { class: "legend" }, "little", make("i", { style: { background: GRADIENT } }), "much"),
+      make("div", {}, make("div", { class: "stage" }, image, canvas), title,
+        make("div", { class: "legend" }, "low", make("i", { style: { background: GRADIENT } }), "high"),
         make("div", { class: "controls small" }, make("label", {}, "strength ", strength), make("label", {}, smooth, " smooth"))),
       make("div", {}, caption, make("h3", {}, "Words"), words, make("h3", {}, "Queries"), make("div", { class: "controls" }, layers), queries))));
   choose(0);
@@ -189,12 +189,12 @@ function queryStatistics() {
   const count = q.entropy.length;
   paint(canvas, q.overlap.flat().map((v) => 255 * v), count, count, { opaque: true });
   const words = [];
-  words.push(q.dead.length ? `${q.dead.length} of ${count} queries look everywhere alike (${q.dead.map((i) => i + 1).join(", ")}).` : "No query looks everywhere alike.");
-  words.push(q.identical.length ? `${q.identical.length} pair${q.identical.length === 1 ? " sees" : "s see"} the same, such as ${q.identical[0].map((i) => i + 1).join(" and ")}.` : "No two queries see the same.");
+  words.push(q.dead.length ? `${q.dead.length} of ${count} queries attend uniformly (${q.dead.map((i) => i + 1).join(", ")}).` : "No query attends uniformly.");
+  words.push(q.identical.length ? `${q.identical.length} pair${q.identical.length === 1 ? " has" : "s have"} the same map, such as ${q.identical[0].map((i) => i + 1).join(" and ")}.` : "No two queries have the same map.");
   document.getElementById("attention").append(make("div", { class: "two", style: { marginTop: "16px" } },
-    make("div", { class: "card" }, make("h3", {}, "Overlap of queries"), make("p", { class: "soft small" }, `Mean ${number(q.mean_overlap)}: 1 is the same map, 0 no common place. ${words.join(" ")}`), canvas,
+    make("div", { class: "card" }, make("h3", {}, "Overlap of queries"), make("p", { class: "soft small" }, `Mean ${number(q.mean_overlap)}: 1 is the same map, 0 is no overlap. ${words.join(" ")}`), canvas,
       make("div", { class: "legend" }, "0", make("i", { style: { background: GRADIENT } }), "1")),
-    make("div", { class: "card" }, make("h3", {}, "Entropy of each query"), make("p", { class: "soft small" }, "1 is everywhere alike, 0 one place."),
+    make("div", { class: "card" }, make("h3", {}, "Entropy of each query"), make("p", { class: "soft small" }, "1 is a uniform map, 0 a single patch."),
       make("div", { class: "scroll" }, make("div", { style: { display: "flex", alignItems: "flex-end", gap: "2px", height: "150px" } },
         q.entropy.map((e, i) => make("div", { title: `query ${i + 1}: ${number(e)}`, style: { flex: "1 0 5px", height: `${Math.max(1, 100 * e)}%`, background: e > 0.98 ? "var(--bad)" : "var(--accent)", borderRadius: "2px 2px 0 0" } })))))));
 }
@@ -204,7 +204,7 @@ function retrieval() {
   if (!r) return;
   const names = { image_to_text: "image → text", text_to_image: "text → image" };
   const rows = [];
-  for (const [key, values] of [["", r], ["re-ranked, ", r.reranked], ["chance, ", r.chance], ["the frozen encoder alone, ", r.encoder_zero_shot]]) {
+  for (const [key, values] of [["", r], ["re-ranked, ", r.reranked], ["chance, ", r.chance], ["frozen encoder, zero-shot, ", r.encoder_zero_shot]]) {
     if (!values) continue;
     for (const way of Object.keys(names)) {
       if (values[way]) rows.push([key + names[way], ...["R@1", "R@5", "R@10", "median_rank"].map((n) => (n === "median_rank" ? number(values[way][n], 1) : fixed(values[way][n])))]);
@@ -217,14 +217,14 @@ function retrieval() {
     const grid = make("div", { class: "similar", style: { gridTemplateColumns: `70px repeat(${n}, 1fr)` } }, make("span"),
       r.grid.captions.map((text) => make("div", { class: "label", title: text }, text)));
     r.grid.scores.forEach((row, i) => {
-      grid.append(make("img", { src: r.grid.photos[i], alt: r.grid.captions[i] }));
+      grid.append(make("img", { src: r.grid.images[i], alt: r.grid.captions[i] }));
       row.forEach((value, j) => {
         const c = colour((value - low) / (high - low || 1));
         const light = c[0] * 0.3 + c[1] * 0.59 + c[2] * 0.11 > 130;
         grid.append(make("div", { class: `cell${i === j ? " own" : ""}`, style: { background: `rgb(${c})`, color: light ? "#111" : "#fff" } }, number(value, 2)));
       });
     });
-    parts.push(make("h3", {}, "Similarity of photos and captions"), make("p", { class: "soft small" }, "The framed diagonal is right."), make("div", { class: "scroll" }, grid));
+    parts.push(make("h3", {}, "Similarity of images and captions"), make("p", { class: "soft small" }, "The framed diagonal holds the right pairs."), make("div", { class: "scroll" }, grid));
   }
   section("retrieval", "Retrieval", make("div", { class: "card" }, parts));
 }
@@ -237,7 +237,7 @@ function answers() {
   if (data.pope) {
     const rows = Object.entries(data.pope).filter(([, v]) => v.accuracy !== undefined)
       .map(([name, v]) => [name, ...["accuracy", "precision", "recall", "F1", "yes_share"].map((k) => fixed(v[k])), number(v.questions)]);
-    section("pope", "Is it there? (POPE)", make("div", { class: "card" }, table(["absent objects", "accuracy", "precision", "recall", "F1", "says yes", "questions"], rows)));
+    section("pope", "POPE", make("div", { class: "card" }, table(["absent objects", "accuracy", "precision", "recall", "F1", "answers yes", "questions"], rows)));
   }
 }
 
@@ -251,9 +251,9 @@ function routing() {
     make("div", { style: { flex: 1, display: "flex", height: "16px", borderRadius: "4px", overflow: "hidden" } },
       item.router.map((p, i) => make("i", { title: `expert ${i + 1}: ${number(p)}`, style: { width: `${100 * p}%`, background: LINES[i % LINES.length] } })))));
   section("routing", "Experts", make("div", { class: "two" },
-    make("div", { class: "card" }, table(["", "mean probability", "first choice of"], rows),
-      make("p", { class: "soft small" }, `Mean entropy ${number(r.mean_entropy)} of at most ${number(r.largest_entropy)}: 0 sends each image to one expert.`)),
-    examples.length ? make("div", { class: "card" }, make("h3", {}, "Per image"), examples) : null));
+    make("div", { class: "card" }, table(["", "mean probability", "share of images"], rows),
+      make("p", { class: "soft small" }, `Mean entropy ${number(r.mean_entropy)}, maximum ${number(r.largest_entropy)}. At 0 each image uses one expert.`)),
+    examples.length ? make("div", { class: "card" }, make("h3", {}, "By image"), examples) : null));
 }
 
 function curves() {
@@ -272,7 +272,7 @@ function provenance() {
 
 headline();
 imageUse();
-photos();
+images();
 explorer();
 retrieval();
 answers();

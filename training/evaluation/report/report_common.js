@@ -1,4 +1,4 @@
-// Small helpers of both pages. Texts of captions are foreign: they only ever become text nodes.
+// Helpers of both pages. Captions are untrusted text: they only become text nodes.
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -24,7 +24,7 @@ function number(value, digits = 3) {
   return value.toFixed(digits);
 }
 
-// a measured value: always with its digits, so that 1.000 does not look like a count
+// a measured value: always with decimals, so that 1.000 does not look like a count
 function fixed(value, digits = 3) {
   return value === null || value === undefined ? "–" : value.toFixed(digits);
 }
@@ -46,7 +46,7 @@ function definition(pairs) {
     .map(([k, v]) => [make("dt", {}, k), make("dd", {}, typeof v === "object" && !(v instanceof Node) ? JSON.stringify(v) : v)]));
 }
 
-// Inferno, a colour map that stays readable in grey: five anchors, linear between them.
+// The colour map inferno, readable in grey too: five anchors, linear between them.
 const ANCHORS = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]];
 function colour(share) {
   const x = Math.min(Math.max(share, 0), 1) * (ANCHORS.length - 1);
@@ -55,7 +55,7 @@ function colour(share) {
 }
 const GRADIENT = "linear-gradient(90deg," + ANCHORS.map((c) => `rgb(${c})`).join(",") + ")";
 
-// What the map shows is its spread: alpha follows the value, so that the photo stays visible where nothing is seen.
+// Alpha follows the value, so that the image stays visible where the map is low.
 function paint(canvas, values, height, width, options = {}) {
   const small = document.createElement("canvas");
   small.width = width;
@@ -127,7 +127,7 @@ function curve(title, lines, chosen) {
   });
   if (chosen !== null && chosen !== undefined && chosen >= x0 && chosen <= x1) {
     draw("line", { x1: px(chosen), x2: px(chosen), y1: T, y2: H - B, stroke: "currentColor", "stroke-dasharray": "4 4" });
-    const right = px(chosen) > W / 2; // beside the line, on the side with room
+    const right = px(chosen) > W / 2; // on the side of the line with more room
     draw("text", { x: px(chosen) + (right ? -5 : 5), y: T + 10, "text-anchor": right ? "end" : "start" }, "chosen: step " + short(chosen));
   }
   return make("div", { class: "card" }, make("h3", {}, title), svg,

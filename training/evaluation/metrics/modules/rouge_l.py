@@ -1,25 +1,11 @@
-"""`evaluate` module: ROUGE-L, the longest common subsequence, as captioning uses it (beta 1.2)."""
+"""`evaluate` module: ROUGE-L, the longest common subsequence, with beta 1.2 as captioning uses it."""
 
-import datasets
-import evaluate
-
-from blipren.training.evaluation.metrics.captions import module_scores
+from blipren.training.evaluation.metrics import scorers
+from blipren.training.evaluation.metrics.modules import base
 
 
-class RougeL(evaluate.Metric):
-    """ROUGE-L, the longest common subsequence, as captioning uses it (beta 1.2).
+class RougeL(base.CaptionMetric):
+    """ROUGE-L, the longest common subsequence, with beta 1.2 as captioning uses it."""
 
-    Predictions are texts, references lists of texts, as many as each row has. `tokenizer`: auto, java, python, whitespace.
-    """
-
-    def _info(self):
-        features = datasets.Features(
-            {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
-        )
-        return evaluate.MetricInfo(
-            description=self.__doc__, citation="Lin 2004", inputs_description=self.__doc__, features=features
-        )
-
-    def _compute(self, predictions, references, tokenizer="auto"):
-        scores = module_scores(predictions, references, tokenizer, False)
-        return {name: scores.corpus[name] for name in ("ROUGE-L",)}
+    citation = "Lin 2004"
+    score = scorers.score_rouge_l

@@ -40,14 +40,14 @@ def test_five_captions_an_image():
     scores = torch.tensor([[5.0, 4, 3, 2, 1, 9, 8, 0, 0, 0], [1.0, 1, 1, 1, 9, 6, 6, 6, 6, -1]])
     assert retrieval.image_to_text_ranks(scores, image_of_text).tolist() == [3, 2]
     assert retrieval.text_to_image_ranks(scores, image_of_text).tolist() == [1, 1, 1, 1, 2, 2, 2, 1, 1, 2]
-    found = retrieval.both_ways(scores, image_of_text)
+    found = retrieval.recall_both_ways(scores, image_of_text)
     assert found["image_to_text"] == {"R@1": 0.0, "R@5": 1.0, "R@10": 1.0, "median_rank": 2.5}
     assert found["text_to_image"]["R@1"] == 0.6
 
 
 def test_a_constant_score_finds_nothing():
     image_of_text = torch.arange(20).repeat_interleave(5)
-    found = retrieval.both_ways(torch.zeros(20, 100), image_of_text)
+    found = retrieval.recall_both_ways(torch.zeros(20, 100), image_of_text)
     assert found["image_to_text"] == {"R@1": 0, "R@5": 0, "R@10": 0, "median_rank": 96}
     assert found["text_to_image"] == {"R@1": 0, "R@5": 0, "R@10": 0, "median_rank": 20}
 
@@ -82,16 +82,6 @@ def test_reranking_reorders_the_candidates_only():
     assert torch.equal(to_image, scores - 10.0 * torch.arange(4.0)), "k covers both images: matching plus similarity"
 
 
-def test_similarity_grid(tmp_path):
-    images = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")]
-    path = retrieval.similarity_grid(tmp_path / "new" / "grid.png", images, ["red $1", "green", "blue"], torch.eye(3))
-    with Image.open(path) as picture:
-        assert picture.width > 200
-        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 10
-    with pytest.raises(ValueError, match="3 images want 3 captions"):
-        retrieval.similarity_grid(tmp_path / "no.png", images, ["one"], torch.eye(3))
-
-
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     from transformers import (
@@ -119,11 +109,11 @@ def clip_folder(tmp_path_factory):
 def test_the_encoders_own_score(clip_folder):
     images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
     captions = [["red", "red red"], ["green"], ["blue"]]
-    found = retrieval.encoder_zero_shot(str(clip_folder), images, captions, batch_size=2)
+    found = retrieval.encoder_recall(str(clip_folder), images, captions, batch_size=2)
     assert found["encoder"] == str(clip_folder)
-    assert found == retrieval.encoder_zero_shot(str(clip_folder), images, captions, batch_size=3)
+    assert found == retrieval.encoder_recall(str(clip_folder), images, captions, batch_size=3)
     assert found["text_to_image"]["R@5"] == 1.0
 
 
 def test_an_encoder_without_text_tower_has_no_score(shared_data):
-    assert retrieval.encoder_zero_shot(str(shared_data("tiny-vision")), [], []) is None
+    assert retrieval.encoder_recall(str(shared_data("tiny-vision")), [], []) is None

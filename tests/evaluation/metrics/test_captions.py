@@ -10,11 +10,11 @@ from blipren.training.errors import UserError
 from blipren.training.evaluation.metrics.captions import (
     CAPTION_METRICS,
     caption_metrics,
-    meteor_formula,
     score_captions,
-    text_statistics,
 )
+from blipren.training.evaluation.metrics.meteor import meteor_formula
 from blipren.training.evaluation.metrics.modules import MODULES, module_path
+from blipren.training.evaluation.metrics.scorers import score_texts
 from blipren.training.evaluation.metrics.tokenizer import java_available
 
 TOKENIZERS = [
@@ -122,11 +122,13 @@ def test_meteor_formula_and_odd_captions():
 
 
 def test_text_statistics():
-    values = text_statistics(["a dog a dog", "a dog a dog", "the the cat"], [True, False, True])
+    values = score_texts(["a dog a dog", "a dog a dog", "the the cat"]).corpus
     assert values["distinct-1"] == pytest.approx(4 / 11) and values["distinct-2"] == pytest.approx(4 / 8)
     assert values["unique_captions"] == pytest.approx(2 / 3) and values["length"] == pytest.approx(11 / 3)
-    assert values["repetition"] == pytest.approx(1 / 3) and values["cut_off"] == pytest.approx(1 / 3)
-    assert text_statistics(["on the grass near on the grass"])["repetition"] == 1
+    assert values["repetition"] == pytest.approx(1 / 3)
+    assert score_texts(["on the grass near on the grass"]).corpus["repetition"] == 1
+    ended = dict(zip(DOGS, [True, False]))
+    assert score_captions(DOGS, DOG_REFERENCES, "python", ended, meteor=False).corpus["cut_off"] == 1 / 2
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""CHAIR, the truth of drawn scenes, POPE."""
+"""CHAIR, the judge of drawn scenes, POPE."""
 
 import json
 from collections import Counter
@@ -7,8 +7,10 @@ import pytest
 
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.evaluation.evaluate import evaluate
-from blipren.training.evaluation.metrics.hallucination import COCO_WORDS, chair, coco_objects, scene_truth, singular
-from blipren.training.evaluation.metrics.pope import PopeQuestion, pope_questions, pope_scores, scene_objects
+from blipren.training.evaluation.judges import find_judge
+from blipren.training.evaluation.metrics.hallucination import COCO_WORDS, chair, coco_objects, judge_captions, singular
+from blipren.training.evaluation.metrics.pope import PopeQuestion, pope_questions, pope_scores
+from blipren.training.quickstart.judge import SceneJudge
 from blipren.training.quickstart.scenes import make_scene
 
 
@@ -55,15 +57,18 @@ def test_human_captions_hallucinate_little_and_foreign_ones_much(shared_data):
     assert chair(foreign, references, boxes).values["CHAIR_i"] > 0.6
 
 
-def test_scene_truth_counts_groups():
+def test_scenes_are_judged_by_their_column():
+    column, judge = find_judge([{"objects": []}, {"scene": ""}])
+    assert column == "scene" and isinstance(judge, SceneJudge)
+    assert find_judge([{"objects": [], "group": "seen"}]) is None
     scenes = {i: make_scene(0, i) for i in range(4)}
     first = scenes[0].objects[0]
     captions = {i: f"a {s.objects[0].colour} {s.objects[0].shape}" for i, s in scenes.items()}
-    found = scene_truth(captions, {i: s.to_json() for i, s in scenes.items()})
+    found = judge_captions(captions, {i: s.to_json() for i, s in scenes.items()}, judge)
     assert found.values["hallucinated_objects"] == 0 and found.values["attribute_recall"] > 0
-    wrong = scene_truth({0: "a pink elephant"}, {0: scenes[0].to_json()})
+    wrong = judge_captions({0: "a pink elephant"}, {0: scenes[0].to_json()}, judge)
     assert wrong.values["captions_true"] == 0 and wrong.per_image[0]["problems"]
-    assert f"{first.colour} {first.shape}" in scene_objects(scenes[0].to_json())
+    assert f"{first.colour} {first.shape}" in judge.list_objects(scenes[0].to_json())
 
 
 def test_pope_questions_are_balanced_and_true():
@@ -89,7 +94,7 @@ def test_pope_scores_of_a_yes_sayer():
     assert all(values["F1"] == 1 for values in right.values())
 
 
-def test_pope_and_scene_truth_through_the_command(untrained, tmp_path):
+def test_pope_and_the_judge_through_the_command(untrained, tmp_path):
     from blipren.training.quickstart.scenes import Split, write_scenes
 
     write_scenes(tmp_path / "scenes", 3, (Split("test", "seen", 3), Split("test", "unseen", 3)))

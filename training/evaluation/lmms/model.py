@@ -1,4 +1,4 @@
-"""BLIPren as a model of lmms-eval. Import it only where lmms-eval is installed."""
+"""A BLIPren checkpoint as a model of lmms-eval. Importing this module needs lmms-eval."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from blipren.training.data.sources.images import to_rgb
-from blipren.training.evaluation.captioning import encode_photos, end_ids, load_model, pad_id, pad_left
+from blipren.training.evaluation.features import encode_images
+from blipren.training.evaluation.generation import generate_batch, load_model
 
 IMAGE_MARKS = ("<image>", "<IMAGE>", "<img>")
 
@@ -20,7 +21,7 @@ class Blipren(lmms):
 
     Args:
         pretrained: folder or Hub id. device: `auto`, `cuda`, `cpu`, `cuda:1`, ... batch_size: answers generated together.
-        max_new_tokens: of answers whose task sets no limit.
+        max_new_tokens: limit of answers whose task sets none.
     """
 
     is_simple = True
@@ -35,7 +36,8 @@ class Blipren(lmms):
         self.batch_size_per_gpu = 1 if batch_size == "auto" else int(batch_size)
         self.max_new_tokens = int(max_new_tokens)
 
-    # what the evaluator reads besides answers
+    # ---- attributes that the evaluator reads -----------------------------------------------------------------------
+
     @property
     def tokenizer(self):
         return self.processor.tokenizer
@@ -62,28 +64,28 @@ class Blipren(lmms):
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         odd = next((v for v in visuals if not isinstance(v, Image.Image)), None)
         if odd is not None:
-            raise ValueError(f"task {task}: BLIPren takes pictures, and this is {type(odd).__name__}")
+            raise ValueError(f"task {task}: BLIPren takes images, and this is {type(odd).__name__}")
         return [to_rgb(visual) for visual in visuals]
 
     def _inputs(self, contexts: Sequence[str], photos: Sequence[Sequence[Image.Image]]):
         """Prompt ids of each row, and the model's image inputs for all photos of all rows in order."""
         flat = [photo for own in photos for photo in own]
-        features = encode_photos(self.model, self.processor, flat, len(flat)) if flat else None
+        features = encode_images(self.model, self.processor, flat, len(flat)) if flat else None
         counts = iter(features.visual_tokens(self.config) if features is not None else [])
         prompts = []
         for context, own in zip(contexts, photos):
-            for mark in IMAGE_MARKS:  # images stand in front of the prompt, as they did in training
+            for mark in IMAGE_MARKS:  # images come before the prompt, as in training
                 context = context.replace(mark, "")
             prompts.append(
                 list(self.processor.encode_prompt(context.strip(), num_visual_tokens=[next(counts) for _ in own]))
             )
         return prompts, {} if features is None else features.model_inputs(self.device)
 
-    # ---- lmms-eval's questions -------------------------------------------------------------------------------------
+    # ---- lmms-eval's requests --------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate_until(self, requests) -> list[str]:
-        """Answers in the order of the requests; those with equal generation settings are generated together."""
+        """Return answers in the order of the requests. Requests with equal generation settings are batched together."""
         results: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -103,8 +105,6 @@ class Blipren(lmms):
         contexts, settings, visuals, ids, tasks, splits = zip(*rows)
         photos = [self._photos(*row) for row in zip(visuals, ids, tasks, splits)]
         prompts, images = self._inputs(contexts, photos)
-        pad = pad_id(self.model, self.processor)
-        input_ids, mask = pad_left(prompts, pad)
         told = dict(settings[0])
         until = told.get("until") or []
         generation = {
@@ -114,17 +114,9 @@ class Blipren(lmms):
         }
         if generation["do_sample"]:
             generation |= {k: float(told[k]) for k in ("temperature", "top_p") if told.get(k) is not None}
-        output = self.model.generate(
-            input_ids=input_ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            pad_token_id=pad,
-            **images,
-            **generation,
-        )
         texts = []
-        for answer in output[:, input_ids.shape[1] :].tolist():
-            end = next((k for k, token in enumerate(answer) if token in end_ids(self.model)), len(answer))
-            text = self.processor.decode_answer(answer[:end])
+        for answer in generate_batch(self.model, self.processor, prompts, images, **generation):
+            text = answer["text"]
             for stop in [until] if isinstance(until, str) else until:
                 text = text.split(stop)[0] if stop else text
             texts.append(text.strip())
@@ -132,8 +124,7 @@ class Blipren(lmms):
 
     @torch.no_grad()
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """Loss a token of each continuation (lmms-eval takes the smallest, as its own models give it), and whether
-        greedy search would write it."""
+        """Return for each continuation its loss per token (lmms-eval takes the smallest) and whether greedy search gives it."""
         results = []
         for request in tqdm(requests, disable=self.rank != 0, desc="BLIPren"):
             context, target, doc_to_visual, doc_id, task, split = request.args

@@ -6,14 +6,15 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.evaluation.evaluate import evaluate
 from blipren.training.evaluation.metrics.captions import NO_JAVA
 from blipren.training.evaluation.report.page import headline_tiles, render_page, training_curves
-from blipren.training.evaluation.report.pictures import map_bytes, photo_address
-from tests.evaluation.browser import browse, needs_chromium
+from blipren.training.evaluation.report.pictures import image_url, map_bytes, similarity_grid
 from tests.evaluation.conftest import colour_picture, colour_rows, learn, new_model, save
+from tests.evaluation.report.browser import browse, needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +46,12 @@ def test_the_page_holds_everything_and_asks_for_nothing(report):
     assert not re.search(r'(?:src|href)\s*=\s*["\'](?!data:|#)', text) and "@@" not in text
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text.split('id="data"')[0])
     data = embedded(report)
-    assert len(data["photos"]) == 24 and all(p["photo"].startswith("data:image/jpeg;base64,") for p in data["photos"])
+    assert len(data["gallery"]) == 24 and all(
+        p["image"].startswith("data:image/jpeg;base64,") for p in data["gallery"]
+    )
     assert data["image_use"]["verdict"] and data["vqa"]["questions"] == 24 and data["chosen_step"] == 40
     assert {tile["name"] for tile in data["tiles"]} >= {"CIDEr", "BLEU-4", "ROUGE-L", "METEOR", "question accuracy"}
-    assert all("before" in p for p in data["photos"])
+    assert all("before" in p for p in data["gallery"])
     assert len(data["routing"]["mean_probability"]) == 4
     for item in data["explained"]:
         size = item["height"] * item["width"]
@@ -71,7 +74,7 @@ def test_interactions_in_chromium(report, width):
       found.few = grid.children.length;
       document.getElementById("more").click();
       found.all = grid.children.length;
-      order.value = "longest"; order.dispatchEvent(new Event("change"));
+      order.value = "longest caption"; order.dispatchEvent(new Event("change"));
       found.longest = grid.children[0].querySelector(".caption").textContent;
       const find = document.querySelector("input[type=search]");
       find.value = "yellow"; find.dispatchEvent(new Event("input"));
@@ -102,11 +105,11 @@ def test_interactions_in_chromium(report, width):
     assert found["errors"] == [] and found["console"] == []
     assert found["width"] == width
     assert found["ready"] == "yes" and found["wide"] <= 0
-    assert found["sections"] == ["Numbers", "Does it look?", "Photos", "What it sees", "Questions", "Experts", "Training", "Provenance"]  # fmt: skip
+    assert found["sections"] == ["Numbers", "Image use", "Images", "Attention", "Questions", "Experts", "Training", "Provenance"]  # fmt: skip
     assert (found["few"], found["all"], found["yellow"]) == (12, 24, 4) and "yellow" in found["longest"]
     assert "gradient" in found["word"] and found["word_changed"] and "grid 4 × 4" in found["word"]
     assert found["query"].startswith("query 1, mean over layers") and "cross-attention layer 1" in found["layer"]
-    assert found["norm"].startswith("length of each patch") and found["pressed"] == "true"
+    assert found["norm"].startswith("norm of each patch") and found["pressed"] == "true"
     assert found["theme_changed"] and found["curves"] == 3 and found["chosen"]
     assert found["verdict"].startswith("This model ")
     assert not found["odd"] and "max_new_tokens24" in found["provenance"]
@@ -123,9 +126,9 @@ def test_retrieval_and_pope_are_shown(report, tmp_path):
     data = embedded(report)
     ways = {"R@1": 0.5, "R@5": 0.75, "R@10": 1.0, "median_rank": 2.0}
     both = {"image_to_text": ways, "text_to_image": ways}
-    photos = [photo["photo"] for photo in data["photos"][:3]]
+    photos = [item["image"] for item in data["gallery"][:3]]
     grid = {
-        "photos": photos,
+        "images": photos,
         "captions": ["a", "b", "c"],
         "scores": [[0.9, 0.1, 0.2], [0.3, 0.8, 0.1], [0.2, 0.2, 0.7]],
     }
@@ -151,7 +154,7 @@ HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!-- <b>bold</
 @needs_chromium
 def test_captions_stay_text(report, tmp_path):
     data = embedded(report)
-    data["photos"][0] |= {"caption": HOSTILE, "references": [HOSTILE], "id": HOSTILE}
+    data["gallery"][0] |= {"caption": HOSTILE, "references": [HOSTILE], "id": HOSTILE}
     data["explained"][0]["caption"] = HOSTILE
     data["explained"][0]["words"][0] = HOSTILE
     page = tmp_path / "page.html"
@@ -176,7 +179,7 @@ def test_page_without_a_model(colours, tmp_path):
     )
     evaluate(settings)
     data = embedded(tmp_path / "out" / "report.html")
-    assert len(data["photos"]) == 8 and data["explained"] == [] and data["image_use"] is None
+    assert len(data["gallery"]) == 8 and data["explained"] == [] and data["image_use"] is None
 
 
 def test_tiles_carry_what_was_before():
@@ -210,4 +213,14 @@ def test_curves_of_no_run(tmp_path):
 def test_pictures():
     maps = torch.tensor([[[0.1, 0.2], [0.3, 0.5]], [[7.0, 7.0], [7.0, 7.0]]])
     assert list(base64.b64decode(map_bytes(maps))) == [0, 64, 128, 255, 0, 0, 0, 0]
-    assert len(photo_address(colour_picture(0, (2000, 1500)))) < 20_000
+    assert len(image_url(colour_picture(0, (2000, 1500)))) < 20_000
+
+
+def test_similarity_grid(tmp_path):
+    images = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")]
+    path = similarity_grid(tmp_path / "new" / "grid.png", images, ["red $1", "green", "blue"], torch.eye(3))
+    with Image.open(path) as picture:
+        assert picture.width > 200
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 10
+    with pytest.raises(ValueError, match="3 images need 3 captions"):
+        similarity_grid(tmp_path / "no.png", images, ["one"], torch.eye(3))

@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, ViTIm
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.evaluation.evaluate import evaluate
-from blipren.training.evaluation.metrics.clip_score import CLIP_PROMPT, TwoTowers, caption_scores, towers_beside
+from blipren.training.evaluation.metrics.clip_score import CLIP_PROMPT, TwoTowers, clip_scores, load_towers
 from tests.evaluation.conftest import colour_picture
 from tests.tiny_models import QFORMER, make_llm, make_tokenizer
 
@@ -38,7 +38,7 @@ def test_scores_are_the_formula(encoder):
     towers = TwoTowers.load(str(encoder))
     photos = [colour_picture(i) for i in range(3)]
     captions, references = ["A red ball .", "dogs", "blue"], [["a ball"], ["A dog .", "two dogs"], ["a blue one"]]
-    scores = caption_scores(
+    scores = clip_scores(
         towers, [(photos[:2], captions[:2], references[:2]), (photos[2:], captions[2:], references[2:])]
     )
     name = towers.name
@@ -83,4 +83,4 @@ def test_evaluate_reports_it_where_there_is_a_text_tower(encoder, colours, tmp_p
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert sum(row[name] for row in rows) / len(rows) == pytest.approx(captioning[name], abs=1e-4)
     model.config.base_models["vision"]["id"] = str(tmp_path / "gone")
-    assert towers_beside(model) is None
+    assert load_towers(model) is None

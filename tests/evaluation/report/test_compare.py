@@ -10,7 +10,7 @@ from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.errors import UserError
 from blipren.training.evaluation.evaluate import evaluate
 from blipren.training.evaluation.report.compare import compare, paired_statistics, read_run, verdict
-from tests.evaluation.browser import browse, needs_chromium
+from tests.evaluation.report.browser import browse, needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_page_in_chromium(compared, width):
       found.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
       found.sections = [...document.querySelectorAll("section h2")].map((n) => n.textContent);
       found.rows = document.querySelectorAll("#differences tbody tr").length;
-      found.photos = document.querySelectorAll("#grid img").length;
+      found.images = document.querySelectorAll("#grid img").length;
       const order = document.getElementById("order");
       order.value = "A better"; order.dispatchEvent(new Event("change"));
       found.first = document.querySelector("#grid .pair").textContent;
@@ -72,8 +72,8 @@ def test_page_in_chromium(compared, width):
     found = browse(compared / "compare.html", script, width)
     assert found["errors"] == [] and found["console"] == []
     assert found["ready"] == "yes" and found["wide"] <= 0 and found["views"] == 4
-    assert found["sections"] == ["Differences", "Photos whose captions changed most", "What they see"]
-    assert found["rows"] >= 9 and found["photos"] == 24 and found["first"].startswith("A ")
+    assert found["sections"] == ["Differences", "Images whose captions changed most", "Attention"]
+    assert found["rows"] >= 9 and found["images"] == 24 and found["first"].startswith("A ")
     assert found["changed"] and not found["odd"]
 
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_compared_is_said(runs, tmp_path, capsys):
     a, b = read_run(str(runs / "blind")), read_run(str(runs / "seeing"))
     key = next(iter(b.captions))
     b.captions[key] = b.captions[key] | {"references": ["another"]}
-    with pytest.raises(UserError, match="other references"):
+    with pytest.raises(UserError, match="different references"):
         paired_statistics(a, b)
     b.captions, b.answers = {}, {}
     with pytest.raises(UserError, match="no image in common"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from blipren.training.cli import main
-from blipren.training.evaluation.captioning import encode_photos, generate_captions, load_model, pad_left, pad_right
+from blipren.training.evaluation.features import encode_images
+from blipren.training.evaluation.generation import generate_answers, load_model, pad_left, pad_right
 from blipren.training.evaluation.image_use import answer_losses
 from tests.evaluation.conftest import QUESTION, colour_picture, new_model
 
@@ -20,30 +21,30 @@ def test_batches_of_any_size_say_the_same(seeing_model):
     model, processor = seeing_model
     photos = [colour_picture(i) for i in range(7)]
     prompts = [None, QUESTION, None, "A", QUESTION, None, "What is in the picture, and where does it come from ?"]
-    single = generate_captions(model, processor, photos, prompts, batch_size=1, max_new_tokens=20)
-    batched = generate_captions(model, processor, photos, prompts, batch_size=4, max_new_tokens=20)
+    single = generate_answers(model, processor, photos, prompts, batch_size=1, max_new_tokens=20)
+    batched = generate_answers(model, processor, photos, prompts, batch_size=4, max_new_tokens=20)
     assert batched == single  # in the order given, although the batches were sorted by length
     assert single[1]["text"] == "green" and single[0]["text"] == "A red picture ."
     assert single[0]["ended_by_eos"] and single[0]["num_tokens"] > 1
-    cut = generate_captions(model, processor, photos[:1], max_new_tokens=2)[0]
+    cut = generate_answers(model, processor, photos[:1], max_new_tokens=2)[0]
     assert not cut["ended_by_eos"] and cut["num_tokens"] == 2
-    from_features = generate_captions(model, processor, encode_photos(model, processor, photos).patches, prompts, 3)
+    from_features = generate_answers(model, processor, encode_images(model, processor, photos), prompts, 3)
     assert [r["text"] for r in from_features if r["ended_by_eos"]] == [r["text"] for r in single if r["ended_by_eos"]]
 
 
 def test_no_image_at_all(seeing_model):
     model, processor = seeing_model
-    answers = generate_captions(model, processor, None, [None, QUESTION], max_new_tokens=3)
+    answers = generate_answers(model, processor, None, [None, QUESTION], max_new_tokens=3)
     assert len(answers) == 2 and all(isinstance(a["text"], str) for a in answers)
     with pytest.raises(ValueError, match="2 images and 1 prompts"):
-        generate_captions(model, processor, [colour_picture(0)] * 2, ["one"])
+        generate_answers(model, processor, [colour_picture(0)] * 2, ["one"])
 
 
 @pytest.mark.parametrize("options", [{}, {"connector": "patches"}, {"vision": "siglip2_vision_model"}])
 def test_losses_are_the_models_own(tmp_path, options):
     model, processor = new_model(tmp_path, **options)
     photos = [colour_picture(0, (40, 32)), colour_picture(1, (24, 60)), colour_picture(2)]
-    features = encode_photos(model, processor, photos)
+    features = encode_images(model, processor, photos)
     texts = ["A red picture .", "green", "The picture is blue ."]
     found = answer_losses(model, processor, features, [None, QUESTION, None], texts, batch_size=2)
     for i, (prompt, text) in enumerate(zip([None, QUESTION, None], texts)):

@@ -1,0 +1,63 @@
+"""Patch features of images, made once for everything that is asked about the images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+
+@dataclass
+class PatchFeatures:
+    """Patch features of images, on the CPU.
+
+    Attributes:
+        patches: [images, patches, vision_hidden]. mask: [images, patches], or None if all patches are valid.
+        pixels: output of the image processor, for pictures of what the encoder saw; None unless it was asked for.
+    """
+
+    patches: torch.Tensor
+    mask: torch.Tensor | None = None
+    pixels: dict[str, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def __getitem__(self, rows) -> PatchFeatures:
+        pixels = None if self.pixels is None else {name: value[rows] for name, value in self.pixels.items()}
+        return PatchFeatures(self.patches[rows], None if self.mask is None else self.mask[rows], pixels)
+
+    def visual_tokens(self, config) -> list[int]:
+        """Return the number of visual tokens of each image after the connector."""
+        if config.connector == "qformer":
+            return [config.num_visual_tokens] * len(self)
+        if self.mask is None:
+            return [self.patches.shape[1]] * len(self)
+        return self.mask.sum(dim=1).tolist()
+
+    def model_inputs(self, device) -> dict[str, torch.Tensor]:
+        """Return the keyword arguments of the model that give it these images."""
+        inputs = {"patch_features": self.patches.to(device)}
+        if self.mask is not None:
+            inputs["patch_attention_mask"] = self.mask.to(device)
+        return inputs
+
+
+@torch.no_grad()
+def encode_images(
+    model, processor, images: Sequence[Image.Image], batch_size: int = 32, keep_pixels: bool = False
+) -> PatchFeatures:
+    """Run images through the image processor and the frozen vision encoder.
+
+    Args:
+        keep_pixels: keep the image processor's output too.
+    """
+    parts, pixels = [], []
+    for start in range(0, len(images), batch_size):
+        inputs = processor.image_processor(images=list(images[start : start + batch_size]), return_tensors="pt")
+        parts.append(model.encode_images(**{name: value.to(model.device) for name, value in inputs.items()}).cpu())
+        pixels.append(inputs)
+    joined = {name: torch.cat([p[name] for p in pixels]) for name in pixels[0]}
+    return PatchFeatures(torch.cat(parts), joined.get("pixel_attention_mask"), joined if keep_pixels else None)

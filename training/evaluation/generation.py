@@ -1,0 +1,141 @@
+"""Generation of captions and answers in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from blipren.training.data.sources.images import ImageError, decode_image, read_file
+from blipren.training.engine.device import choose_device
+from blipren.training.engine.loading import load_checkpoint
+from blipren.training.errors import UserError
+from blipren.training.evaluation.features import PatchFeatures, encode_images
+
+
+def load_model(path: str, device: str = "auto"):
+    """Load a checkpoint for inference.
+
+    Returns:
+        The model in evaluation mode on its device, and the processor.
+
+    Raises:
+        UserError: the folder is no BLIPren checkpoint.
+    """
+    model, processor = load_checkpoint(path)
+    return model.to(choose_device(device)).eval(), processor
+
+
+def read_image(path: str) -> Image.Image:
+    """Read an image file as upright RGB. Raises `UserError` if it cannot be read."""
+    try:
+        return decode_image(read_file(Path(path)))
+    except ImageError as error:
+        raise UserError(f"{path} cannot be used as an image ({error.reason}): {error.detail}") from error
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token ids on the left, for generation. Returns ids and attention mask, both [rows, longest]."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_token_id] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token ids on the right, for losses. Returns ids and attention mask, both [rows, longest]."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([list(row) + [pad_token_id] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return ids, mask
+
+
+def pad_id(model, processor) -> int:
+    """Return a token id to pad with. Padding is masked, so any id will do where the tokenizer has none."""
+    candidates = (processor.tokenizer.pad_token_id, model.generation_config.pad_token_id, 0)
+    return next(i for i in candidates if i is not None)
+
+
+def end_ids(model) -> set[int]:
+    """Return the ids of the tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
+
+
+@torch.no_grad()
+def generate_batch(
+    model, processor, prompts: Sequence[Sequence[int]], image_inputs: dict[str, torch.Tensor], **generation
+) -> list[dict]:
+    """Generate an answer behind each prompt, all in one batch.
+
+    Args:
+        prompts: token ids of each prompt. image_inputs: the images of all prompts in order, as the model takes them.
+        generation: keyword arguments of `generate`; greedy search unless they say otherwise.
+
+    Returns:
+        For each prompt `text`, `num_tokens` (without the end token) and `ended_by_eos`.
+    """
+    pad, ends = pad_id(model, processor), end_ids(model)
+    ids, mask = pad_left(prompts, pad)
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        pad_token_id=pad,
+        **image_inputs,
+        **{"do_sample": False, **generation},
+    )
+    results = []
+    for answer in output[:, ids.shape[1] :].tolist():
+        length = next((k for k, token in enumerate(answer) if token in ends), None)
+        new = answer if length is None else answer[:length]
+        text = processor.decode_answer(new)
+        results.append({"text": text, "num_tokens": len(new), "ended_by_eos": length is not None})
+    return results
+
+
+def generate_answers(
+    model,
+    processor,
+    images: Sequence[Image.Image] | PatchFeatures | None,
+    prompts: Sequence[str | None] | str | None = None,
+    batch_size: int = 32,
+    progress: Callable[[int], object] | None = None,
+    **generation,
+) -> list[dict]:
+    """Generate an answer to the prompt of every image, in batches of similar length.
+
+    Args:
+        images: PIL images, their `PatchFeatures`, or None for prompts without an image (then `prompts` is a list).
+        prompts: one for all images, or one an image; None is the model's own caption prompt.
+        progress: called with the number of finished rows after each batch.
+        generation: keyword arguments of `generate`; greedy search unless they say otherwise.
+
+    Returns:
+        In the order of the images `text`, `num_tokens` (without the end token) and `ended_by_eos`.
+
+    Raises:
+        ValueError: the numbers of images and prompts differ.
+    """
+    if images is None:
+        features, prompts = None, list(prompts)
+        encoded = [processor.encode_prompt(prompt, num_visual_tokens=[]) for prompt in prompts]
+    else:
+        features = images if isinstance(images, PatchFeatures) else encode_images(model, processor, images, batch_size)
+        prompts = [prompts] * len(features) if prompts is None or isinstance(prompts, str) else list(prompts)
+        if len(prompts) != len(features):
+            raise ValueError(f"{len(features)} images and {len(prompts)} prompts: give one prompt an image, or one")
+        counts = features.visual_tokens(model.config)
+        encoded = [processor.encode_prompt(p, num_visual_tokens=[n]) for p, n in zip(prompts, counts)]
+    results: list[dict] = [{} for _ in encoded]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # stable: equal lengths stay in order
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        inputs = {} if features is None else features[rows].model_inputs(model.device)
+        answers = generate_batch(model, processor, [encoded[i] for i in rows], inputs, **generation)
+        for row, answer in zip(rows, answers):
+            results[row] = answer
+        if progress is not None:
+            progress(len(rows))
+    return results

@@ -1,0 +1,1 @@
+"""BLIPren as a model of lmms-eval, the harness of published benchmarks."""
