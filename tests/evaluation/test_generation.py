@@ -74,7 +74,7 @@ def test_caption_command(seeing, tmp_path, capsys):
     assert [(row["image"], row["text"]) for row in rows] == [(paths[0], "red"), (paths[1], "green")]
     assert main(["caption", str(seeing), str(tmp_path / "absent.png")]) == 1
     error = capsys.readouterr().err
-    assert "absent.png" in error and "missing_file" in error and len(error.splitlines()) == 1
+    assert "there is no file" in error and "absent.png" in error and len(error.splitlines()) == 1
     broken = tmp_path / "page.jpg"
     broken.write_text("<!doctype html>")
     assert main(["caption", str(seeing), str(broken)]) == 1
