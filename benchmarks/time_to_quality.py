@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from notebook_rows import padded_with_labels
+from parts.notebook_rows import padded_with_labels
 from torch import nn
 
 from blipren.training.cli import build_settings

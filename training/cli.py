@@ -28,14 +28,25 @@ FIRST = ("quickstart", "new", "doctor", "embed", "align", "train", "evaluate", "
 
 
 def command_names() -> list[str]:
-    """Return the names of all commands. `import` lies in `import_.py`, since Python reserves the word."""
+    """Return the names of all commands."""
     names = sorted(path.stem.removesuffix("_") for path in FOLDER.glob("*.py") if path.stem != "__init__")
     return [name for name in FIRST if name in names] + [name for name in names if name not in FIRST]
 
 
+def command_file(name: str) -> Path:
+    """Return the file of a command. That of `import` is import_.py, since Python reserves the word."""
+    return FOLDER / f"{name}{'_' if name == 'import' else ''}.py"
+
+
+def help_text(name: str) -> str:
+    """Return the help text of a command, the first line of its file, without importing it."""
+    with command_file(name).open(encoding="utf-8") as file:
+        return file.readline().strip().strip('"')
+
+
 def command_module(name: str) -> types.ModuleType:
     """Import the file of a command."""
-    return importlib.import_module(f"blipren.training.commands.{name}{'_' if name == 'import' else ''}")
+    return importlib.import_module(f"blipren.training.commands.{command_file(name).stem}")
 
 
 def settings_class(name: str) -> type[Settings]:
@@ -145,13 +156,15 @@ def run_command(name: str, settings: Settings) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run the command. Returns the exit status: 0 done, 1 failed, 2 wrong use."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="blipren", description="Give any language model eyes.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in command_names():
-        text = command_module(name).__doc__.splitlines()[0]
+        text = help_text(name)
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--config", help="recipe: a YAML file, or the name of one that ships (training/recipes)")
-        _add_arguments(sub, settings_class(name))
+        if name in arguments[:1]:  # only the settings of the command that runs are read
+            sub.add_argument("--config", help="recipe: a YAML file, or the name of one that ships (training/recipes)")
+            _add_arguments(sub, settings_class(name))
     flags = vars(parser.parse_args(arguments))
     name, config = flags.pop("command"), flags.pop("config")
     try:

@@ -8,7 +8,15 @@ import yaml
 from tiny_models import make_llm, make_vision
 
 from blipren import BliprenForConditionalGeneration
-from blipren.training.cli import build_settings, command_names, load_recipe, main, settings_class
+from blipren.training.cli import (
+    build_settings,
+    command_module,
+    command_names,
+    help_text,
+    load_recipe,
+    main,
+    settings_class,
+)
 from blipren.training.errors import UsageError
 from blipren.training.settings import field_docs
 
@@ -30,6 +38,7 @@ def new(bases, out, *more):
 def test_every_setting_is_documented_and_helped(command, capsys):
     settings = settings_class(command)
     assert all(field_docs(settings).values())
+    assert help_text(command) == command_module(command).__doc__.splitlines()[0]
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0

@@ -1,0 +1,35 @@
+"""Benchmarks at toy size: they run, their arms agree, and their JSON holds what their text says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script: str, *arguments: str, out: Path) -> dict:
+    """Run a script of benchmarks/. Returns its JSON."""
+    subprocess.run(
+        [sys.executable, BENCHMARKS / script, *arguments, "--out", out],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return json.loads(out.read_text())
+
+
+def test_train(tmp_path):
+    arguments = "--shape tiny --images 2 --captions 2 --rounds 1 --threads 1 --fused --profile".split()
+    report = run("train.py", *arguments, out=tmp_path / "train.json")
+    arms = report["arms"]  # the script itself refuses arms that differ in loss
+    assert set(arms) == {"notebook", "blip2_pixels", "blip2_features", "padded", "shared", "shared_fused"}
+    assert abs(arms["shared_fused"]["loss"] - arms["shared"]["loss"]) < 1e-4
+    assert arms["notebook"]["flops"] > arms["padded"]["flops"] > arms["shared"]["flops"]
+    assert abs(sum(report["profile"].values()) - 1) < 1e-6
+
+
+def test_startup(tmp_path):
+    report = run("startup.py", "--rounds", "1", out=tmp_path / "startup.json")
+    assert min(report["seconds"].values()) > 0 and report["bar"] > 0.2
