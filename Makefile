@@ -23,7 +23,7 @@ format: .venv/dev
 
 # the site, in site/: open site/index.html, or read along with .venv/bin/mkdocs serve
 docs: .venv/docs
-	.venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -291,9 +291,9 @@ def test_train_goes_on_from_it(run, cache, tmp_path):
 
 
 def test_the_image_search_of_the_docs(run, scenes, tmp_path):
-    """The program in docs/align.md, word for word, finds among the pictures."""
+    """The program in docs/how-to/align.md, word for word, finds among the pictures."""
     settings, _ = run
-    text = (Path(__file__).parents[3] / "docs" / "align.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "how-to" / "align.md").read_text()
     section = text.split("## Search a folder of images")[1]
     program = section.split("```python\n")[1].split("```")[0]
     assert len([line for line in program.splitlines() if line.strip()]) <= 20
