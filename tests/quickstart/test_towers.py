@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from blipren.training.quickstart import train_towers
+from blipren.training.quickstart import train_llm, train_vision
 from blipren.training.quickstart.run import TOWERS
 from blipren.training.quickstart.scenes import (
     COLOURS,
@@ -18,7 +18,7 @@ from blipren.training.quickstart.scenes import (
     held_out_reason,
     make_scene,
 )
-from blipren.training.quickstart.train_towers import Course
+from blipren.training.quickstart.train_llm import Course
 from blipren.training.quickstart.wording import plural
 
 
@@ -33,8 +33,8 @@ def test_towers_load_as_any_other_model():
     vision = AutoModel.from_pretrained(TOWERS / "vision", dtype=torch.float32)
     processor = AutoImageProcessor.from_pretrained(TOWERS / "vision")
     pixels = processor(images=draw_scene(make_scene(0, 0)), return_tensors="pt").pixel_values
-    assert vision(pixel_values=pixels).last_hidden_state.shape == (1, train_towers.GRID**2, 128)
-    direct = train_towers.pixels_of([make_scene(0, 0)])  # what the tower was trained on
+    assert vision(pixel_values=pixels).last_hidden_state.shape == (1, train_vision.GRID**2, 128)
+    direct = train_vision.pixels_of([make_scene(0, 0)])  # what the tower was trained on
     assert torch.allclose(pixels, direct, atol=1e-5)
 
 
@@ -55,22 +55,22 @@ def test_language_model_reads_notes():
         ([" nothing left", " large red star top left", " nothing"], "What color is the star?", "red"),
     ):
         words = [tokenizer.encode(note) for note in notes] + [[token] for token in tokenizer.encode(prompt)]
-        ids = torch.full((1, len(words), train_towers.MOST_WORDS), -1)
+        ids = torch.full((1, len(words), train_llm.WORDS_PER_POSITION), -1)
         for place, tokens in enumerate(words):
             ids[0, place, : len(tokens)] = torch.tensor(tokens)
-        embeddings = train_towers.embed_words(model, ids, torch.ones(1, len(words)))
+        embeddings = train_llm.embed_words(model, ids, torch.ones(1, len(words)))
         output = model.generate(inputs_embeds=embeddings, max_new_tokens=5, do_sample=False)
         assert tokenizer.decode(output[0], skip_special_tokens=True).strip() == expected
 
 
 def test_towers_are_trained_on_nothing_held_out():
     for index in range(400):
-        notes, pairs = train_towers.write_document(0, index, Course(crowded=index % 2 == 0))
+        notes, pairs = train_llm.write_document(0, index, Course(crowded=index % 2 == 0))
         text = "".join(notes) + " ".join(prompt + answer for prompt, answer in pairs)
         for colour, shape in HELD_OUT_COMBINATIONS:
             assert f"{colour} {shape}" not in text
             assert f"{colour} {plural(shape)}" not in text
-        seen = train_towers.vision_scene(1, index)
+        seen = train_vision.vision_scene(1, index)
         named = tuple(o for o in seen.objects if o.colour in COLOURS)
         assert held_out_reason(replace(seen, objects=named)) is None
         for o in seen.objects:  # nor a shade that comes near a held-out colour of that shape
@@ -81,13 +81,13 @@ def test_towers_are_trained_on_nothing_held_out():
 def test_answers_of_a_document_do_not_see_each_other():
     tokenizer = AutoTokenizer.from_pretrained(TOWERS / "llm")
     model = AutoModelForCausalLM.from_pretrained(TOWERS / "llm", dtype=torch.float32).eval()
-    batch = train_towers.text_batch(tokenizer, 0, range(3), Course())
+    batch = train_llm.text_batch(tokenizer, 0, range(3), Course())
     labels, ids, scale = (batch.pop(name) for name in ("labels", "input_ids", "scale"))
-    embeddings = train_towers.embed_words(model, ids, scale)
+    embeddings = train_llm.embed_words(model, ids, scale)
     with torch.no_grad():
         together = model(inputs_embeds=embeddings, **batch).logits
         for row in range(3):
-            notes, pairs = train_towers.write_document(0, row, Course())
+            notes, pairs = train_llm.write_document(0, row, Course())
             end = len(notes)
             for prompt, answer in pairs:
                 start, end = end, end + len(tokenizer.encode(prompt)) + len(tokenizer.encode(answer)) + 1
@@ -101,8 +101,8 @@ def test_answers_of_a_document_do_not_see_each_other():
 def test_patch_targets_tell_what_stands_where():
     scene = next(s for s in (make_scene(0, i) for i in range(99)) if len(s.objects) == 1)
     (o,) = scene.objects
-    side = train_towers.GRID
-    targets = train_towers.patch_targets([scene])[0].view(side, side, 6)
+    side = train_vision.GRID
+    targets = train_vision.patch_targets([scene])[0].view(side, side, 6)
     here = targets[int(o.y * side), int(o.x * side)].tolist()
     assert here == [
         list(COLOURS).index(o.colour) + 1,
@@ -117,8 +117,8 @@ def test_patch_targets_tell_what_stands_where():
 
 
 def test_training_of_the_towers_runs(tmp_path):
-    train_towers.train_vision(tmp_path / "vision", seed=0, steps=2, batch=2)
-    train_towers.train_llm(tmp_path / "llm", seed=0, steps=2, batch=2, course=Course())
+    train_vision.train_vision(tmp_path / "vision", seed=0, steps=2, batch=2)
+    train_llm.train_llm(tmp_path / "llm", seed=0, steps=2, batch=2, course=Course())
     assert AutoModel.from_pretrained(tmp_path / "vision", dtype="auto").dtype == torch.float16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype="auto").dtype == torch.float16
     committed, fresh = (Path(p) / "llm" / "tokenizer.json" for p in (TOWERS, tmp_path))

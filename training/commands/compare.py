@@ -1,4 +1,4 @@
-"""Compare two evaluations, paired."""
+"""Compare two evaluations of the same images."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,11 @@ class CompareSettings(Settings):
     run_b: str = positional()
     """Evaluation folder of the second run."""
     out: str | None = None
-    """Folder for compare.json and compare.html; by default they lie in RUN_B."""
+    """Folder for compare.json and compare.html; by default RUN_B."""
     resamples: int = 2000
-    """Draws of the paired bootstrap."""
+    """Number of samples of the paired bootstrap."""
     images: int = 40
-    """Photos in the page: those whose captions changed most."""
+    """Number of images in the page: those whose captions changed most."""
     seed: int = 0
     """Seed of the bootstrap."""
 

@@ -1,4 +1,4 @@
-"""Build, train, judge and use a small model, without network or data."""
+"""Build, train, evaluate and use a small model, without network or data."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from blipren.training.settings import Settings
 
 @dataclass(kw_only=True)
 class QuickstartSettings(Settings):
-    """`blipren quickstart`: builds, trains, judges and uses a small model, without network or data."""
+    """`blipren quickstart`: a small model from end to end, without network or data."""
 
     out: str = "quickstart-out"
     """Folder for the scenes, the model, the summary and the pictures."""
     align: bool = True
-    """Stage 1 in front of the captioning stage; recall before and after it is shown."""
+    """Run stage 1 (align) before the captioning stage, and show recall before and after it."""
     seed: int = 0
-    """Seed of the scenes, of the new weights and of the training."""
+    """Seed of the scenes, the new weights and the training."""
 
 
 def run(settings: QuickstartSettings) -> int | None:

@@ -1,1 +1,1 @@
-"""The embedded default, from end to end."""
+"""The quickstart: drawn scenes, two small towers, and a run of all commands over them."""

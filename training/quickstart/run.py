@@ -1,9 +1,9 @@
-"""`blipren quickstart`: the real commands from end to end, on drawn scenes, with the two small towers beside this file.
+"""`blipren quickstart`: all commands, one after the other, on drawn scenes with the two small towers in this folder.
 
     scenes -> new -> doctor -> embed -> evaluate -> align -> train -> evaluate -> caption
 
-Everything lies in OUT: `scenes/` (an image folder), `untrained/`, `cache/`, `aligned/` (stage 1), `run/` (log and curves
-of the training), `before/` and `after/` (evaluations), `model/` (the full checkpoint), `summary.json`, `captions.png`.
+OUT holds `scenes/` (an image folder), `untrained/`, `cache/`, `aligned/` (stage 1), `run/` (log and curves of the
+training), `before/` and `after/` (evaluations), `model/` (the full checkpoint), `summary.json` and `captions.png`.
 """
 
 import dataclasses
@@ -16,29 +16,30 @@ from pathlib import Path
 from blipren.training.cli import build_settings, run_command
 from blipren.training.commands.quickstart import QuickstartSettings
 from blipren.training.errors import UserError
+from blipren.training.files import write_atomically
 from blipren.training.quickstart.scenes import Scene, draw_scene, write_scenes
 from blipren.training.quickstart.text_tokenizer import write_tokenizer
 from blipren.training.quickstart.truth import judge_caption
 
 TOWERS = Path(__file__).parent / "towers"
 RECIPE = "quickstart"
-MARK = ".blipren-quickstart"  # a folder that holds this file is one of ours and may be replaced
-PICTURES = 12
+MARK = ".blipren-quickstart"  # a folder with this file is a quickstart's and may be replaced
+SHOWN_SCENES = 12
 
 
 def run_step(command: str, **values) -> None:
-    """One `blipren` command with the recipe's section and these values over it, as the command line would run it."""
+    """Run a `blipren` command with the recipe's section and these values over it, as the command line does."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
     settings = build_settings(command, flags, RECIPE)
     shown = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name in flags}
     print(f"\n== blipren {command} {' '.join(f'{k}={v}' for k, v in shown.items())}", flush=True)
     status = run_command(command, settings)
     if status:
-        raise UserError(f"blipren {command} failed with exit status {status}; what it found is above")
+        raise UserError(f"blipren {command} failed with exit status {status}; its messages are above")
 
 
 def prepare_folder(out: Path) -> None:
-    """Make OUT, or empty the one of an earlier quickstart. Raises `UserError` for a folder that is something else."""
+    """Make OUT, or empty that of an earlier quickstart. Raises `UserError` for any other folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / MARK).is_file():
             raise UserError(f"{out} exists and is not the folder of a quickstart: name another by --out, or remove it")
@@ -48,24 +49,24 @@ def prepare_folder(out: Path) -> None:
 
 
 def read_rows(scenes: Path) -> dict[str, dict]:
-    """Rows of the scenes' metadata by file name."""
+    """Return the rows of the scenes' metadata by file name."""
     rows = [json.loads(line) for line in (scenes / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     return {row["file_name"]: row for row in rows}
 
 
 def quickstart(settings: QuickstartSettings) -> None:
-    """Build, train, judge and use a small model without network or data. Raises `UserError` where a step fails."""
+    """Build, train, evaluate and use a small model without network or data. Raises `UserError` if a step fails."""
     started = time.perf_counter()
     out = Path(settings.out)
     prepare_folder(out)
-    print(f"quickstart: everything goes to {out}; under five minutes on two cores")
+    print(f"quickstart: writes everything to {out}; takes less than five minutes on two cores")
     scenes, untrained, cache, run, model = (out / n for n in ("scenes", "untrained", "cache", "run", "model"))
     count = write_scenes(scenes, settings.seed)
     print(f"drew {count} scenes in {scenes} ({time.perf_counter() - started:.0f} s)")
     run_step("new", out=untrained, vision=TOWERS / "vision", llm=TOWERS / "llm", seed=settings.seed)
     run_step("doctor", model=untrained)
     run_step("embed", model=untrained, dataset=scenes, cache=cache)
-    plain = {"probe": False, "report": False, "meteor": False, "resamples": 100}  # only to be compared with
+    plain = {"probe": False, "report": False, "meteor": False, "resamples": 100}  # only for comparison
     run_step("evaluate", model=untrained, dataset=scenes, out=out / "before", **plain)
     start = untrained
     if settings.align:
@@ -79,14 +80,12 @@ def quickstart(settings: QuickstartSettings) -> None:
     run_step("caption", model=model, images=[str(scenes / name) for name in shown[:3]])
     draw_grid(out, rows, shown)
     summary = summarise(out, seconds=time.perf_counter() - started)
-    partial = out / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    partial.replace(out / "summary.json")
-    report(out, summary)
+    write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print_summary(out, summary)
 
 
 def export_model(run: Path, model: Path) -> None:
-    """The trained bridge with its frozen parts, as one full checkpoint that loads with nothing else."""
+    """Save the trained bridge with its frozen parts as one full checkpoint."""
     from blipren import BliprenForConditionalGeneration, BliprenProcessor
 
     BliprenForConditionalGeneration.from_pretrained(run).save_pretrained(model)
@@ -94,11 +93,11 @@ def export_model(run: Path, model: Path) -> None:
 
 
 def read_captions(evaluation: Path, rows: dict[str, dict]) -> dict[str, str]:
-    """The captions that `evaluate` wrote, by the image's file name. Raises `UserError` where one is missing."""
+    """Return the captions that `evaluate` wrote, by file name of the image. Raises `UserError` if one is missing."""
     captions: dict[str, str] = {}
     for line in (evaluation / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
         prediction = json.loads(line)
-        captions.setdefault(prediction["id"], prediction["caption"])  # an image's caption stands before its answers
+        captions.setdefault(prediction["id"], prediction["caption"])  # an image's caption comes before its answers
     missing = [name for name, row in rows.items() if row["split"] == "test" and name not in captions]
     if missing:
         raise UserError(f"{evaluation} lacks captions of {len(missing)} held-out scenes, such as {missing[0]}")
@@ -106,13 +105,13 @@ def read_captions(evaluation: Path, rows: dict[str, dict]) -> dict[str, str]:
 
 
 def pick_shown(rows: dict[str, dict]) -> list[str]:
-    """Scenes for the picture: half with seen combinations, half with held-out ones."""
+    """Return the file names of the scenes for captions.png: half with seen combinations, half with held-out ones."""
     names = {g: [n for n, r in rows.items() if (r["split"], r["group"]) == ("test", g)] for g in ("seen", "unseen")}
-    return names["seen"][: PICTURES // 2] + names["unseen"][: PICTURES // 2]
+    return names["seen"][: SHOWN_SCENES // 2] + names["unseen"][: SHOWN_SCENES // 2]
 
 
 def summarise(out: Path, seconds: float) -> dict:
-    """What `summary.json` holds: truth of the held-out captions, CIDEr and question accuracy, before and after."""
+    """Return the content of `summary.json`: true captions, CIDEr and question accuracy on held-out scenes, before and after."""
     summary: dict = {}
     for folder, suffix in (("after", ""), ("before", "_before")):
         metrics = json.loads((out / folder / "metrics.json").read_text(encoding="utf-8"))
@@ -137,7 +136,7 @@ def summarise(out: Path, seconds: float) -> dict:
 
 
 def draw_grid(out: Path, rows: dict[str, dict], shown: list[str]) -> None:
-    """`captions.png`: held-out scenes with the caption before and after training, true ones in green."""
+    """Draw `captions.png`: held-out scenes with the caption before and after training, true ones in green."""
     import matplotlib.pyplot as plt
 
     before, after = (read_captions(out / folder, rows) for folder in ("before", "after"))
@@ -159,24 +158,24 @@ def draw_grid(out: Path, rows: dict[str, dict], shown: list[str]) -> None:
     plt.close(figure)
 
 
-def report(out: Path, summary: dict) -> None:
-    """The end of the screen: before and after, and where everything is."""
+def print_summary(out: Path, summary: dict) -> None:
+    """Print the figures before and after training, and where everything is."""
     print(f"\n== {summary['held_out_scenes']} held-out scenes                  before     after")
     for key, label in (
         ("captions_true_seen", "true captions, seen combinations"),
         ("captions_true_unseen", "true captions, unseen combinations"),
         ("attribute_recall", "colours and shapes named"),
-        ("hallucinated_objects", "named objects that are not there"),
-        ("question_accuracy", "questions answered rightly"),
-        ("image_to_text_R@1", "stage 1: caption found by its image"),
-        ("text_to_image_R@1", "stage 1: image found by its caption"),
+        ("hallucinated_objects", "hallucinated objects"),
+        ("question_accuracy", "questions answered correctly"),
+        ("image_to_text_R@1", "stage 1: image to text R@1"),
+        ("text_to_image_R@1", "stage 1: text to image R@1"),
     ):
         if key not in summary:
             continue
         print(f"{label:<38} {summary[key + '_before']:>8.1%}  {summary[key]:>8.1%}")
     print(f"{'CIDEr':<38} {summary['cider_before']:>8.3f}  {summary['cider']:>8.3f}")
     print(
-        f"{summary['seconds']:.0f} s in all\n"
+        f"{summary['seconds']:.0f} s in total\n"
         f"model     {out / 'model'}   (blipren caption {out / 'model'} IMAGE)\n"
         f"pictures  {out / 'captions.png'}, {out / 'after' / 'report.html'}\n"
         f"summary   {out / 'summary.json'}, training curves {out / 'run' / 'curves.png'}"

@@ -1,9 +1,9 @@
 """Scenes of coloured shapes: drawn from a seed, the same on every machine.
 
-A scene has one to three objects on a plain ground. Each object stands in a cell of a 3 x 3 grid, so that every
-position and relation that a caption may state has one clear truth (`truth.py` checks them). Some colour x shape
-combinations, and some pairs of combinations, are held out: only scenes of the group "unseen" have them, and neither
-the small towers nor a bridge ever trains on one.
+A scene has one to three objects on a plain ground. Each object is in a cell of a 3 x 3 grid, so that every position and
+relation that a caption may state is either true or false (`truth.py` checks them). Some combinations of colour and shape,
+and some pairs of combinations, are held out: only scenes of the group "unseen" have them, and neither the small towers nor
+a bridge is ever trained on one.
 """
 
 import json
@@ -11,6 +11,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import cos, pi, sin
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -26,7 +27,7 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
-SIZES = {"small": 0.105, "large": 0.155}  # radius as a share of the picture's side
+SIZES = {"small": 0.105, "large": 0.155}  # radius as a share of the image's side
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "middle", "right")
 IMAGE_SIZE = 96
@@ -46,7 +47,7 @@ HELD_OUT_PAIR_SHARE = 12  # one of this many pairs of combinations is held out
 
 @dataclass(frozen=True, kw_only=True)
 class SceneObject:
-    """One shape. `x`, `y` and `radius` are shares of the picture's side; `rgb` is the colour's shade as drawn."""
+    """One shape. `x`, `y` and `radius` are shares of the image's side; `rgb` is the colour as drawn."""
 
     colour: str
     shape: str
@@ -60,6 +61,7 @@ class SceneObject:
 
     @property
     def combination(self) -> tuple[str, str]:
+        """Colour and shape."""
         return (self.colour, self.shape)
 
 
@@ -71,16 +73,18 @@ class Scene:
     ground: tuple[int, int, int]
 
     def to_json(self) -> str:
+        """Return the scene as the column `scene` of metadata.jsonl holds it."""
         return json.dumps({"objects": [asdict(o) for o in self.objects], "ground": self.ground})
 
     @classmethod
     def from_json(cls, text: str) -> "Scene":
+        """Read a scene that `to_json` wrote."""
         raw = json.loads(text)
         objects = tuple(SceneObject(**{**o, "rgb": tuple(o["rgb"])}) for o in raw["objects"])
         return cls(objects, tuple(raw["ground"]))
 
     def groups(self) -> list[list[SceneObject]]:
-        """Objects of the same colour, shape and size together, in order of first appearance."""
+        """Return the objects grouped by colour, shape and size, in order of first appearance."""
         groups: dict[tuple[str, str, str], list[SceneObject]] = {}
         for o in self.objects:
             groups.setdefault((o.colour, o.shape, o.size), []).append(o)
@@ -88,7 +92,7 @@ class Scene:
 
 
 def is_held_out_pair(first: tuple[str, str], second: tuple[str, str]) -> bool:
-    """Whether two colour x shape combinations never stand in one training scene."""
+    """Whether two combinations of colour and shape are never in one training scene."""
     if first == second:
         return False
     key = " ".join(sorted((" ".join(first), " ".join(second))))
@@ -96,7 +100,7 @@ def is_held_out_pair(first: tuple[str, str], second: tuple[str, str]) -> bool:
 
 
 def held_out_reason(scene: Scene) -> str | None:
-    """ "combination", "pair", or None when nothing of the scene is held out."""
+    """Return "combination" or "pair" for what is held out in the scene, or None."""
     combinations = {o.combination for o in scene.objects}
     if combinations & HELD_OUT_COMBINATIONS:
         return "combination"
@@ -107,7 +111,7 @@ def held_out_reason(scene: Scene) -> str | None:
 
 
 def _random_scene(rng: random.Random) -> Scene:
-    """Any scene, held out or not. Objects of one colour and shape always have one size, so counts are clear."""
+    """Return any scene, held out or not. Objects of one colour and shape have one size, so that counts are unambiguous."""
     # Number of objects in each group of identical ones.
     layout = rng.choices(((1,), (1, 1), (1, 1, 1), (2,), (3,), (2, 1)), weights=(20, 34, 22, 9, 6, 9))[0]
     kinds: list[tuple[str, str, str]] = []
@@ -141,7 +145,7 @@ def _random_scene(rng: random.Random) -> Scene:
 
 
 def make_scene(seed: int, index: int, group: str = "seen") -> Scene:
-    """The scene number `index` of a seed.
+    """Return scene number `index` of a seed.
 
     Args:
         group: "seen" has nothing held out; "unseen" has a held-out combination (even index) or a held-out pair of
@@ -158,9 +162,7 @@ def make_scene(seed: int, index: int, group: str = "seen") -> Scene:
 
 
 def _outline(o: SceneObject, side: int) -> list[tuple[float, float]]:
-    """Corner points in pixels of every shape but the circle."""
-    from math import cos, pi, sin
-
+    """Return the corners in pixels of any shape but the circle."""
     x, y, r = o.x * side, o.y * side, o.radius * side
     if o.shape == "square":
         h = 0.86 * r
@@ -182,7 +184,7 @@ def _outline(o: SceneObject, side: int) -> list[tuple[float, float]]:
 
 
 def draw_scene(scene: Scene, side: int = IMAGE_SIZE) -> Image.Image:
-    """The scene as an RGB picture of `side` x `side` pixels, drawn larger and averaged down."""
+    """Draw a scene as an RGB image of `side` x `side` pixels. It is drawn larger and averaged."""
     scale = 3 if side <= 128 else 2
     image = Image.new("RGB", (side * scale, side * scale), scene.ground)
     pen = ImageDraw.Draw(image)
@@ -197,7 +199,7 @@ def draw_scene(scene: Scene, side: int = IMAGE_SIZE) -> Image.Image:
 
 @dataclass(frozen=True)
 class Split:
-    """So many scenes of one group for one split of the data."""
+    """A number of scenes of one group for one split of the data."""
 
     name: str
     group: str
@@ -213,7 +215,7 @@ DEFAULT_SPLITS = (
 
 
 def iterate_rows(seed: int, splits: tuple[Split, ...] = DEFAULT_SPLITS) -> Iterator[dict]:
-    """One dict an image: split, group, scene, captions, questions, answers. Splits share no scene number."""
+    """Yield the row of each image: split, group, scene, captions, questions, answers. Splits share no scene number."""
     from blipren.training.quickstart.wording import write_captions, write_questions
 
     offset = 0
@@ -223,7 +225,7 @@ def iterate_rows(seed: int, splits: tuple[Split, ...] = DEFAULT_SPLITS) -> Itera
             rng = random.Random(f"{seed}/words/{split.group}/{index}")
             pairs = write_questions(scene, rng, held_out=split.group == "unseen")
             yield {
-                "file_name": f"images/scene-{index:06d}.png",  # a split's name in it would make it a split for datasets
+                "file_name": f"images/scene-{index:06d}.png",  # datasets would take a split's name in the path for the split
                 "captions": write_captions(scene, rng),
                 "questions": [q for q, _ in pairs],
                 "answers": [a for _, a in pairs],
@@ -235,9 +237,9 @@ def iterate_rows(seed: int, splits: tuple[Split, ...] = DEFAULT_SPLITS) -> Itera
 
 
 def write_scenes(folder: Path, seed: int, splits: tuple[Split, ...] = DEFAULT_SPLITS) -> int:
-    """Write an image folder with `metadata.jsonl` that `datasets.load_dataset` reads; returns the number of images.
+    """Write an image folder with `metadata.jsonl` that `datasets.load_dataset` reads. Returns the number of images.
 
-    The metadata is written last and moved into place, so a folder that has it is complete.
+    The metadata comes last and is renamed when complete, so a folder that has it is complete.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     partial = folder / "metadata.jsonl.partial"

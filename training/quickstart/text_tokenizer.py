@@ -1,4 +1,4 @@
-"""The WordPiece tokenizer of the scenes' captions, for the text side of the Q-Former: whole words, and letters beside."""
+"""The WordPiece tokenizer of the scenes' captions, for the text side of the Q-Former: whole words and letters."""
 
 import random
 import re
@@ -11,11 +11,11 @@ from blipren.training.quickstart.scenes import make_scene
 from blipren.training.quickstart.wording import write_captions, write_questions
 
 SPECIAL = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-SCENES = 2000  # enough to have said every word
+SCENES = 2000  # enough for every word
 
 
 def scene_words(seed: int = 0) -> list[str]:
-    """Every word that captions, questions and answers of scenes use, in alphabetical order."""
+    """Return all words of captions, questions and answers of scenes, in alphabetical order."""
     words: set[str] = set()
     for index in range(SCENES):
         rng = random.Random(f"{seed}/vocabulary/{index}")
@@ -28,7 +28,7 @@ def scene_words(seed: int = 0) -> list[str]:
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """Writes the tokenizer into `folder`; letters are pieces, so that any English word has tokens."""
+    """Write the tokenizer into `folder`. Letters are pieces, so that every English word has tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = [*string.ascii_lowercase, *string.digits, *",.:?!'-"]
     pieces = [*SPECIAL, *letters, *(f"##{c}" for c in string.ascii_lowercase + string.digits)]

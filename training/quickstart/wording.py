@@ -1,4 +1,4 @@
-"""Captions, and questions with answers, about a scene. All of it is true; objects come in reading order."""
+"""Captions, and questions with answers, about a scene. All are true; objects come in reading order."""
 
 import random
 
@@ -28,27 +28,29 @@ QUESTIONS_PER_SCENE = 5
 
 
 def plural(shape: str) -> str:
+    """Return the plural of a shape."""
     return shape + ("es" if shape == "cross" else "s")
 
 
 def article(words: str) -> str:
+    """Return the words with "a" or "an" in front."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def place(o, rng: random.Random | None = None) -> str:
-    """Where something with a `row` and a `column` stands, as a phrase: "at the top left"."""
+    """Return the place of something with a `row` and a `column` as a phrase: "at the top left"."""
     forms = PLACES[(o.row, o.column)]
     return rng.choice(forms) if rng else forms[1]
 
 
 def place_answer(o) -> str:
-    """Where something with a `row` and a `column` stands, as an answer: "top left"."""
+    """Return the place of something with a `row` and a `column` as an answer: "top left"."""
     words = place(o).split()[2:]
     return " ".join(words)
 
 
 def relation(first: SceneObject, second: SceneObject) -> list[str]:
-    """Every relation of the first object to the second: their grid rows and columns decide."""
+    """Return all relations of the first object to the second, by their rows and columns."""
     found = []
     if first.column != second.column:
         found.append("to the left of" if first.column < second.column else "to the right of")
@@ -58,7 +60,7 @@ def relation(first: SceneObject, second: SceneObject) -> list[str]:
 
 
 def _name(group: list[SceneObject], sizes: bool) -> str:
-    """ "a large red circle", "two red circles"."""
+    """Return the name of a group of equal objects: "a large red circle", "two red circles"."""
     o = group[0]
     words = f"{o.size} {o.colour}" if sizes else o.colour
     if len(group) == 1:
@@ -71,7 +73,7 @@ def _list(names: list[str]) -> str:
 
 
 def write_captions(scene: Scene, rng: random.Random, count: int = CAPTIONS_PER_SCENE) -> list[str]:
-    """`count` captions, all different; each names every object with its colour and shape."""
+    """Return `count` different captions. Each names every object with its colour and shape."""
     groups = scene.groups()
     singles = all(len(g) == 1 for g in groups)
     plain, sized = (_list([_name(g, sizes) for g in groups]) for sizes in (False, True))
@@ -94,13 +96,13 @@ def write_captions(scene: Scene, rng: random.Random, count: int = CAPTIONS_PER_S
     forms = list(dict.fromkeys(forms))
     if len(forms) < count:
         raise ValueError(f"only {len(forms)} different captions for {scene}: {count} were asked for")
-    first_two = forms[:1] + rng.sample(forms[1:], count - 1)  # the plain wording is always among them
-    rng.shuffle(first_two)
-    return first_two
+    chosen = forms[:1] + rng.sample(forms[1:], count - 1)  # the plain wording is always included
+    rng.shuffle(chosen)
+    return chosen
 
 
 def full_caption(scene: Scene) -> str | None:
-    """Every object with size, colour, shape and place; None where objects are alike, so that a place fits several."""
+    """Return a caption with size, colour, shape and place of every object, or None if a scene has equal objects."""
     groups = scene.groups()
     if any(len(group) > 1 for group in groups):
         return None
@@ -112,7 +114,7 @@ def _is_unique(scene: Scene, **attributes: str) -> bool:
 
 
 def _absent(scene: Scene, rng: random.Random, held_out: bool) -> tuple[str, str] | None:
-    """A combination that the scene lacks, half the time sharing a colour or shape with one of its objects."""
+    """Return a combination that the scene does not have. Half of them share a colour or shape with one of its objects."""
     present = {o.combination for o in scene.objects}
     candidates = [
         (colour, shape)
@@ -129,10 +131,10 @@ def _absent(scene: Scene, rng: random.Random, held_out: bool) -> tuple[str, str]
 def write_questions(
     scene: Scene, rng: random.Random, held_out: bool = False, count: int = QUESTIONS_PER_SCENE
 ) -> list[tuple[str, str]]:
-    """`count` questions with their answers, of different kinds where the scene has so many.
+    """Return `count` questions with their answers, each of another kind; fewer if the scene has fewer kinds.
 
     Args:
-        held_out: whether a question about something absent may name a held-out combination; never in training.
+        held_out: whether a question about an absent object may name a held-out combination. Never in training.
     """
     objects = scene.objects
     kinds: dict[str, list[tuple[str, str]]] = {k: [] for k in ("colour", "shape", "size", "place", "relation")}

@@ -1,0 +1,229 @@
+"""Training of the quickstart's language model: notes on a scene, then captions and answers about it."""
+
+import dataclasses
+import math
+import random
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from blipren.training.quickstart.optimization import make_optimizer, save_half_precision, take_step
+from blipren.training.quickstart.scenes import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene, make_scene
+from blipren.training.quickstart.wording import NUMBERS, place_answer, plural, write_captions, write_questions
+
+WIDTH = 128
+CAPTION_PROMPTS = ("Short caption:", "Short caption:", "Short caption:", "Caption:", "Describe the image:")
+BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
+WORDS_PER_POSITION = 5  # at most, of the notes
+
+# Colours and shapes that no scene has: texts about them teach that any colour goes with any shape.
+MORE_COLOURS = tuple(
+    "pink brown gray cyan golden silver beige teal maroon navy olive violet indigo crimson ivory bronze".split()
+)
+MORE_SHAPES = tuple("heart ring arrow hexagon moon cube cone leaf cloud bell key lamp boat tree house fish".split())
+
+
+class Cell(NamedTuple):
+    """A place without an object."""
+
+    row: int
+    column: int
+
+
+EMPTY_CELLS = [Cell(row, column) for row in range(3) for column in range(3)]
+
+
+def write_notes(scene: Scene, rng: random.Random, shuffled: float) -> list[str]:
+    """Return notes on a scene, one text for each position before the prompt.
+
+    The embeddings of the words of a position are summed. Each object is one position, " large red circle top left", as a
+    soft token stands for an object or a region. The positions are mostly in reading order; some objects come twice, and
+    some positions say that a place is empty, " nothing bottom".
+
+    Args:
+        shuffled: share of the scenes whose objects are in any order.
+    """
+    objects = list(scene.objects)
+    if rng.random() < shuffled:
+        rng.shuffle(objects)
+    most = rng.choice((1, 1, 1, 2))
+    notes = []
+    for o in objects:
+        notes += [f" {o.size} {o.colour} {o.shape} {place_answer(o)}"] * rng.randint(1, most)
+    taken = {(o.row, o.column) for o in objects}
+    free = [f" {place_answer(cell)}" for cell in EMPTY_CELLS if (cell.row, cell.column) not in taken]
+    for _ in range(rng.randrange(17 - len(notes))):
+        notes.insert(rng.randint(0, len(notes)), rng.choice((" nothing", " nothing" + rng.choice(free))))
+    return notes
+
+
+def rename(texts: list[str], scene: Scene, rng: random.Random) -> list[str]:
+    """Return the texts with some colours and shapes replaced by ones that no scene has."""
+    share = rng.random()
+    swaps = {c: n for c, n in zip(COLOURS, rng.sample(MORE_COLOURS, len(COLOURS))) if rng.random() < share}
+    swaps |= {s: n for s, n in zip(SHAPES, rng.sample(MORE_SHAPES, len(SHAPES))) if rng.random() < share}
+    swaps |= {plural(s): n + "s" for s, n in swaps.items() if s in SHAPES}
+    pattern = re.compile(rf"\b({'|'.join(swaps)})\b")
+    texts = [pattern.sub(lambda m: swaps[m[1]], t) for t in texts] if swaps else texts
+    return [re.sub(r"\ban? (?=(\w))", lambda m: "an " if m[1] in "aeiou" else "a ", t) for t in texts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """The texts that a run of the language model is trained on."""
+
+    shuffled: float = 0.1
+    """Share of texts whose notes are in any order, since the order of queries is not known in advance."""
+    crowded: bool = False
+    """Most scenes have three objects, since these are the hard ones."""
+
+
+def write_document(seed: int, index: int, course: Course) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return one training text: notes on a scene, one a position, and prompts with answers about it."""
+    rng = random.Random(f"{seed}/text/{index}")
+    scene = make_scene(seed, index)
+    for number in range(2 if course.crowded else 0):
+        if len(scene.objects) < 3:
+            scene = make_scene(seed, 10**8 + 2 * index + number)
+    notes = write_notes(scene, rng, course.shuffled)
+    pairs = [(rng.choice(CAPTION_PROMPTS), " " + c) for c in write_captions(scene, rng)[:2]]
+    if rng.random() < 0.05:
+        return [], pairs[:1]  # without notes no question has an answer
+    form = rng.choice(("{}", "Question: {} Answer:"))
+    pairs += [(form.format(q), " " + a) for q, a in write_questions(scene, rng)]
+    if rng.random() < 0.5:
+        texts = rename(notes + [t for pair in pairs for t in pair], scene, rng)
+        notes, texts = texts[: len(notes)], texts[len(notes) :]
+        pairs = list(zip(texts[::2], texts[1::2]))
+    return notes, pairs
+
+
+def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE in which every word of the scenes is one token."""
+    documents = [write_document(seed, i, Course()) for i in range(1500)]
+    texts = ["".join(notes) + "".join(p + a for p, a in pairs) for notes, pairs in documents]
+    shapes = [*SHAPES, *MORE_SHAPES, *(plural(s) for s in SHAPES), *(s + "s" for s in MORE_SHAPES)]
+    words = [*COLOURS, *MORE_COLOURS, *shapes, *SIZES, *ROWS, *COLUMNS, *NUMBERS.values(), "yes", "no", "nothing"]
+    texts += [f" {w}" for w in words for _ in range(200)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=720,
+        min_frequency=40,
+        special_tokens=[PAD, BOS, EOS, IMAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def text_batch(tokenizer, seed: int, indices: range, course: Course) -> dict[str, Tensor]:
+    """Return a batch with one document a row: its notes, then all of its answers. Each answer attends to the notes and
+    to itself, at positions that continue the notes.
+
+    Returns:
+        `input_ids` [rows, length, words], whose embeddings are summed over words (-1 is none), `scale` [rows, length],
+        `position_ids` and `labels` [rows, length] (labels on answers only), and `attention_mask` [rows, 1, length,
+        length], 0 where a position may attend.
+    """
+    documents = []
+    for index in indices:
+        notes, pairs = write_document(seed, index, course)
+        answers = [(tokenizer.encode(p), tokenizer.encode(a) + [tokenizer.eos_token_id]) for p, a in pairs]
+        documents.append(([tokenizer.encode(note) for note in notes], answers))
+    length = max(len(notes) + sum(len(p) + len(a) for p, a in answers) for notes, answers in documents)
+    ids = torch.full((len(documents), length, WORDS_PER_POSITION), -1)
+    labels = torch.full((len(documents), length), -100)
+    scale = torch.ones(len(documents), length)
+    positions = torch.zeros_like(labels)
+    segments = torch.full_like(labels, -1)  # 0 notes, 1, 2, ... the answers
+    for row, (notes, answers) in enumerate(documents):
+        end = len(notes)
+        for place, note in enumerate(notes):
+            ids[row, place, : len(note)] = torch.tensor(note)
+        # the norm of a soft token varies
+        scale[row, :end] = math.exp(random.Random(f"{seed}/scale/{indices[row]}").uniform(-0.3, 0.3))
+        positions[row, :end] = torch.arange(end)
+        segments[row, :end] = 0
+        for number, (prompt, answer) in enumerate(answers, start=1):
+            start, end = end, end + len(prompt) + len(answer)
+            ids[row, start:end, 0] = torch.tensor(prompt + answer)
+            labels[row, start + len(prompt) : end] = torch.tensor(answer)
+            positions[row, start:end] = torch.arange(len(notes), len(notes) + end - start)
+            segments[row, start:end] = number
+    same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    allowed = same & torch.ones(length, length, dtype=torch.bool).tril()
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    return {
+        "input_ids": ids,
+        "scale": scale,
+        "position_ids": positions,
+        "labels": labels,
+        "attention_mask": mask[:, None],
+    }
+
+
+def embed_words(model: LlamaForCausalLM, input_ids: Tensor, scale: Tensor) -> Tensor:
+    """Return the embeddings of ids [rows, length, words], summed over words and scaled: [rows, length, width]."""
+    embeddings = model.get_input_embeddings()(input_ids.clamp(min=0)) * (input_ids >= 0)[..., None]
+    return embeddings.sum(dim=2) * scale[..., None]
+
+
+def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, start: Path | None = None) -> None:
+    """Train tokenizer and Llama on text and write both; with `start` continue from it at half the learning rate."""
+    torch.manual_seed(seed)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else train_tokenizer(seed)
+    learning_rate = 1e-3 if start else 2e-3
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=WIDTH
+        ** -0.5,  # with 0.02 " small" and " large" become the same before the model distinguishes them
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else LlamaForCausalLM(config)
+    model.set_attn_implementation("sdpa")
+    print(f"llm: {model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
+    optimizer, schedule = make_optimizer(model.parameters(), learning_rate, steps)
+    started = time.process_time()
+    for step in range(steps):
+        texts = text_batch(tokenizer, seed, range(step * batch, (step + 1) * batch), course)
+        labels = texts.pop("labels")[:, 1:]
+        embeddings = embed_words(model, texts.pop("input_ids"), texts.pop("scale"))
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model.model(inputs_embeds=embeddings, **texts, use_cache=False)
+            states = output.last_hidden_state[:, :-1][labels != -100]
+            loss = F.cross_entropy(model.lm_head(states).float(), labels[labels != -100])
+        take_step(loss, model, optimizer, schedule)
+        if step % 500 == 499:
+            save_half_precision(model, out)
+            tokenizer.save_pretrained(out)
+        if step % 50 == 0 or step == steps - 1:
+            print(f"llm: step {step}, loss {loss.item():.4f}, {time.process_time() - started:.0f} s", flush=True)
+    save_half_precision(model, out)
+    tokenizer.save_pretrained(out)

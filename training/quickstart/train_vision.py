@@ -1,0 +1,139 @@
+"""Training of the quickstart's image tower: a linear head on every patch predicts the object there."""
+
+import dataclasses
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+from blipren.training.quickstart.optimization import make_optimizer, save_half_precision, take_step
+from blipren.training.quickstart.scenes import (
+    COLOURS,
+    HELD_OUT_COMBINATIONS,
+    IMAGE_SIZE,
+    SHAPES,
+    SIZES,
+    Scene,
+    draw_scene,
+    is_held_out_pair,
+    make_scene,
+)
+
+PATCH = 12
+GRID = IMAGE_SIZE // PATCH
+WIDTH = 128
+
+
+def random_shade(shape: str, rng: random.Random) -> tuple[int, int, int]:
+    """Return a random colour far from the one that is held out for this shape."""
+    held_out = [COLOURS[c] for c, s in HELD_OUT_COMBINATIONS if s == shape]
+    while True:
+        rgb = tuple(rng.randrange(256) for _ in range(3))
+        if all(math.dist(rgb, other) > 80 for other in held_out):
+            return rgb
+
+
+def vision_scene(seed: int, index: int) -> Scene:
+    """Return a scene for the image tower. Half of the scenes are crowded, and some objects have a shade without a name.
+
+    More objects give more targets in the same time. Shades without a name separate shapes from colours. No scene has a
+    held-out combination or pair.
+    """
+    rng = random.Random(f"{seed}/vision/{index}")
+    scene = make_scene(seed, index)
+    objects = list(scene.objects)
+    if rng.random() < 0.5:
+        taken = {(o.row, o.column) for o in objects}
+        for number in range(4):
+            more = make_scene(seed, 10**8 + 4 * index + number).objects
+            kinds = {o.combination for o in objects}
+            if taken & {(o.row, o.column) for o in more}:
+                continue
+            if any(is_held_out_pair(o.combination, kind) for o in more for kind in kinds):
+                continue
+            objects += more
+            taken |= {(o.row, o.column) for o in more}
+    for k, o in enumerate(objects):
+        if rng.random() < 0.65:
+            objects[k] = dataclasses.replace(o, colour="unnamed", rgb=random_shade(o.shape, rng))
+    return Scene(tuple(objects), scene.ground)
+
+
+def patch_targets(scenes: list[Scene]) -> Tensor:
+    """Return what is at each patch: [batch, patches, 6] indices of colour, shape, size, row, column (0 is nothing), and
+    the number of objects of the scene with the same colour and shape. -100 if the colour has no name. Patches of the
+    ground have row and column too, so that a query can attend to an empty place."""
+    centres = (np.arange(GRID) + 0.5) / GRID
+    targets = np.zeros((len(scenes), GRID, GRID, 6), dtype=np.int64)
+    targets[..., 3] = (centres * 3).astype(int)[:, None] + 1
+    targets[..., 4] = (centres * 3).astype(int)[None, :] + 1
+    for k, scene in enumerate(scenes):
+        nearest = np.full((GRID, GRID), np.inf)
+        for o in scene.objects:
+            distance = np.maximum(abs(centres[:, None] - o.y), abs(centres[None, :] - o.x)) - o.radius
+            here = (distance < 0.035) & (distance < nearest)
+            nearest[here] = distance[here]
+            named = o.colour in COLOURS
+            colour = list(COLOURS).index(o.colour) + 1 if named else -100
+            twins = min(3, sum(p.combination == o.combination for p in scene.objects)) if named else -100
+            size = list(SIZES).index(o.size) + 1
+            targets[k][here] = [colour, SHAPES.index(o.shape) + 1, size, o.row + 1, o.column + 1, twins]
+    return torch.from_numpy(targets.reshape(len(scenes), GRID * GRID, 6))
+
+
+HEAD_SIZES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 4, 4, 4)
+
+
+def pixels_of(scenes: list[Scene]) -> Tensor:
+    """Draw scenes as the image processor gives them: [batch, 3, side, side] from -1 to 1."""
+    pictures = np.stack([np.asarray(draw_scene(s)) for s in scenes])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train_vision(out: Path, seed: int, steps: int, batch: int) -> None:
+    """Train the image tower with a linear head on every patch, and write it without that head."""
+    torch.manual_seed(seed)
+    config = SiglipVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
+    model = SiglipVisionModel(config)
+    model.set_attn_implementation("eager")
+    head = nn.Linear(WIDTH, sum(HEAD_SIZES))
+    both = nn.ModuleList([model, head])
+    print(f"vision: {model.num_parameters():,} parameters")
+    optimizer, schedule = make_optimizer(both.parameters(), 1.5e-3, steps)
+    started = time.process_time()
+    for step in range(steps):
+        scenes = [vision_scene(seed + 1, i) for i in range(step * batch, (step + 1) * batch)]
+        with torch.autocast("cpu", torch.bfloat16):
+            states = model(pixel_values=pixels_of(scenes)).last_hidden_state
+        logits = head(states.float())
+        targets = patch_targets(scenes)
+        there = targets[..., 1] > 0
+        weight = torch.where(there, 1.0, 0.25).flatten()  # most patches are ground
+        loss, right = 0.0, []
+        for k, part in enumerate(logits.split(HEAD_SIZES, dim=-1)):
+            losses = F.cross_entropy(part.flatten(0, 1), targets[..., k].flatten(), reduction="none")
+            loss = loss + (losses * weight).sum() / weight.sum()
+            named = there & (targets[..., k] > 0)
+            right.append((part.argmax(-1) == targets[..., k])[named].float().mean().item())
+        take_step(loss, both, optimizer, schedule)
+        if step % 50 == 0 or step == steps - 1:
+            seconds = time.process_time() - started
+            shares = ", ".join(f"{r:.3f}" for r in right)
+            print(f"vision: step {step}, loss {loss.item():.4f}, right {shares}, {seconds:.0f} s", flush=True)
+        if step % 500 == 499 or step == steps - 1:
+            save_half_precision(model, out)
+            SiglipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(out)
