@@ -24,7 +24,7 @@ from blipren.model_card.facts import (
     run_settings,
     strictness,
 )
-from blipren.training.checkpoint_folder import is_local, read_config
+from blipren.training.checkpoint_config import is_local, read_config
 from blipren.training.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("card.md")

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors import safe_open
 
-from blipren.training.checkpoint_folder import is_local
+from blipren.training.checkpoint_config import is_local
 from blipren.training.errors import UserError
 
 # from the freest to the strictest; what is not listed counts as "other": somebody has to read it

@@ -8,7 +8,7 @@ import glob
 import re
 from pathlib import Path
 
-from blipren.training.checkpoint_folder import read_config
+from blipren.training.checkpoint_config import read_config
 from blipren.training.errors import UsageError, UserError
 
 HUB_NAME = r"\w[\w.-]*"

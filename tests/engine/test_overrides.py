@@ -5,8 +5,8 @@ import inspect
 import pytest
 from transformers import Trainer
 
-from blipren.training.engine.trainer.overrides import TrainerOverrides
 from blipren.training.engine.trainer.stage_trainer import StageTrainer
+from blipren.training.engine.trainer.transformers_overrides import TrainerOverrides
 from blipren.training.stages.align import AlignTrainer
 from blipren.training.stages.train import LikelihoodTrainer
 
@@ -26,9 +26,13 @@ def moved_methods(trainer: type) -> list[str]:
     lines = []
     for name, ours in wanted.items():
         if not hasattr(trainer, name):
-            lines.append(f"Trainer.{name} is gone: see what took its place, and change engine/trainer/overrides.py")
+            lines.append(
+                f"Trainer.{name} is gone: see what took its place, and change engine/trainer/transformers_overrides.py"
+            )
         elif (theirs := list(inspect.signature(getattr(trainer, name)).parameters)) != ours:
-            lines.append(f"Trainer.{name} takes {theirs} now, not {ours}: change engine/trainer/overrides.py")
+            lines.append(
+                f"Trainer.{name} takes {theirs} now, not {ours}: change engine/trainer/transformers_overrides.py"
+            )
     return lines
 
 
@@ -46,7 +50,7 @@ def test_a_method_that_is_renamed_is_named(name, monkeypatch):
     monkeypatch.delattr(Trainer, name)
     monkeypatch.setattr(Trainer, f"{name}_in_a_new_way", original, raising=False)
     assert moved_methods(Trainer) == [
-        f"Trainer.{name} is gone: see what took its place, and change engine/trainer/overrides.py"
+        f"Trainer.{name} is gone: see what took its place, and change engine/trainer/transformers_overrides.py"
     ]
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from huggingface_hub import HfApi, snapshot_download
 
-from blipren.training.checkpoint_folder import is_local
+from blipren.training.checkpoint_config import is_local
 from blipren.training.commands.push import PushSettings, run
 from blipren.training.errors import UsageError, UserError
 from blipren.training.hub.publish import collect_files, publish

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from blipren import BliprenForConditionalGeneration
-from blipren.training.engine import trained_parts as tuning
+from blipren.training.engine import optimizer, trained_parts
 from blipren.training.errors import UsageError, UserError
 from blipren.training.stages import train as caption
 from tests import tiny_models
@@ -33,7 +33,7 @@ def test_lora_saves_with_the_bridge_and_reloads(settings, tmp_path, model_dir):
     assert all(torch.equal(trained[n], state[n]) for n in adapters)
     assert any(trained[n].abs().sum() > 0 for n in adapters if "lora_B" in n)
     assert not torch.equal(logits_of(before), logits_of(after))
-    tuning.merge_lora(after)
+    trained_parts.merge_lora(after)
     torch.testing.assert_close(
         logits_of(after),
         logits_of(BliprenForConditionalGeneration.from_pretrained(tmp_path / "run")),
@@ -79,15 +79,15 @@ def test_gradient_checkpointing_gives_the_same_weights(settings, tmp_path, deter
 
 def test_frozen_qformer_and_learning_rate_groups(model_dir, settings):
     model = BliprenForConditionalGeneration.from_pretrained(model_dir)
-    tuning.choose_trained(model, settings(train_qformer=False))
+    trained_parts.choose_trained(model, settings(train_qformer=False))
     model.train()
     assert not any(p.requires_grad for p in model.model.qformer.parameters())
     assert not any(m.training for m in model.model.qformer.modules())
     assert all(p.requires_grad for p in model.model.projector.parameters())
 
     s = settings(learning_rates={"projector": 7e-3, "llm": 1e-5}, llm_tuning="full")
-    tuning.choose_trained(model, s)
-    groups = tuning.parameter_groups(model, s)
+    trained_parts.choose_trained(model, s)
+    groups = optimizer.parameter_groups(model, s)
     rates = {g["part"]: g["lr"] for g in groups}
     assert rates == {"qformer": 3e-3, "projector": 7e-3, "llm": 1e-5}
     named = {name: g for g in groups for name in g["names"]}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProcessor
 from blipren.base_blipren import BliprenPreTrainedModel
-from blipren.training.checkpoint_folder import check_model_type, read_config
+from blipren.training.checkpoint_config import check_model_type, read_config
 from blipren.training.errors import UserError, one_line
 
 

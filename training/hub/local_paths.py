@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from blipren.training.checkpoint_folder import is_local, local_bases
+from blipren.training.checkpoint_config import is_local, local_bases
 
 # what a path on somebody's machine looks like inside a text; "/resolve/main" in an address is not one
 _LOCAL_PATH = re.compile(

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from blipren.model_card.build import CardSources, build_card
-from blipren.training.checkpoint_folder import local_bases, read_config
+from blipren.training.checkpoint_config import local_bases, read_config
 from blipren.training.commands.push import PushSettings
 from blipren.training.errors import UserError
 from blipren.training.hub.published_files import (

@@ -22,8 +22,8 @@ from blipren.training.data.batches.pairs import CaptionPairs, PairBatches
 from blipren.training.data.batches.plan import BatchPlan
 from blipren.training.data.cache import FeatureCache
 from blipren.training.engine.device import choose_device, choose_precision
+from blipren.training.engine.optimizer import Average
 from blipren.training.engine.run_folder import RunFolder
-from blipren.training.engine.trained_parts import Average
 from blipren.training.engine.trainer.arguments import training_arguments
 from blipren.training.engine.trainer.callbacks import TimeLimit
 from blipren.training.engine.trainer.run import process_count, run_stage

@@ -14,7 +14,7 @@ from blipren.qformer_weights_blipren import copy_bert_weights
 from blipren.training.commands.align import AlignSettings
 from blipren.training.console import print_line
 from blipren.training.engine.loading import load_checkpoint, load_config
-from blipren.training.engine.trained_parts import without_decay
+from blipren.training.engine.optimizer import without_decay
 from blipren.training.errors import UserError
 
 START_TOKENS = ("[DEC]", "[unused0]")  # LAVIS adds the first to BERT's vocabulary; the second lies there unused

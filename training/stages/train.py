@@ -31,14 +31,9 @@ from blipren.training.engine.model_setup import (
     set_attention,
     set_precision,
 )
+from blipren.training.engine.optimizer import Average, parameter_groups
 from blipren.training.engine.run_folder import RunFolder
-from blipren.training.engine.trained_parts import (
-    Average,
-    checkpoint_activations,
-    choose_trained,
-    merge_lora,
-    parameter_groups,
-)
+from blipren.training.engine.trained_parts import checkpoint_activations, choose_trained, merge_lora
 from blipren.training.engine.trainer.arguments import training_arguments
 from blipren.training.engine.trainer.log_window import LogWindow, token_log_line
 from blipren.training.engine.trainer.run import process_count, run_stage

@@ -12,8 +12,8 @@ from blipren.training.evaluation.metrics.captions import (
     caption_metrics,
     score_captions,
 )
+from blipren.training.evaluation.metrics.evaluate_modules import MODULES, module_path
 from blipren.training.evaluation.metrics.meteor import meteor_formula
-from blipren.training.evaluation.metrics.modules import MODULES, module_path
 from blipren.training.evaluation.metrics.scorers import score_texts
 from blipren.training.evaluation.metrics.tokenizer import java_available
 

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from blipren.training.console import print_line
-from blipren.training.engine.trained_parts import Average
+from blipren.training.engine.optimizer import Average
 from blipren.training.objectives.gathering import global_count
 
 

@@ -19,10 +19,10 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 
 from blipren.training.engine import checkpoints
 from blipren.training.engine.fsdp import full_tensor, shard_like
+from blipren.training.engine.optimizer import Average
 from blipren.training.engine.run_folder import RunFolder
-from blipren.training.engine.trained_parts import Average
 from blipren.training.engine.trainer.callbacks import Averaging, Interrupts, Progress, StepClock
-from blipren.training.engine.trainer.overrides import TrainerOverrides
+from blipren.training.engine.trainer.transformers_overrides import TrainerOverrides
 from blipren.training.errors import UserError
 
 WEIGHTS = "trained.safetensors"

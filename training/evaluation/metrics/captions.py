@@ -17,12 +17,12 @@ import numpy as np
 
 from blipren.training.errors import UserError
 from blipren.training.evaluation.metrics.bootstrap import Statistic, interval, mean_statistic
-from blipren.training.evaluation.metrics.modules.base import DETAILS
-from blipren.training.evaluation.metrics.modules.caption_bleu import CaptionBleu
-from blipren.training.evaluation.metrics.modules.caption_text import CaptionText
-from blipren.training.evaluation.metrics.modules.cider import Cider
-from blipren.training.evaluation.metrics.modules.meteor_1_5 import Meteor15
-from blipren.training.evaluation.metrics.modules.rouge_l import RougeL
+from blipren.training.evaluation.metrics.evaluate_modules.base import DETAILS
+from blipren.training.evaluation.metrics.evaluate_modules.caption_bleu import CaptionBleu
+from blipren.training.evaluation.metrics.evaluate_modules.caption_text import CaptionText
+from blipren.training.evaluation.metrics.evaluate_modules.cider import Cider
+from blipren.training.evaluation.metrics.evaluate_modules.meteor_1_5 import Meteor15
+from blipren.training.evaluation.metrics.evaluate_modules.rouge_l import RougeL
 from blipren.training.evaluation.metrics.scorers import MetricScores
 from blipren.training.evaluation.metrics.tokenizer import choose_tokenizer, tokenize
 

@@ -1,0 +1,94 @@
+"""The optimizer's parameter groups, and an average of the trained weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from blipren.training.engine.fsdp import full_tensor
+
+
+def part_of(model: nn.Module) -> dict[str, str]:
+    """Return the part of every parameter by name; a tied head belongs to the part that comes first."""
+    modules = {id(module): part for part, module in model.parts().items()}
+    owner = {}
+    for name, module in model.named_modules():
+        if id(module) in modules:
+            part = "llm" if modules[id(module)] == "head" else modules[id(module)]
+            for inner, _ in module.named_parameters(prefix=name):
+                owner.setdefault(inner, part)
+    return owner
+
+
+def without_decay(model: nn.Module) -> set[str]:
+    """Return the names of the parameters without weight decay: norms, biases, embeddings, queries."""
+    names = set()
+    for name, module in model.named_modules():
+        for inner, parameter in module.named_parameters(prefix=name, recurse=False):
+            norm = "norm" in type(module).__name__.lower()
+            if parameter.ndim < 2 or norm or isinstance(module, nn.Embedding) or "query_tokens" in inner:
+                names.add(inner)
+    return names
+
+
+def parameter_groups(model: nn.Module, settings) -> list[dict]:
+    """Return the optimizer's groups, one for each (part, decayed or not), with learning rate, part and names.
+
+    Args:
+        settings: with `learning_rate`, `learning_rates` by part, and `weight_decay`.
+    """
+    owner, bare = part_of(model), without_decay(model)
+    groups: dict[tuple[str, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        # a head that an experiment added belongs to no part of the model
+        part, decayed = owner.get(name, "projector"), name not in bare
+        group = groups.setdefault(
+            (part, decayed),
+            {
+                "params": [],
+                "names": [],
+                "part": part,
+                "lr": float(settings.learning_rates.get(part, settings.learning_rate)),
+                "weight_decay": settings.weight_decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+class Average:
+    """Exponential moving average of the trained weights, in float32. The decay of step n is at most (1 + n) / (10 + n), so
+    that a young average follows faster."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().float().clone() for name, p in self.trained.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, parameter in self.trained.items():
+            self.weights[name].lerp_(parameter.float(), 1 - decay)
+        self.updates += 1
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """Return the averaged weights by name, unsharded and on the CPU; every process must call it."""
+        return {name: full_tensor(tensor).cpu() for name, tensor in self.weights.items()}
+
+    @contextmanager
+    @torch.no_grad()
+    def in_place(self) -> Iterator[None]:
+        """Give the model the averaged weights inside the block, and its own again after it."""
+        own = {name: p.detach().clone() for name, p in self.trained.items()}
+        for name, parameter in self.trained.items():
+            parameter.copy_(self.weights[name])
+        try:
+            yield
+        finally:
+            for name, parameter in self.trained.items():
+                parameter.copy_(own[name])
