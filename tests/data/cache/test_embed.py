@@ -233,7 +233,7 @@ def test_a_folder_embedded_otherwise_is_refused_by_field(tmp_path, tiny_model, f
         run_embed(tiny_model, folder, tmp_path / "c", limit=11)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="is not empty and is no feature cache .*thesis.txt"):
+    with pytest.raises(UserError, match="is not empty and is not a feature cache .*thesis.txt"):
         run_embed(tiny_model, folder, tmp_path / "full")
     assert (tmp_path / "full" / "thesis.txt").read_text() == "precious"
 
@@ -395,6 +395,6 @@ def test_a_cache_without_texts_is_refused_before_a_model_is_loaded(cache_without
     folder = str(cache_without_texts.folder)
     nothing = "neither caption nor answer for 8 of the 8 images of its train split; embed the data set again"
     with pytest.raises(UserError, match=nothing):
-        train(TrainSettings(model=str(tmp_path / "no-model"), cache=folder, out=str(tmp_path / "out"), device="cpu"))
+        train(TrainSettings(model="user/no-model", cache=folder, out=str(tmp_path / "out"), device="cpu"))
     with pytest.raises(UserError, match="no caption in its train split: stage 1 learns from captions"):
-        align(AlignSettings(model=str(tmp_path / "no-model"), cache=folder, out=str(tmp_path / "out"), device="cpu"))
+        align(AlignSettings(model="user/no-model", cache=folder, out=str(tmp_path / "out"), device="cpu"))

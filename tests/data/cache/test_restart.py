@@ -77,7 +77,7 @@ def kill_until_done(model, folder, path, reference, kills: int, seed: int):
         unmarked = begun - {int(name[:5]) for name in after}
         assert len(unmarked) <= 1, f"units {unmarked} would be redone"
         if not (path / "cache.json").exists():
-            with pytest.raises(UserError, match="not finished|no feature cache"):
+            with pytest.raises(UserError, match="not finished|not a feature cache"):
                 FeatureCache.open(path)
     cache = run_embed(model, folder, path, **OPTIONS)
     assert cache.info["content_hash"] == expected.info["content_hash"]
@@ -133,6 +133,13 @@ def test_kill_at_the_end_is_taken_up_too(tmp_path, tiny_model, folder, reference
         monkeypatch.undo()
     assert not (path / "cache.json").exists()
     assert run_embed(tiny_model, folder, path, **OPTIONS).info["content_hash"] == reference[0].info["content_hash"]
+
+
+def test_kill_before_the_first_file_is_taken_up_too(tmp_path, tiny_model, folder, reference):
+    (tmp_path / "c" / "units").mkdir(parents=True)
+    (tmp_path / "c" / "units" / ".fingerprint.json.tmp").write_text("{")
+    cache = run_embed(tiny_model, folder, tmp_path / "c", **OPTIONS)
+    assert cache.info["content_hash"] == reference[0].info["content_hash"]
 
 
 def test_a_unit_that_a_power_cut_damaged_is_redone(tmp_path, tiny_model, folder, reference, capsys):

@@ -1,4 +1,4 @@
-"""Reading a feature cache: `FeatureCache.open(folder)`. Memory-mapped, proved when first touched, nothing decoded."""
+"""Reading a feature cache: `FeatureCache.open(folder)`. Files are memory-mapped and checked when first read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class FeatureCache:
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True) -> FeatureCache:
-        """Opens a cache without reading its features.
+        """Open a cache without reading its features.
 
         Args:
             verify: check the bytes that are read against their checksums, each once.
@@ -72,11 +72,8 @@ class FeatureCache:
             raise UserError(f"{folder} has cache format {info.get('format')!r}; this version reads format 1")
         return cls(folder, info, verify)
 
-    # ---- law 10 ----------------------------------------------------------------------------------------------------
-
     def check_model(self, model: torch.nn.Module, processor: Any) -> None:
-        """Raises `UserError` that names the field, where the cache was made with another encoder, layer, precision or
-        preprocessing than the model's."""
+        """Raise `UserError` that names the field in which encoder, layer, precision or preprocessing differ."""
         now = as_stored(encoder_fingerprint(model, processor.image_processor))
         if found := first_difference(self.fingerprint["encoder"], now):
             field, cached, models = found
@@ -93,7 +90,7 @@ class FeatureCache:
         if split in self._light:
             return
         for number in range(len(self.info["shards"][split])):
-            self._shard(split, number)  # proves the texts
+            self._shard(split, number)  # checks the texts
         full = datasets.load_from_disk(str(self.folder / split))
         light = full.select_columns([name for name in LIGHT_COLUMNS if name in full.column_names])
         places = None
@@ -102,15 +99,17 @@ class FeatureCache:
             texts = datasets.load_from_disk(str(self.folder / captions["folder"] / split))
             places = np.array(texts["place"], dtype=np.int64)
             light = light.select(places)
-            if len(places):  # the library drops empty parts, columns and all
+            if len(places):  # datasets drops empty parts with their columns
                 texts = texts.remove_columns(["id", "place"])
                 light = datasets.concatenate_datasets([light.remove_columns(texts.column_names), texts], axis=1)
         self._light[split], self._places[split] = light, places
 
     def split(self, name: str) -> datasets.Dataset:
-        """The rows of a split without their features: id, image_hash, num_patches, width, height, prompts, answers
-        (and messages), in the order that `patch_features` counts in. With another caption filter than at embedding
-        (see `blipren embed`), these are its texts."""
+        """Return the rows of a split without their features, in the order that `patch_features` counts in.
+
+        Columns: id, image_hash, num_patches, width, height, prompts, answers, and messages where there are any. The
+        texts are those of the current caption filter.
+        """
         self._load_light(name)
         return self._light[name]
 
@@ -118,7 +117,7 @@ class FeatureCache:
         return self.counts["cached"]
 
     def num_rows(self, split: str) -> int:
-        """Images of a split that have texts."""
+        """Return the number of images of a split that the current caption filter leaves a text."""
         return len(self.split(split)) if self.info.get("captions") else int(self._first[split][-1])
 
     def num_with_captions(self, split: str) -> int:
@@ -134,6 +133,7 @@ class FeatureCache:
         return int(pc.sum(pc.equal(pc.list_value_length(answers), 0)).as_py() or 0)
 
     def ids(self, split: str) -> list[str]:
+        """Return the ids of the images of a split."""
         return list(self.split(split)["id"])
 
     def _shard(self, split: str, number: int) -> Shard:
@@ -144,7 +144,7 @@ class FeatureCache:
         return self._shards[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Worker processes map the files again."""
+        """Leave out memory maps, which worker processes open themselves."""
         return self.__dict__ | {"_shards": {}, "_light": {}, "_places": {}}
 
     def _where(self, split: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +165,7 @@ class FeatureCache:
         views: Sequence[int] | None = None,
         dtype: torch.dtype | None = torch.float32,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features of some rows.
+        """Return the features of some rows.
 
         Args:
             indices: rows of the split, in any order, repeated or not.
@@ -210,14 +210,16 @@ class FeatureCache:
     # ---- token ids -------------------------------------------------------------------------------------------------
 
     def tokens(self, split: str, processor: Any) -> TokenTable:
-        """Token ids of the split's answers for a processor, built when they are first asked for and kept in
-        `tokens/FINGERPRINT/` beside the features."""
+        """Return the token ids of the split's answers for a processor.
+
+        They are built once and kept in `tokens/FINGERPRINT/` beside the features.
+        """
         return load_or_build_tokens(self, split, processor)
 
     # ---- checking --------------------------------------------------------------------------------------------------
 
     def verify(self) -> list[str]:
-        """Reads everything; a line for each file that is not what was written."""
+        """Read all files. Returns a line for each that differs from what was written."""
         faults = []
         files = [(split, record) for split in SPLITS for record in self.info["shards"][split]]
         for folder, record in [*files, *(("index", record) for record in self.info["index"])]:
@@ -230,7 +232,7 @@ class FeatureCache:
                 faults.append(f"{path} is damaged: its checksum is {found}, not {record['xxh3_128']}")
             elif folder in SPLITS:
                 try:
-                    Shard(path, record).prove_all()
+                    Shard(path, record).check_all()
                 except CacheDamage as error:
                     faults.append(str(error))
         return faults

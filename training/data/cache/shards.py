@@ -1,7 +1,7 @@
-"""Arrow shards of a feature cache: written apart, checksummed while they are written, renamed; read memory-mapped.
+"""Arrow shards of a feature cache: checksummed while they are written, renamed when complete, read memory-mapped.
 
 A shard is an Arrow stream as `datasets` writes it. Beside `X.arrow` lies `X.arrow.sums`: an xxh3-64 of each megabyte,
-so that a reader can prove exactly the pages that it touches.
+so that a reader can check the part that it reads.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ FLUSH_BYTES = 32 << 20  # features of a record batch
 
 
 class CacheDamage(UserError):
-    """Bytes of a cache that are not the bytes that were written."""
+    """The bytes of a cache differ from those that were written."""
 
 
 def feature_columns(dtype: str, values: int | None, tokens: int | None, messages: bool) -> datasets.Features:
-    """The columns of a cache row. `values` and `tokens`: fixed lengths of features and scales, None where they differ.
+    """Return the columns of a cache row. The features are last: the small columns lie together in a record batch.
 
-    Features come last, so that all small columns lie together at the front of a record batch.
+    Args:
+        values, tokens: number of features and of scales of a row; None where rows differ.
     """
     columns: dict[str, Any] = {
         "id": datasets.Value("string"),
@@ -52,7 +53,7 @@ def feature_columns(dtype: str, values: int | None, tokens: int | None, messages
 
 
 def list_array(rows: list[np.ndarray], kind: pa.DataType) -> pa.Array:
-    """Flat numpy arrays, one a row, as one Arrow list array; the values are never Python objects."""
+    """Make an Arrow list array of flat numpy arrays, one a row, without Python objects."""
     flat = np.concatenate([row.reshape(-1) for row in rows]) if rows else np.empty(0, np.float32)
     values = pa.array(flat, type=kind.value_type)
     if pa.types.is_fixed_size_list(kind):
@@ -64,10 +65,10 @@ def list_array(rows: list[np.ndarray], kind: pa.DataType) -> pa.Array:
 
 
 class _SummedFile:
-    """A file that hashes what is written to it: the whole (xxh3-128) and each block (xxh3-64)."""
+    """A file that hashes what is written to it: all of it (xxh3-128) and each block (xxh3-64)."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "wb", buffering=0)  # an error shows where it happens, and closing cannot fail
+        self.file = open(path, "wb", buffering=0)  # unbuffered: a full disk is an error of this write, not of close
         self.whole = xxhash.xxh3_128()
         self.block = xxhash.xxh3_64()
         self.blocks: list[int] = []
@@ -119,7 +120,7 @@ class _SummedFile:
 
 
 class ShardWriter:
-    """One shard, written row by row. `finish` makes it exist; without it nothing is left under its name."""
+    """Writer of one shard. The shard exists when `finish` has renamed it."""
 
     def __init__(self, path: Path, features: datasets.Features):
         self.path, self.features = path, features
@@ -133,7 +134,7 @@ class ShardWriter:
         self._stream = pa.ipc.new_stream(pa.PythonFile(self._file, mode="w"), self.schema)
 
     def add(self, row: dict[str, Any]) -> None:
-        """A row of plain values; `patch_features` and `scale` are numpy arrays."""
+        """Add a row of plain values; `patch_features` and `scale` are numpy arrays."""
         self._pending.append(row)
         self._pending_bytes += sum(value.nbytes for value in row.values() if isinstance(value, np.ndarray))
         self.rows += 1
@@ -152,10 +153,10 @@ class ShardWriter:
         self._pending, self._pending_bytes = [], 0
 
     def finish(self, synced: bool = True) -> dict[str, Any]:
-        """Closes and renames; gives the record of the shard: rows, bytes, checksum.
+        """Close and rename the shard. Returns its record: file, rows, bytes, checksum.
 
         Args:
-            synced: wait for the disk. A killed process loses nothing without it, a power cut may.
+            synced: wait for the disk. A killed process loses nothing without it; a power cut may.
         """
         self._flush()
         self._stream.close()
@@ -167,14 +168,14 @@ class ShardWriter:
         return {"file": self.path.name, "rows": self.rows, "bytes": self._file.size, "xxh3_128": checksum}
 
     def abandon(self) -> None:
-        """Leaves nothing behind."""
+        """Remove the shard, complete or not."""
         self._file.close()
         for path in (self._apart, self.path, self.path.with_name(self.path.name + ".sums")):
             path.unlink(missing_ok=True)
 
 
 def write_table(path: Path, features: datasets.Features, arrays: list[pa.Array]) -> dict[str, Any]:
-    """Ready Arrow columns as one shard of one record batch."""
+    """Write Arrow columns as a shard of one record batch. Returns its record."""
     writer = ShardWriter(path, features)
     columns = [array.cast(field.type) for array, field in zip(arrays, writer.schema, strict=True)]
     writer.rows = len(columns[0])
@@ -183,7 +184,7 @@ def write_table(path: Path, features: datasets.Features, arrays: list[pa.Array])
 
 
 class Shard:
-    """A finished shard, memory-mapped. Bytes are proved against their checksums when they are first touched."""
+    """A finished shard, memory-mapped. Bytes are checked against their checksums when they are first read."""
 
     def __init__(self, path: Path, record: dict[str, Any], verify: bool = True):
         self.path, self.rows = path, record["rows"]
@@ -198,10 +199,10 @@ class Shard:
         self._buffer = self._map.read_buffer()
         self._bytes = np.frombuffer(self._buffer, np.uint8)
         self._sums = sums
-        self._proved = np.full(len(sums), not verify)
-        self._prove(0, min(size, 64 << 10))  # the schema, before Arrow parses it
+        self._checked = np.full(len(sums), not verify)
+        self._check(0, min(size, 64 << 10))  # the schema, which Arrow parses
         self.table = self._open()
-        # What lies outside the features is small (texts, ids, offsets): proved at once, features row by row.
+        # everything but the features is small (texts, ids, offsets) and checked now; features are checked row by row
         start = 0
         self._first: list[int] = [0]
         self._values: list[np.ndarray] = []
@@ -222,7 +223,7 @@ class Shard:
             self._first.append(self._first[-1] + batch.num_rows)
         spans.append((start, size))
         for low, high in spans:
-            self._prove(low, high)
+            self._check(low, high)
         self.first = np.array(self._first)
 
     def _open(self) -> pa.Table:
@@ -231,35 +232,36 @@ class Shard:
         except pa.ArrowInvalid as error:
             raise CacheDamage(f"{self.path} cannot be read ({error}); embed it again") from error
 
-    def _prove(self, low: int, high: int) -> None:
-        """Checks the blocks that hold the bytes `[low, high)`, each once."""
+    def _check(self, low: int, high: int) -> None:
+        """Check the blocks that hold the bytes `[low, high)`, each once. Raises `CacheDamage`."""
         for block in range(low // BLOCK, -(-high // BLOCK)):
-            if not self._proved[block]:
+            if not self._checked[block]:
                 found = xxhash.xxh3_64_intdigest(self._bytes[block * BLOCK : (block + 1) * BLOCK])
                 if found != int(self._sums[block]):
                     raise CacheDamage(
                         f"{self.path} is damaged: megabyte {block} is not what was written "
                         f"(checksum {found:016x}, not {int(self._sums[block]):016x}); delete the cache and embed again"
                     )
-                self._proved[block] = True
+                self._checked[block] = True
 
-    def prove_all(self) -> None:
-        self._prove(0, len(self._bytes))
+    def check_all(self) -> None:
+        """Check the whole file. Raises `CacheDamage`."""
+        self._check(0, len(self._bytes))
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Flat stored features of a row, and its scales; views of the file, proved."""
+        """Return the stored features of a row, flat, and its scales or None, as checked views of the file."""
         batch = int(np.searchsorted(self.first, index, "right")) - 1
         place = index - int(self.first[batch])
         values = _slice(self._values[batch], self._offsets[batch], place)
         low = values.__array_interface__["data"][0] - self._buffer.address
-        blocks = self._proved[low // BLOCK : -(-(low + values.nbytes) // BLOCK)]
+        blocks = self._checked[low // BLOCK : -(-(low + values.nbytes) // BLOCK)]
         if not blocks.all():
-            self._prove(low, low + values.nbytes)
+            self._check(low, low + values.nbytes)
         return values, _slice(*self._scales[batch], place) if self._scales else None
 
 
 def _flat(column: pa.Array) -> tuple[np.ndarray, np.ndarray | None]:
-    """Values of a list column as `[rows, length]`, or flat with offsets where lengths differ; nothing is copied."""
+    """Return the values of a list column as `[rows, length]`, or flat with offsets where lengths differ, uncopied."""
     if pa.types.is_fixed_size_list(column.type):
         values = column.flatten().to_numpy(zero_copy_only=True)
         return values.reshape(len(column), column.type.list_size), None
@@ -272,7 +274,7 @@ def _slice(values: np.ndarray, offsets: np.ndarray | None, place: int) -> np.nda
 
 
 def file_checksum(path: Path) -> str:
-    """xxh3-128 of a file, as `ShardWriter` computes it."""
+    """Return the xxh3-128 of a file, as `ShardWriter` computes it."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         for piece in iter(lambda: file.read(8 << 20), b""):
@@ -283,7 +285,7 @@ def file_checksum(path: Path) -> str:
 def write_dataset_files(
     folder: Path, features: datasets.Features, shards: dict[str, list[str]], key: str, dict_file: bool = True
 ) -> None:
-    """The small files that make `datasets.load_from_disk(folder)` open the shards of each split."""
+    """Write the small files with which `datasets.load_from_disk(folder)` opens the shards of each split."""
     for split, files in shards.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
         state = {
@@ -308,7 +310,7 @@ def as_json(content: Any) -> bytes:
 
 
 def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a shard as plain values, features as numpy views: for rewriting a shard without some of them."""
+    """Yield the rows of a shard as plain values, features as numpy views, to rewrite it without some of them."""
     with pa.memory_map(str(path)) as source:
         for batch in pa.ipc.open_stream(source):
             lists = {

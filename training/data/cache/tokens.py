@@ -1,4 +1,4 @@
-"""Token ids beside the features: built in seconds, one folder for each tokenizer, template and caption filter."""
+"""Token ids of the answers: a folder for each tokenizer, template and caption filter, beside the features."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLUMNS = datasets.Features(
 
 @dataclass
 class TokenTable:
-    """Answers of a split as token ids in flat arrays; image i owns answers `first[i]` to `first[i + 1]`.
+    """Answers of a split as token ids in flat arrays. Image i has the answers `first[i]` to `first[i + 1]`.
 
     The arrays are memory-mapped files.
     """
@@ -53,7 +53,7 @@ class TokenTable:
         return len(self.first) - 1
 
     def answers(self, image: int) -> list[tuple[str | None, list[int]]]:
-        """The (prompt, answer ids with the end token) pairs of an image."""
+        """Return the `(prompt, answer ids with the end token)` pairs of an image."""
         return [
             (self.prompts[self.prompt_of[a]], self.ids[self.starts[a] : self.starts[a + 1]].tolist())
             for a in range(self.first[image], self.first[image + 1])
@@ -61,11 +61,11 @@ class TokenTable:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of what a tokenizer does to text: its whole backend, or vocabulary and special tokens of a slow one."""
+    """Return a hash of what a tokenizer does to text: of its backend, or of vocabulary and special tokens of a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())
-        state.pop("truncation", None)  # of the latest call, not of the tokenizer
+        state.pop("truncation", None)  # set by the latest call
         state.pop("padding", None)
     else:
         state = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
@@ -73,29 +73,30 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def token_fingerprint(processor: Any, captions: Any) -> dict[str, Any]:
-    """What decides token ids: tokenizer, template, the end of an answer, and which texts were left by the filter."""
+    """Return what decides token ids: tokenizer, template, start and end of an answer, and the caption filter."""
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_hash(processor.tokenizer),
         "template": hashlib.sha256(str(processor.chat_template).encode()).hexdigest()[:32],
         "answer_start": processor.answer_start,
         "answer_end": processor.answer_end,
-        "prompted": any(processor.prompts),  # an answer behind no prompt at all starts otherwise
+        "prompted": any(processor.prompts),  # an answer without any prompt starts differently
         "captions": captions,
     }
 
 
 def name_of_tokens(info: dict[str, Any], processor: Any) -> tuple[str, dict[str, Any]]:
-    """Folder name and fingerprint of a processor's token ids in a cache with this `cache.json`."""
+    """Return folder name and fingerprint of a processor's token ids in a cache with this `cache.json`."""
     captions = info.get("captions")
     fingerprint = token_fingerprint(processor, captions["fingerprint"] if captions else info["content_hash"])
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16], fingerprint
 
 
 def encode_answers(processor: Any, answers: Sequence[str], batch: int = 1000) -> list[list[int]]:
-    """`processor.encode_answer` of many answers: equal ids, a thousand at a time. Raises `UserError`.
+    """Return the ids of `processor.encode_answer` for many answers. Equal answers are encoded once.
 
-    Equal answers are encoded once.
+    Raises:
+        UserError: the tokenizer refuses a text.
     """
     unique = list(dict.fromkeys(answers))
     encoded: list[list[int]] = []
@@ -112,7 +113,7 @@ def encode_answers(processor: Any, answers: Sequence[str], batch: int = 1000) ->
 def build_table(
     prompts: Sequence[Sequence[str | None]], answers: Sequence[Sequence[str]], processor: Any
 ) -> TokenTable:
-    """Texts of a split as a table of token ids."""
+    """Build the table of the texts of a split."""
     counts = [len(row) for row in answers]
     flat = [text for row in answers for text in row]
     index: dict[str | None, int] = {}
@@ -130,7 +131,7 @@ def build_table(
 
 
 def _load(folder: Path, rows: list[str]) -> TokenTable:
-    """A saved table, proved against its checksum and against the ids of the rows."""
+    """Return a saved table. Raises `UserError` if its checksum or the ids of its rows differ."""
     record = json.loads((folder / "table.json").read_text())
     file = folder / record["shard"]["file"]
     if file_checksum(file) != record["shard"]["xxh3_128"]:
@@ -158,9 +159,9 @@ def _hash_ids(ids: list[str]) -> str:
 
 
 def load_or_build_tokens(cache: FeatureCache, split: str, processor: Any) -> TokenTable:
-    """The table of a split for a processor, from `tokens/FINGERPRINT/SPLIT`; built there when it is not yet.
+    """Return the table of a split for a processor from `tokens/FINGERPRINT/SPLIT`, and build it there if it is absent.
 
-    The folder opens with `datasets.load_from_disk` too: `id`, `prompt` (number in `table.json`), `answer_ids`.
+    `datasets.load_from_disk` opens the folder: `id`, `prompt` (number in `table.json`), `answer_ids`.
     """
     name, fingerprint = name_of_tokens(cache.info, processor)
     folder = cache.folder / "tokens" / name / split

@@ -1,4 +1,4 @@
-"""From the columns of a data set to prompts and answers: which columns mean what, and how their values are read.
+"""Which columns of a data set hold what, and how their values are read.
 
 A column name may be nested (`json.caption`) and may give alternatives in order of preference
 (`short_caption/caption`: the first one that holds text). Lists of texts, and of objects with a text inside, count as
@@ -21,7 +21,7 @@ _TEXT_KEYS = ("raw", "caption", "text", "answer", "value")
 
 
 def get(record: dict[str, Any], name: str) -> Any:
-    """The value of a possibly nested column: `json.caption` is `record["json"]["caption"]`. None where absent."""
+    """Return the value of a column, or None; `json.caption` is `record["json"]["caption"]`."""
     if name in record:
         return record[name]
     value: Any = record
@@ -43,7 +43,7 @@ def get(record: dict[str, Any], name: str) -> Any:
 
 
 def texts(value: Any) -> list[Any]:
-    """A text, a list of texts or a list of objects that hold a text, as a flat list. Other values stay as they are."""
+    """Return a text, a list of texts or a list of objects that hold a text as a flat list. Other values are kept."""
     if isinstance(value, (list, tuple)):
         return [text for item in value for text in (texts(item) if isinstance(item, (list, tuple, dict)) else [item])]
     if isinstance(value, dict):
@@ -60,7 +60,7 @@ def texts(value: Any) -> list[Any]:
 
 @dataclass
 class Columns:
-    """Which column holds what. `None` or empty: the data set has no such column."""
+    """Names of the columns that are read. None or empty: the data set has no such column."""
 
     image: str
     captions: list[str] = field(default_factory=list)
@@ -72,13 +72,14 @@ class Columns:
     messages: str | None = None
 
     def wanted(self) -> set[str]:
-        """Top-level names of all columns that are read."""
+        """Return the top-level names of all columns that are read."""
         names = [self.image, self.question, self.answer, self.id, self.split, self.status, self.messages]
         names += [choice for column in self.captions for choice in column.split("/")]
         names += ["error_message"] if self.status else []
         return {name for full in names if full for name in (full, full.split(".")[0])}
 
     def describe(self) -> str:
+        """Return the columns as `image=NAME, captions=NAMES, ...`."""
         parts = [f"image={self.image}"]
         for name in ("captions", "question", "answer", "id", "split", "status", "messages"):
             value = getattr(self, name)
@@ -102,11 +103,16 @@ def find_columns(
     image_features: Sequence[str] = (),
     text_required: bool = True,
 ) -> Columns:
-    """The columns to read: those given, else those known by name. Raises `UserError` that lists what there is.
+    """Find the columns to read: those given, else those known by name.
 
     Args:
-        names: top-level columns; `nested`: keys inside those that hold objects.
-        image_features: columns that the data set itself declares as images.
+        names: top-level columns.
+        nested: keys inside the columns that hold objects.
+        image_features: columns that the data set declares as images.
+        text_required: raise when there is no column of captions, questions or conversations.
+
+    Raises:
+        UserError: a column is not there; the message lists those that are.
     """
     known = set(names) | {f"{outer}.{inner}" for outer, inners in (nested or {}).items() for inner in inners}
     listing = ", ".join(sorted(known)) or "none"
@@ -176,10 +182,9 @@ def find_columns(
 
 
 def read_texts(record: dict[str, Any], columns: Columns) -> tuple[list[str | None], list[Any], list[tuple[str, str]]]:
-    """Prompts, answers and problems of one row. A caption's prompt is None: the default caption prompt.
+    """Return prompts, answers and problems of one row. The prompt of a caption is None.
 
-    Answers come as they are in the data, stripped; what is no text (None, numbers, empty) becomes a problem
-    `(rule, value)` instead.
+    Answers are the data's, stripped. What is no text (None, a number, empty) is a problem `(rule, value)` instead.
     """
     prompts: list[str | None] = []
     answers: list[str] = []
@@ -226,7 +231,7 @@ def read_texts(record: dict[str, Any], columns: Columns) -> tuple[list[str | Non
 
 
 def read_messages(value: Any) -> list[dict[str, Any]] | None:
-    """A conversation in the `role`/`content` form; LLaVA's `from`/`value` form is rewritten. None where there is none."""
+    """Return a conversation in the `role`/`content` form, also from LLaVA's `from`/`value` form, or None."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

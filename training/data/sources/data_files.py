@@ -1,4 +1,4 @@
-"""Files of rows: which of Parquet, Arrow or tar lie somewhere, how many rows each holds, readers that start at any row."""
+"""Parquet, Arrow and tar files: where they are, how many rows they hold, readers that start at any row."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_readable(files: Iterable[Path], root: Path, follow_links: bool) -> Non
 
 @dataclass
 class Files:
-    """Parquet, Arrow or tar files of each split in reading order, so that a reader can start at any row."""
+    """Parquet, Arrow or tar files of each split in reading order, for readers that start at any row."""
 
     reader: str
     splits: list[list[str]]
@@ -46,7 +46,7 @@ class Files:
     _counts: dict[str, int] = field(default_factory=dict)
 
     def rows_of(self, file: str) -> int:
-        """Rows of a file: from a Parquet's footer, by the headers of a tar."""
+        """Return the number of rows of a file, from the footer of a Parquet file or the headers of a tar."""
         if file not in self._counts:
             import fsspec
 
@@ -67,11 +67,14 @@ class Files:
         return self._counts[file]
 
     def count(self) -> int:
+        """Return the number of rows of all files."""
         return sum(self.rows_of(file) for files in self.splits for file in files)
 
-    def behind(self, data: Any, split: int, start: int) -> tuple[Any, int]:
-        """The stream of a split without the files that lie before row `start`, and the rows that are still to be
-        passed over; None where none is left."""
+    def skip_to(self, data: Any, split: int, start: int) -> tuple[Any, int]:
+        """Return the stream of a split without the files before row `start`, and the number of rows still to skip.
+
+        The stream is None where no file is left.
+        """
         import datasets
 
         left = list(self.splits[split])
@@ -95,9 +98,16 @@ class Files:
 
 
 def find_data_files(path: str) -> tuple[str, dict[str, list[str]], str | None, list[str]] | None:
-    """Reader, files of each split, root and names with sizes, where `path` is, or holds, Parquet, Arrow or tar files.
+    """Find the Parquet, Arrow or tar files that `path` is or holds.
 
-    `path` may be a folder, a file, a pattern, or any of them on a file system that fsspec knows (`s3://...`).
+    Args:
+        path: a folder, a file or a pattern, also on a file system that fsspec knows (`s3://...`).
+
+    Returns:
+        Name of the reader, files of each split, root folder, names with sizes; None where there are no such files.
+
+    Raises:
+        UserError: the files are of another kind, or a file system has none.
     """
     import fsspec
     from datasets.data_files import DataFilesDict, get_data_patterns

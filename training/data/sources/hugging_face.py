@@ -16,7 +16,7 @@ from blipren.training.errors import UserError
 
 
 class HuggingFaceSource(Source):
-    """Splits of `datasets` (map-style or streamed), images undecoded."""
+    """Splits that `datasets` opened, map-style or streamed, with their images undecoded."""
 
     def __init__(
         self,
@@ -30,7 +30,6 @@ class HuggingFaceSource(Source):
         import datasets
 
         self.files = files
-
         self.name = name
         self.folder = folder
         self.fingerprint = fingerprint
@@ -75,6 +74,7 @@ class HuggingFaceSource(Source):
         return super().count_rows()
 
     def _records(self, start: int) -> Iterator[tuple[str | None, dict[str, Any]]]:
+        """Yield `(split, columns)` of each row from number `start` on."""
         for number, (split, data) in enumerate(self._splits):
             if hasattr(data, "num_rows"):
                 if start >= data.num_rows:
@@ -85,9 +85,9 @@ class HuggingFaceSource(Source):
                 for batch in data.iter(batch_size=32):
                     for values in zip(*batch.values()):
                         yield split, dict(zip(batch, values))
-            else:  # a stream: earlier files are left out, earlier rows of the first one passed over undecoded
+            else:  # a stream: earlier files are not read, earlier rows of the first one are not decoded
                 if start and self.files is not None:
-                    data, start = self.files.behind(data, number, start)
+                    data, start = self.files.skip_to(data, number, start)
                 for record in data if data is not None else ():
                     if start:
                         start -= 1
@@ -129,7 +129,7 @@ def open_hugging_face(
         if data_files is not None:
             kind, files, root, sizes = data_files
             streamed = streaming is not False
-            # Local files are streamed: loading would copy every image into the library's cache first.
+            # local files are streamed: loading would first copy every image into the library's cache
             loaded = datasets.load_dataset(kind, data_files=files, streaming=streamed)
             ordered = Files(kind, [files[split] for split in loaded]) if streamed else None
             return HuggingFaceSource(

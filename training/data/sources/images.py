@@ -1,7 +1,7 @@
-"""Any picture that data holds, as RGB pixels the way a viewer shows it, or an `ImageError` that names why not.
+"""From foreign bytes to RGB pixels as a viewer shows them, or an `ImageError` with the reason.
 
-`PIL.Image.convert("RGB")` alone reveals what transparency hides, saturates 16-bit greys, and ignores EXIF rotation;
-`datasets` hands the raw mode on. This module is the one place where foreign bytes become pixels.
+`PIL.Image.convert("RGB")` alone shows what transparency hides, saturates 16-bit greys and ignores EXIF rotation.
+This module is the one place where pictures are decoded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.\-]*:(//|(?=/))")
 
 
 class ImageError(Exception):
-    """A picture that cannot be used. `reason` is a short word for counting, `detail` the value that led to it."""
+    """A picture that cannot be used. `reason` is a short word that is counted, `detail` says more."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -117,7 +117,7 @@ def _broken(error: Exception) -> ImageError:
 
 
 def _grey_from_wide(values: np.ndarray) -> Image.Image:
-    """16- and 32-bit integer or float greys `[height, width]` to 8 bits by their range, never by cutting off."""
+    """Convert 16- and 32-bit integer or float greys `[height, width]` to 8 bits by their range, without clipping."""
     if not np.isfinite(values).all():
         raise ImageError("not_finite", "the picture holds NaN or infinite values")
     low, high = float(values.min()), float(values.max())
@@ -131,11 +131,11 @@ def _grey_from_wide(values: np.ndarray) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded PIL image in any mode to `RGB`; transparent parts lie on white, as on a page."""
+    """Convert a loaded PIL image in any mode to `RGB`; transparent parts are composited on white."""
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image
-    if mode.startswith("I;16"):  # 16-bit greys: the full range is 65535 whatever the picture uses
+    if mode.startswith("I;16"):  # 16-bit greys: the full range is 65535, whatever range the picture uses
         wide = np.asarray(image).astype(np.uint16)
         image = Image.fromarray(((wide.astype(np.uint32) + 128) // 257).astype(np.uint8), "L")
     elif mode == "I":
@@ -156,7 +156,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def decode_image(
     source: bytes | Image.Image, max_pixels: int = MAX_PIXELS, max_aspect_ratio: float = MAX_ASPECT_RATIO
 ) -> Image.Image:
-    """Encoded bytes, or a PIL image, to an upright 8-bit `RGB` PIL image.
+    """Decode encoded bytes, or convert a PIL image, to an upright 8-bit `RGB` PIL image.
 
     Rotated by its EXIF tag, composited on white, the first frame of an animation, 16-bit and float greys by their
     range. Raises `ImageError` for what is no picture, is cut short, or is too large (`max_pixels`) or too narrow
@@ -175,7 +175,7 @@ def decode_image(
             raise ImageError("too_large", str(error)) from error
         except UnidentifiedImageError as error:
             raise _why_not_an_image(source) from error
-        except Exception as error:  # decoders raise nearly anything on foreign bytes; the row is rejected with it
+        except Exception as error:  # decoders raise nearly anything for foreign bytes
             raise _broken(error) from error
     width, height = image.size
     if width * height > max_pixels:
@@ -184,20 +184,24 @@ def decode_image(
         raise ImageError("aspect_ratio", f"{width}x{height} is narrower than 1 to {max_aspect_ratio:g}")
     try:
         image.load()
-    except Exception as error:  # as above: libjpeg, libtiff, zlib and struct each have their own
+    except Exception as error:  # as above
         raise _broken(error) from error
     try:
-        if image is source:  # a caller's own image is not turned under its hands
+        if image is source:  # the caller's image is not changed
             image = ImageOps.exif_transpose(image)
         else:
             ImageOps.exif_transpose(image, in_place=True)
     except (struct.error, ValueError, TypeError, SyntaxError, KeyError, OSError):
-        pass  # a broken EXIF block says nothing about rotation; the pixels are sound
+        pass  # a broken EXIF block has no rotation; the pixels are not affected
     return to_rgb(image)
 
 
 def image_bytes(value: Any, folder: Folder = Folder()) -> bytes | Image.Image:
-    """What an image cell of a row holds, undecoded: bytes, `{"bytes", "path"}`, a path in `folder`, or a PIL image."""
+    """Return the undecoded image of a cell: bytes, `{"bytes", "path"}`, a path in `folder`, or a PIL image.
+
+    Raises:
+        ImageError: there is none, or it may not be read.
+    """
     if isinstance(value, dict):
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
@@ -222,7 +226,7 @@ def image_bytes(value: Any, folder: Folder = Folder()) -> bytes | Image.Image:
 
 
 def content_hash(data: bytes | Image.Image) -> str:
-    """32 hex digits of the image content: its encoded bytes, or size and pixels of an image that has none."""
+    """Return 32 hex digits of the image content: of its encoded bytes, or of mode, size and pixels of a PIL image."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(data, Image.Image):
         digest.update(f"{data.mode}{data.size}".encode())

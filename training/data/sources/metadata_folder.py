@@ -1,6 +1,6 @@
 """Folders of images with a metadata file.
 
-They are read row by row here, because `datasets` gives the whole folder up for one bad path in it.
+They are read row by row here, because `datasets` refuses the whole folder for one bad path in it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class MetadataFolder(Source):
-    """A folder of images with `metadata.jsonl`, `.csv` or `.parquet`, there or in one folder a split.
+    """A folder of images with `metadata.jsonl`, `.csv` or `.parquet`, in it or in a folder for each split.
 
-    Rows that name the same file are one row with all their texts. Broken lines are rejected rows.
+    Lines that name the same image file are one row with all their texts. Broken lines are rejected rows.
     """
 
     def __init__(self, folder: Path, files: Sequence[Path], options: dict[str, Any], follow_links: bool = False):
@@ -88,7 +88,7 @@ class MetadataFolder(Source):
 
 
 def _metadata_lines(file: Path) -> Iterator[bytes]:
-    """Each row of a metadata file as JSON bytes."""
+    """Yield each row of a metadata file as JSON."""
     if file.suffix == ".csv":
         with open(file, newline="", encoding="utf-8-sig") as stream:
             for record in csv.DictReader(stream):
@@ -107,6 +107,7 @@ def _metadata_lines(file: Path) -> Iterator[bytes]:
 
 
 def _nested_keys(records: Iterable[dict[str, Any] | None]) -> dict[str, set[str]]:
+    """Return the keys inside of each column that holds objects."""
     found: dict[str, set[str]] = {}
     for record in records:
         for name, value in (record or {}).items():

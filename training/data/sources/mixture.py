@@ -10,8 +10,10 @@ from blipren.training.data.sources.rows import Row, Source, hash_texts
 
 
 class Mixture(Source):
-    """Several sources. Without weights all rows of each in turn; with weights rows drawn in these proportions, each
-    at most once, until one source has no more: no image is embedded twice.
+    """Several sources as one.
+
+    Without weights it has all rows of each source in turn. With weights, rows are drawn in these proportions, each once,
+    until one source has no more.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None, seed: int = 0):

@@ -14,37 +14,41 @@ _COSINES = np.cos(np.pi / 32 * (np.arange(32) + 0.5)[None, :] * np.arange(8)[:, 
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits: signs of the lowest 8x8 DCT coefficients of the 32x32 grey image around their median (pHash)."""
+    """Return 64 bits: whether each of the lowest 8x8 DCT coefficients of the 32x32 grey image is above their median (pHash)."""
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), dtype=np.float64)
     low = (_COSINES @ grey @ _COSINES.T).ravel()
-    low[0] = np.median(low[1:])  # the mean brightness says nothing
+    low[0] = np.median(low[1:])  # the mean brightness is not compared
     bits = low > np.median(low)
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
-    """uint8 `[16, 16, 3]`: the colours in places, to confirm what the perceptual hash suspects."""
+    """Return the image in 16x16 pixels, uint8 `[16, 16, 3]`, to confirm candidates of the perceptual hash."""
     return np.asarray(image.convert("RGB").resize((THUMB, THUMB), Image.Resampling.BOX), dtype=np.uint8)
 
 
 def image_signature(image: Image.Image) -> tuple[int, np.ndarray]:
-    """`(perceptual_hash, thumbnail)` of an RGB image."""
-    # Both start from one cheap reduction: two full-size resizes would cost more than decoding.
+    """Return `(perceptual_hash, thumbnail)` of an RGB image."""
+    # both start from one cheap reduction, since two resizes of the full size would take longer than decoding
     factor = min(image.size) // 128
     small = image.reduce(factor) if factor > 1 else image
     return perceptual_hash(small), thumbnail(small)
 
 
 class NearIndex:
-    """Pictures to be found again: perceptual hashes uint64 `[m]` and thumbnails uint8 `[m, 16, 16, 3]`.
+    """Index that finds near duplicates of pictures.
 
-    A candidate differs in at most `distance` bits of the hash, and is confirmed by the thumbnails, because drawn scenes
-    and documents share hashes without being the same picture.
+    A candidate differs in at most `distance` bits of the perceptual hash. Thumbnails confirm it, since different drawn
+    scenes and documents may have the same hash.
+
+    Args:
+        hashes: uint64 `[pictures]`.
+        thumbs: uint8 `[pictures, 16, 16, 3]`.
     """
 
     def __init__(self, hashes: np.ndarray, thumbs: np.ndarray, distance: int = HASH_DISTANCE):
         self.hashes, self.thumbs, self.distance = hashes, thumbs, distance
-        # Pigeonhole: of distance + 1 pieces of the hash at least one is equal, so only rows that share one are compared.
+        # of distance + 1 pieces of the hash at least one is equal, so that only pictures that share one are compared
         edges = np.linspace(0, 64, distance + 2).astype(int)
         self._pieces = []
         for low, high in zip(edges[:-1], edges[1:]):
@@ -57,7 +61,7 @@ class NearIndex:
         return (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
 
     def find(self, hashes: np.ndarray, thumbs: np.ndarray) -> dict[int, int]:
-        """For each given picture that is nearly one of the index: its number -> the first such one's number."""
+        """Return, for each given picture that is nearly one of the index, its number -> the number of the first such one."""
         found: dict[int, int] = {}
         if not len(hashes) or not len(self.hashes):
             return found
@@ -66,7 +70,7 @@ class NearIndex:
             own = self._piece(hashes, low, high)
             starts = np.searchsorted(ordered, own, "left")
             counts = np.searchsorted(ordered, own, "right") - starts
-            for begin in range(0, len(own), 1024):  # in parts: common pieces make many candidates
+            for begin in range(0, len(own), 1024):  # in parts, since common pieces make many candidates
                 part = slice(begin, begin + 1024)
                 mine = np.repeat(np.arange(len(own))[part], counts[part])
                 if not len(mine):

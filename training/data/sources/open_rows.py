@@ -37,7 +37,7 @@ def open_rows(
     text_required: bool = True,
     seed: int = 0,
 ) -> Source:
-    """The rows of a data set, or of several (`A,B` all rows of both; `A=2,B=1` drawn in these proportions).
+    """Open the rows of a data set, or of several (`A,B` all rows of both; `A=2,B=1` drawn in these proportions).
 
     Args:
         dataset: Hub id, folder with metadata, Parquet or tar files (or a pattern of them), saved `datasets` folder.

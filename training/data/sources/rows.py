@@ -19,7 +19,7 @@ from blipren.training.data.sources.splits import normalize_split
 
 @dataclass
 class Row:
-    """One image with its texts, undecoded. `prompts[i]` None: `answers[i]` answers the default caption prompt."""
+    """One image with its texts, undecoded."""
 
     id: str
     index: int
@@ -30,36 +30,38 @@ class Row:
     split: str | None = None
     """`train`, `validation`, `test`, or None where the image's hash decides."""
     prompts: list[str | None] = field(default_factory=list)
+    """The prompt of each answer; None is the default caption prompt."""
     answers: list[str] = field(default_factory=list)
     messages: list[dict[str, Any]] | None = None
+    """A conversation in the `role`/`content` form."""
     problems: list[tuple[str, str]] = field(default_factory=list)
     """Texts that could not be read: `(rule, value)`."""
     rejected: tuple[str, str] | None = None
-    """Why the row as a whole cannot be used: `(reason, value)`; decided before the image is opened."""
+    """Why the row cannot be used, `(reason, value)`; known before the image is opened."""
     width: int | None = None
     """Pixels of the upright image, known after `load`."""
     height: int | None = None
     _data: bytes | Image.Image | None = field(default=None, repr=False)
 
     def data(self) -> bytes | Image.Image:
-        """The undecoded image (read once). Raises `ImageError`."""
+        """Return the undecoded image, which is read once. Raises `ImageError`."""
         if self._data is None:
             self._data = image_bytes(self.image, self.folder)
         return self._data
 
     def load(self) -> Image.Image:
-        """The upright RGB image; sets `width` and `height`. Raises `ImageError`."""
+        """Return the upright RGB image and set `width` and `height`. Raises `ImageError`."""
         image = decode_image(self.data())
         self.width, self.height = image.size
         return image
 
     def image_hash(self) -> str:
-        """32 hex digits of the image content, without decoding it. Raises `ImageError`."""
+        """Return 32 hex digits of the image content, without decoding it. Raises `ImageError`."""
         return content_hash(self.data())
 
 
 class Source(abc.ABC):
-    """Rows in a fixed order. Iterate over it, or over `rows(start)` to go on where an earlier reader stopped."""
+    """Rows in a fixed order. `rows(start)` continues where an earlier reader stopped."""
 
     name: str
     columns: Columns
@@ -68,28 +70,29 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, start: int = 0) -> Iterator[Row]:
-        """The rows from number `start` on."""
+        """Yield the rows from number `start` on."""
 
     def __iter__(self) -> Iterator[Row]:
         return self.rows()
 
     def count_rows(self) -> int:
-        """Number of rows, counted where it is not known."""
+        """Return the number of rows, counted if it is not known."""
         if self.num_rows is None:
             self.num_rows = sum(1 for _ in self.rows())
         return self.num_rows
 
     def describe(self) -> str:
+        """Return name, number of rows and columns as a line."""
         count = "streamed rows" if self.num_rows is None else f"{self.num_rows:,} rows"
         return f"{self.name}: {count}; columns {self.columns.describe()}"
 
 
 def make_row(record: dict[str, Any], columns: Columns, index: int, default_id: str, folder: Folder) -> Row:
-    """A row from a record of columns; what is wrong with it is noted in the row, never raised."""
+    """Make a row from a record of columns. What is wrong with the record is noted in the row; nothing is raised."""
     prompts, answers, problems = read_texts(record, columns)
     row_id = get(record, columns.id) if columns.id else None
     if columns.id == "__key__" and record.get("__url__"):
-        row_id = f"{Path(str(record['__url__'])).stem}/{row_id}"  # keys repeat from tar to tar
+        row_id = f"{Path(str(record['__url__'])).stem}/{row_id}"  # two tars may have the same keys
     row = Row(
         id=default_id if row_id is None or isinstance(row_id, (dict, list)) else str(row_id),
         index=index,
@@ -114,13 +117,15 @@ def make_row(record: dict[str, Any], columns: Columns, index: int, default_id: s
 
 
 def hash_texts(parts: Iterable[str]) -> str:
+    """Return 32 hex digits over texts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()[:32]
 
 
-def parse_record(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes | str) -> dict[str, Any] | None:
+    """Return the JSON object of a line, or None if it is none."""
     try:
         record = json.loads(line)
     except ValueError:

@@ -1,7 +1,7 @@
-"""Which split a row belongs to.
+"""The split of a row.
 
-A `split` column wins, then the data set's own splits, then a hash of the image content: never the position of the
-row, so that the order in which downloads finished, a restart or a second data set cannot move an image.
+A `split` column decides, then the data set's own splits, then a hash of the image content. The position of a row never
+does, so that the order of downloads, a restart or a second data set cannot move an image to another split.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ALIASES = {
 
 
 def normalize_split(name: object) -> str | None:
-    """`train`, `validation` or `test` for the names in use (`val2017`, `dev`, `restval`, ...), else None."""
+    """Return `train`, `validation` or `test` for the names in use (`val2017`, `dev`, `restval`, ...), else None."""
     text = str(name).strip().lower()
     if text in _ALIASES:
         return _ALIASES[text]
@@ -33,8 +33,8 @@ def normalize_split(name: object) -> str | None:
 
 
 def split_by_hash(image_hash: str, validation_share: float, test_share: float) -> str:
-    """The split of an image from its content hash alone, with the given shares on average."""
-    # Hashed once more, so that the split is independent of anything else that reads the content hash's first digits.
+    """Return the split of an image from its content hash, with the given shares on average."""
+    # hashed again, so that the split does not depend on the first digits of the hash, which have other uses
     place = int.from_bytes(hashlib.blake2b(image_hash.encode(), digest_size=8).digest(), "big") / 2**64
     if place < test_share:
         return "test"

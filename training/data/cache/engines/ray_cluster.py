@@ -1,11 +1,11 @@
-"""`blipren embed --engine ray`: the units of a cache as a Ray data set, embedded by a pool of actors.
+"""Embedding on a Ray cluster: the units of a cache are a Ray data set, which a pool of actors embeds.
 
 A row of the Ray data set is the number of a unit. Each actor opens data and model by the same settings and embeds whole
-units with the code of the local engine, so that the cache is the same byte for byte. The marks of finished units are
-the checkpoint: a killed actor's unit is given to another one, a killed driver's rerun takes up what has no mark.
+units with the code of the local engine, so that the cache is the same byte for byte. The unit of a killed actor is given
+to another one. After a killed driver, the same command embeds the units that are not marked as done.
 
-DATASET and CACHE may be on any file system that fsspec knows. A remote cache is written through a scratch folder: a
-unit's files are put first and its mark last.
+DATASET and CACHE may be on any file system that fsspec knows. A remote cache is written through a scratch folder: first
+the files of a unit, then its mark.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CachePlace:
         return self.fs.exists(f"{self.root}/{name}")
 
     def pull(self, pattern: str) -> None:
-        """Copies remote files into the scratch folder, those that are not there."""
+        """Copy remote files into the scratch folder, unless they are there."""
         if self.local:
             return
         for remote in self.fs.glob(f"{self.root}/{pattern}"):
@@ -56,7 +56,7 @@ class CachePlace:
                 self.fs.get_file(remote, str(target))
 
     def push(self, path: Path) -> None:
-        """Copies a file of the scratch folder to the cache: beside, then under its name."""
+        """Copy a file of the scratch folder to the cache, and give it its name when it is complete."""
         if self.local:
             return
         name = path.relative_to(self.folder).as_posix()
@@ -70,12 +70,12 @@ class CachePlace:
 
 
 class RemoteCacheWriter(CacheWriter):
-    """The end of a cache that is elsewhere: shards are fetched only to take rows out of them."""
+    """Writer of a remote cache. Shards are fetched only to remove rows from them."""
 
     place: CachePlace
 
     def _check_newest(self) -> None:
-        """Nothing to check: a mark is put when its files are there."""
+        """Check nothing: a mark is written after its files."""
 
     def remove_rows(self, record: dict[str, Any], rows: dict[int, tuple[str, str]]) -> dict[str, Any]:
         before = {split: shard["file"] for split, shard in record["shards"].items()}
@@ -95,13 +95,13 @@ class RemoteCacheWriter(CacheWriter):
 
 
 class EmbedUnits:
-    """Actor: a model on its device, to which unit numbers are given."""
+    """Actor with a model on its device; it takes numbers of units."""
 
     def __init__(self, settings: dict[str, Any]):
         keep_freed_memory()  # an actor is a process of its own
         self.s = EmbedSettings(**settings)
         self.place = CachePlace(self.s.cache)
-        if not self.place.local:  # goes with the actor
+        if not self.place.local:  # removed with the actor
             self._scratch = weakref.finalize(self, self.place.clean)
         with contextlib.redirect_stdout(None):
             self.job = EmbedJob.open(self.s)
@@ -112,7 +112,7 @@ class EmbedUnits:
         return batch
 
     def embed(self, number: int) -> None:
-        """A unit with its mark, unless another actor marked it before it died."""
+        """Embed a unit and mark it as done, unless another actor has."""
         mark = f"units/{number:05d}.json"
         if self.place.exists(mark):
             return
@@ -134,7 +134,7 @@ class EmbedUnits:
 
 @contextlib.contextmanager
 def ray_session() -> Iterator[Any]:
-    """Ray, on the cluster of `RAY_ADDRESS` or on this machine."""
+    """Yield Ray, connected to the cluster of `RAY_ADDRESS` or started on this machine."""
     try:
         import ray
         import ray.data
@@ -151,7 +151,7 @@ def ray_session() -> Iterator[Any]:
 
 
 def embed_with_ray(s: EmbedSettings, job: EmbedJob) -> int | None:
-    """Embeds with a pool of actors. Raises `UserError` as the local engine does."""
+    """Embed with a pool of actors. Raises `UserError` as the local engine does."""
     if "://" not in s.cache:
         s = dataclasses.replace(s, cache=os.path.abspath(s.cache))
     if "://" not in s.dataset and Path(s.dataset).exists():
@@ -202,7 +202,7 @@ def _embed(s: EmbedSettings, job: EmbedJob, place: CachePlace) -> int | None:
 
 
 def _run(s: EmbedSettings, job: EmbedJob, units: list[int]) -> None:
-    """The Ray data set of unit numbers through the actors."""
+    """Embed the units with the actors. Raises `UserError` for an error of Ray."""
     with ray_session() as ray:
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if s.device in ("auto", "cuda") else 0

@@ -151,13 +151,13 @@ class CacheWriter:
     def start(self) -> None:
         """Begin in an empty folder, or continue in one with the same fingerprint and remove its unfinished files."""
         begun = self.folder / "units" / "fingerprint.json"
-        others = [path.name for path in self.folder.iterdir() if path.name != ".lock"]
+        others = [path.name for path in self.folder.iterdir() if path.name not in (".lock", "units")]
         if begun.exists():
             check_same_fingerprint(json.loads(begun.read_text()), self.fingerprint, self.folder)
         elif others:
-            raise UserError(f"{self.folder} is not empty and is no feature cache (it holds {sorted(others)[0]})")
+            raise UserError(f"{self.folder} is not empty and is not a feature cache (it holds {sorted(others)[0]})")
         else:
-            begun.parent.mkdir(parents=True)
+            begun.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(begun, as_json(self.fingerprint))
         for path in self.folder.rglob("*.tmp"):
             path.unlink()
