@@ -11,6 +11,7 @@ from .base_models_blipren import load_base_code
 
 # version of the checkpoint format; raised when older code would load a new checkpoint wrongly instead of failing
 FORMAT = 1
+HEADS = ("contrast", "matching", "generation")  # of stage 1: ITC, ITM, ITG
 AUTO_MAP = {
     "AutoConfig": "configuration_blipren.BliprenConfig",
     "AutoModel": "modeling_blipren.BliprenForConditionalGeneration",
@@ -199,6 +200,8 @@ class BliprenConfig(PreTrainedConfig):
             `BliprenForImageTextRetrieval`.
         itc_pooling (`str`, defaults to `"max"`): similarity of an image and a text in that model: `"max"` over queries
             (BLIP-2) or that of the `"mean"` of the queries.
+        trained_heads (`list[str]`, *optional*): heads of stage 1 that were trained, of `"contrast"`, `"matching"` and
+            `"generation"`. `None` means unknown, in checkpoints older than this field: all heads may then be used.
         qformer_reads_prompt (`bool`, defaults to `False`): the Q-Former reads the prompt beside the image, through
             `qformer_input_ids` of its own tokenizer (InstructBLIP, https://arxiv.org/abs/2305.06500).
         base_models (`dict`, *optional*): sources of the frozen parts: `{"vision": {"id", "revision", "sha256",
@@ -239,6 +242,7 @@ class BliprenConfig(PreTrainedConfig):
         num_visual_tokens: int | None = None,
         image_text_hidden_size: int = 256,
         itc_pooling: str = "max",
+        trained_heads: list[str] | None = None,
         qformer_reads_prompt: bool = False,
         base_models: dict | None = None,
         checkpoint_type: str = "full",
@@ -260,6 +264,8 @@ class BliprenConfig(PreTrainedConfig):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+        if unknown := set(trained_heads or ()) - set(HEADS):
+            raise ValueError(f"trained_heads has {sorted(unknown)[0]!r}; the heads are {', '.join(map(repr, HEADS))}")
         if experts_top_k is not None and not 1 <= experts_top_k <= num_experts:
             raise ValueError(f"experts_top_k {experts_top_k} must lie between 1 and num_experts {num_experts}")
         for part, sub_config in (("vision", vision_config), ("llm", text_config)):
@@ -298,6 +304,7 @@ class BliprenConfig(PreTrainedConfig):
         self.num_visual_tokens = num_visual_tokens
         self.image_text_hidden_size = image_text_hidden_size
         self.itc_pooling = itc_pooling
+        self.trained_heads = trained_heads
         if qformer_reads_prompt and not (connector == "qformer" and self.qformer_config.use_text):
             raise ValueError("qformer_reads_prompt needs a Q-Former with a text side: qformer_config.use_text")
         self.qformer_reads_prompt = qformer_reads_prompt
@@ -312,6 +319,16 @@ class BliprenConfig(PreTrainedConfig):
     def connector_hidden_size(self) -> int:
         """Width of the projector's input."""
         return self.qformer_config.hidden_size if self.connector == "qformer" else self.vision_hidden_size
+
+    def check_trained_heads(self, *heads: str) -> None:
+        """Raise `ValueError` for a head of stage 1 that is not in `trained_heads`; `None` allows all of them."""
+        for head in heads:
+            if self.trained_heads is not None and head not in self.trained_heads:
+                flag = {"contrast": "itc", "matching": "itm", "generation": "itg"}[head]
+                raise ValueError(
+                    f"the {head} head of this model was never trained (trained_heads in its config.json: "
+                    f"{', '.join(self.trained_heads) or 'none'}); train it with `blipren align --{flag}-weight 1`"
+                )
 
 
 def _build_sub_config(config, default_model_type: str, defaults: dict):

@@ -175,7 +175,13 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         return F.normalize(self.text_proj(states[:, 0]), dim=-1)
 
     def similarity(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Compute cosine similarities `(images, texts)`, pooled over queries by `config.itc_pooling`."""
+        """Compute cosine similarities `(images, texts)`, pooled over queries by `config.itc_pooling`.
+
+        Raises:
+            ValueError: outside of training, when the contrast was never trained.
+        """
+        if not self.training:
+            self.config.check_trained_heads("contrast")
         if self.config.itc_pooling == "mean":
             return F.normalize(image_embeds.mean(1), dim=-1) @ text_embeds.T
         return torch.einsum("iqd,td->itq", image_embeds, text_embeds).amax(-1)
@@ -209,7 +215,8 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
             logits_mask: `(batch, text_length)`, for `"itg"`: compute logits at these positions only.
 
         Raises:
-            ValueError: without text, without images or with both kinds of them, or for another objective.
+            ValueError: without text, without images or with both kinds of them, for another objective, or, outside of
+                training, for one whose head was never trained.
         """
         if input_ids is None:
             raise ValueError(
@@ -226,11 +233,15 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
                 logits_per_image=logits, logits_per_text=logits.T, image_embeds=image_embeds, text_embeds=text_embeds
             )
         if objective == "itm":
+            if not self.training:
+                self.config.check_trained_heads("matching")
             states = self.model.qformer(
                 **patches, input_ids=input_ids, text_attention_mask=attention_mask, attention_pattern="bidirectional"
             ).query_states
             return BliprenImageTextOutput(logits=self.itm_head(states).mean(1))
         if objective == "itg":
+            if not self.training:
+                self.config.check_trained_heads("generation")
             start = self.config.qformer_config.decoder_start_token_id
             if start is not None:
                 input_ids = torch.cat([torch.full_like(input_ids[:, :1], start), input_ids[:, 1:]], dim=1)
@@ -268,6 +279,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
             )
         config = copy.deepcopy(generator.config)
         config.image_text_hidden_size, config.itc_pooling = image_text_hidden_size, itc_pooling
+        config.trained_heads = []
         had_text = config.qformer_config.use_text
         config.qformer_config = BliprenQFormerConfig(
             **{**config.qformer_config.to_dict(), "use_text": True, **({} if had_text else text or {})}
@@ -314,6 +326,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
             vision_grid=[side, side],
             vision_hidden_size=vision.hidden_size,
             image_text_hidden_size=source_config.image_text_hidden_size,
+            trained_heads=["contrast", "matching"],
         )
         model = cls._from_config(config)
         copy_blip2_weights(model.model.qformer, source.state_dict())

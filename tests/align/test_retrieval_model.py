@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer, Blip2Config, Blip2ForImageTextRetrieval
 
-from blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval
+from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenForImageTextRetrieval
+from blipren.configuration_blipren import HEADS
 from blipren.training.objectives.contrast import similarity
 from tests.tiny_models import QFORMER, random_image
 
@@ -25,7 +26,10 @@ def model(untrained, tokenizer):
     torch.manual_seed(1)
     generator = BliprenForConditionalGeneration.from_pretrained(untrained)
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "decoder_start_token_id": 1}
-    return BliprenForImageTextRetrieval.from_generator(generator, text, image_text_hidden_size=16).eval()
+    model = BliprenForImageTextRetrieval.from_generator(generator, text, image_text_hidden_size=16).eval()
+    assert model.config.trained_heads == []
+    model.config.trained_heads = list(HEADS)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -247,5 +251,31 @@ def test_what_is_trained_stays_in_float32(bases, tokenizer, inputs, tmp_path):
         assert {p.dtype for p in each.parameters() if p.requires_grad} == {torch.float32}
         assert each.model.vision_tower.dtype == torch.float16
         assert each.logit_scale.dtype == torch.float32
+    model.config.trained_heads = ["matching"]
     with torch.autocast("cpu", torch.bfloat16):
         assert model.float()(**inputs, objective="itm").logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("objective, head", zip(("itc", "itm", "itg"), HEADS))
+def test_a_head_that_was_never_trained_is_refused(objective, head, model, inputs, tmp_path):
+    others = [name for name in HEADS if name != head]
+    model.config.trained_heads = others
+    try:
+        model.save_pretrained(tmp_path)
+    finally:
+        model.config.trained_heads = list(HEADS)
+    reloaded = BliprenForImageTextRetrieval.from_pretrained(tmp_path).eval()
+    assert reloaded.config.trained_heads == others
+    with pytest.raises(ValueError, match=f"the {head} head of this model was never trained.*--{objective}-weight 1"):
+        reloaded(**inputs, objective=objective)
+    reloaded.config.check_trained_heads(*others)
+    assert torch.isfinite(reloaded.train()(**inputs, objective=objective)[0]).all()  # training may use it
+    reloaded.eval().config.trained_heads = None  # unknown, in older checkpoints
+    assert torch.isfinite(reloaded(**inputs, objective=objective)[0]).all()
+
+
+def test_trained_heads_are_names_of_heads():
+    with pytest.raises(
+        ValueError, match="trained_heads has 'itm'; the heads are 'contrast', 'matching', 'generation'"
+    ):
+        BliprenConfig(trained_heads=["itm"])

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from blipren.base_blipren import hash_weights, weight_files
+from blipren.base_models_blipren import hash_weights, weight_files
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.engine.device import choose_device
+from blipren.training.engine.loading import load_config
 from blipren.training.errors import UserError
 from blipren.training.evaluation.examples import Split, open_split
 from blipren.training.evaluation.features import PatchFeatures, encode_images
@@ -50,6 +51,7 @@ VERSIONS = ("blipren", "torch", "transformers", "datasets", "pycocoevalcap", "nu
 def evaluate(settings: EvaluateSettings) -> None:
     """Run the command `evaluate`. Raises `UserError` for what the user can repair."""
     begin = time.perf_counter()
+    _check_heads(settings)
     split = open_split(settings.dataset, settings.split, settings.limit, **settings.source_options())
     _check_texts(settings, split)
     out = Path(settings.out)
@@ -219,6 +221,15 @@ def _evaluate_before(settings: EvaluateSettings, split: Split, result: Evaluatio
 
 
 # --------------------------------------------------------------------------------------------------------- inputs
+def _check_heads(settings: EvaluateSettings) -> None:
+    """Raise `UserError` if the retrieval task needs a head that was never trained."""
+    if "retrieval" in settings.tasks:
+        try:
+            load_config(settings.model).check_trained_heads("contrast", *(["matching"] if settings.rerank else []))
+        except ValueError as error:
+            raise UserError(f"{settings.model} cannot be evaluated by --tasks retrieval: {error}") from error
+
+
 def _check_texts(settings: EvaluateSettings, split: Split) -> None:
     """Raise `UserError` if the split lacks the captions or questions of a task."""
     has_references = any(e.references for e in split.examples)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval, BliprenProcessor
-from blipren.configuration_blipren import split_revision
+from blipren.configuration_blipren import HEADS, split_revision
 from blipren.qformer_weights_blipren import copy_bert_weights
 from blipren.training.commands.align import AlignSettings
 from blipren.training.console import print_line
@@ -57,6 +57,7 @@ def starting_point(settings: AlignSettings):
                 f"the Q-Former of {settings.model} cannot start from {settings.qformer_init}: {error}"
             ) from error
         print_line(f"{len(copied)} weights of the Q-Former from {settings.qformer_init}")
+    set_trained_heads(model, settings)
     processor.qformer_tokenizer = tokenizer
     freeze_unused_heads(model, settings)
     return model, processor, tokenizer
@@ -122,6 +123,14 @@ def check_vocabulary(model, tokenizer, settings: AlignSettings) -> None:
         raise UserError(
             f"max_text_tokens is {settings.max_text_tokens}, the Q-Former has {config.max_position_embeddings} positions"
         )
+
+
+def set_trained_heads(model: BliprenForImageTextRetrieval, settings: AlignSettings) -> None:
+    """Add the heads that this run trains to `config.trained_heads`, which stays None (unknown) in older checkpoints."""
+    before = [] if settings.qformer_init else model.config.trained_heads
+    if before is not None:
+        weights = dict(zip(HEADS, (settings.itc_weight, settings.itm_weight, settings.itg_weight), strict=True))
+        model.config.trained_heads = [head for head in HEADS if head in before or weights[head]]
 
 
 def freeze_unused_heads(model, settings: AlignSettings) -> None:

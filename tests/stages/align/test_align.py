@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, TrainerCallback
 
 from blipren import BliprenForConditionalGeneration, BliprenForImageTextRetrieval, BliprenProcessor
+from blipren.training.cli import main
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.data.batches.pairs import CaptionPairs
 from blipren.training.data.cache import FeatureCache
@@ -212,7 +213,7 @@ def test_what_is_refused(settings, untrained, bases, tmp_path):
     processor = BliprenProcessor.from_pretrained(untrained)
     processor.num_visual_tokens = 16
     processor.save_pretrained(patches)
-    with pytest.raises(UserError, match="connector is 'patches'"):
+    with pytest.raises(UserError, match="connector of this model is 'patches'"):
         stage.align(settings(model=str(patches), out=str(tmp_path / "d")))
     with pytest.raises(UserError, match="loss weights"):
         settings(itc_weight=0, itm_weight=0, itg_weight=0)
@@ -246,6 +247,42 @@ def test_evaluate_retrieval(run, scenes, tmp_path):
     assert metrics["encoder_zero_shot"] is None, "the encoder has no text tower"
     assert {"embed_images", "embed_texts", "search", "rerank"} == set(metrics["seconds"])
     assert (tmp_path / "similarity.png").stat().st_size > 5000
+
+
+def test_evaluate_refuses_what_needs_an_untrained_head(settings, run, scenes, tmp_path, capsys):
+    """A checkpoint says which heads its runs trained; a conversion keeps that, and a second run adds to it."""
+
+    def evaluate(model, *options: str) -> tuple[int, str]:
+        out = tmp_path / f"results-{len(list(tmp_path.iterdir()))}"
+        command = ["evaluate", str(model), str(scenes), str(out), "--tasks", "retrieval", "--split", "validation"]
+        status = main([*command, "--caption-columns", "captions", "--device", "cpu", "--no-report", *options])
+        return status, capsys.readouterr().err
+
+    def trained_heads(folder) -> list[str]:
+        return json.loads(Path(folder, "config.json").read_text())["trained_heads"]
+
+    assert trained_heads(run[0].out) == ["contrast", "matching", "generation"]
+    contrast_only, more, matching_only = (str(tmp_path / name) for name in ("contrast", "more", "matching"))
+    stage.align(settings(out=contrast_only, itm_weight=0, itg_weight=0, max_steps=2))
+    assert trained_heads(contrast_only) == ["contrast"]
+    full = tmp_path / "full"
+    assert main(["convert", contrast_only, str(full)]) == 0
+    assert trained_heads(full) == ["contrast"]
+    for folder in (contrast_only, full):
+        assert evaluate(folder)[0] == 0
+        status, error = evaluate(folder, "--rerank", "4")
+        assert status == 1 and "the matching head of this model was never trained" in error
+        assert "--itm-weight 1" in error and error.count("\n") == 1
+    stage.align(settings(model=contrast_only, out=more, tokenizer=None, itc_weight=0, itg_weight=0, max_steps=2))
+    assert trained_heads(more) == ["contrast", "matching"]
+    assert evaluate(more, "--rerank", "4")[0] == 0
+    stage.align(settings(out=matching_only, itc_weight=0, itg_weight=0, max_steps=2))
+    status, error = evaluate(matching_only)
+    assert status == 1 and "the contrast head of this model was never trained" in error
+    older = json.loads((full / "config.json").read_text())
+    del older["trained_heads"]
+    (full / "config.json").write_text(json.dumps(older))
+    assert evaluate(full, "--rerank", "4")[0] == 0  # unknown
 
 
 def test_matcher_equals_the_model(run, cache):
