@@ -125,4 +125,4 @@ def test_the_installed_command_has_no_traceback():
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr
     result = subprocess.run([sys.executable, "-m", "blipren.training.cli", "new", "x"], capture_output=True, text=True)
-    assert result.returncode == 2 and "needs VISION, LLM" in result.stderr
+    assert result.returncode == 2 and "needs LLM" in result.stderr

@@ -65,7 +65,8 @@ class ConnectorSettings(Settings):
     qformer: dict = field(default_factory=dict)
     """Q-Former settings by name, such as {num_hidden_layers: 4, hidden_size: 256, norm_position: pre}."""
     qformer_init: str | None = None
-    """BERT or DistilBERT checkpoint that the Q-Former starts from; its tokenizer is kept for the align stage."""
+    """What the Q-Former starts from, with its tokenizer: BERT or DistilBERT, for the align stage; or a checkpoint of
+    `blipren align`, whose Q-Former is used with another language model. Its encoder and sizes are taken, too."""
     projector_options: dict = field(default_factory=dict)
     """Projector settings by name, such as {num_experts: 4, experts_top_k: 2, projector_dropout: 0.1}."""
 
@@ -82,10 +83,15 @@ class NewSettings(CheckpointSettings, PromptSettings, VisionSettings, ConnectorS
 
     out: str = positional()
     """Folder for the new checkpoint."""
-    vision: str
-    """Vision encoder: Hub id or folder, optionally with @revision."""
+    vision: str | None = None
+    """Vision encoder: Hub id or folder, optionally with @revision; by default that of an aligned --qformer-init."""
     llm: str
     """Causal language model: Hub id or folder, optionally with @revision."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.vision is None and self.qformer_init is None:
+            raise UsageError("blipren new needs --vision, or a --qformer-init of `blipren align`")
 
 
 def run(settings: NewSettings) -> None:
@@ -104,6 +110,14 @@ def run(settings: NewSettings) -> None:
 
     from blipren import BliprenForConditionalGeneration, BliprenProcessor
     from blipren.configuration_blipren import split_revision
+    from blipren.training.engine.aligned_qformer import AlignedQFormer, is_our_checkpoint
+
+    aligned = None
+    if settings.qformer_init is not None and is_our_checkpoint(settings.qformer_init):
+        aligned = AlignedQFormer.load(settings.qformer_init)
+        settings = aligned.fill_settings(settings)
+    elif settings.vision is None:
+        raise UserError(f"{settings.qformer_init} is not a checkpoint of `blipren align`: name a --vision encoder")
 
     kind = "full" if settings.full else "bridge"
     connector = f"{settings.connector}/{settings.projector}"
@@ -117,7 +131,8 @@ def run(settings: NewSettings) -> None:
         "vision_feature_select": settings.vision_feature_select,
         "image_processor_options": settings.image_processor,
     }
-    text_side = {"use_text": True} if settings.qformer_init is not None else {}
+    bert = None if aligned is not None else settings.qformer_init
+    text_side = {"use_text": True} if bert is not None else {}
     try:
         model = BliprenForConditionalGeneration.from_vision_text_pretrained(
             settings.vision,
@@ -126,7 +141,7 @@ def run(settings: NewSettings) -> None:
             projector=settings.projector,
             projector_options=settings.projector_options,
             qformer=text_side | settings.qformer,
-            qformer_init=settings.qformer_init,
+            qformer_init=bert,
             dtype="auto" if settings.dtype == "auto" else getattr(torch, settings.dtype),
         )
         processor = BliprenProcessor.from_vision_text_pretrained(
@@ -136,11 +151,15 @@ def run(settings: NewSettings) -> None:
             prompts=settings.prompts or None,
             system_prompts=settings.system_prompts or None,
         )
-        if settings.qformer_init is not None:
-            name, revision = split_revision(settings.qformer_init)
+        if bert is not None:
+            name, revision = split_revision(bert)
             processor.qformer_tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot join {settings.vision} and {settings.llm}: {one_line(error)}") from error
+
+    if aligned is not None:
+        model = aligned.give_to(model, processor)
+        print(f"Q-Former, text side, its tokenizer and heads from {aligned.name}")
 
     with complete_or_absent_folder(out) as folder:
         if settings.full:
