@@ -55,12 +55,28 @@ def settings_class(name: str) -> type[Settings]:
 
 
 def _plain_type(annotation) -> tuple[type, bool]:
-    """`int | None` -> (int, False); `list[str]` -> (str, True). A union takes its first member that is not None."""
+    """Return the type of a flag's value and whether it takes several: `int | None` -> (int, False), `list[str]` ->
+    (str, True). A union takes its first member that is not None."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     if typing.get_origin(annotation) is list:
         return typing.get_args(annotation)[0], True
     return (typing.get_origin(annotation) or annotation), False
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _help_with_default(text: str, field: dataclasses.Field) -> str:
+    """Return the help text of a flag, with its default unless that is none, off or empty."""
+    if _is_required(field):
+        return f"{text} (required)"
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    if default is None or default is False or default in ([], {}):
+        return text
+    shown = "on" if default is True else " ".join(map(str, default)) if isinstance(default, list) else default
+    return f"{text} (default: {shown})"
 
 
 def _add_arguments(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
@@ -70,35 +86,37 @@ def _add_arguments(parser: argparse.ArgumentParser, settings: type[Settings]) ->
     groups = {}
     for title, names in setting_groups(settings).items():
         groups |= dict.fromkeys(names, parser.add_argument_group(title) if title else parser)
+    values = {int: "N", float: "X", str: "TEXT", dict: "{KEY: VALUE}"}
+    positionals = []
     for field in dataclasses.fields(settings):
         kind, many = _plain_type(hints[field.name])
-        keywords = {"help": docs[field.name].replace("%", "%%"), "default": argparse.SUPPRESS}
-        choices = field.metadata.get("choices")
-        if choices:
-            keywords["choices"] = choices
         if field.metadata.get("positional"):
-            if many:
-                keywords["nargs"] = "+"
-            elif field.default is not dataclasses.MISSING:
-                keywords["nargs"] = "?"
-            keywords["metavar"] = field.name.upper()
+            positionals.append(field.name.upper() + "..." * many)
             # absent positionals may come from the recipe, so argparse must not demand them
-            keywords["nargs"] = "*" if many else "?"
-            parser.add_argument(field.name, type=kind, **keywords)
+            keywords = {"nargs": "*" if many else "?", "metavar": field.name.upper(), "default": argparse.SUPPRESS}
+            parser.add_argument(field.name, type=kind, help=docs[field.name].replace("%", "%%"), **keywords)
             continue
-        flag = "--" + field.name.replace("_", "-")
+        text = _help_with_default(docs[field.name], field).replace("%", "%%")
+        keywords = {"help": text, "default": argparse.SUPPRESS}
         if kind is bool:
-            groups[field.name].add_argument(flag, action=argparse.BooleanOptionalAction, **keywords)
-        elif kind is dict:
-            groups[field.name].add_argument(flag, type=yaml.safe_load, metavar="{KEY: VALUE}", **keywords)
+            keywords["action"] = argparse.BooleanOptionalAction
         else:
-            if many:
-                keywords["nargs"] = "+"
-            groups[field.name].add_argument(flag, type=kind, **keywords)
+            keywords["type"] = yaml.safe_load if kind is dict else kind
+            keywords["nargs"] = "+" if many else None
+            if choices := field.metadata.get("choices"):
+                keywords["choices"] = [value for value in choices if value is not None]
+            else:
+                keywords["metavar"] = values[kind]
+        groups[field.name].add_argument("--" + field.name.replace("_", "-"), **keywords)
+    parser.usage = " ".join([parser.prog, *positionals, "[--config RECIPE] [options]"])
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe is a file, or the name of one that ships in training/recipes/."""
+    """Return the file of a recipe: a path, or the name of one that ships in training/recipes/.
+
+    Raises:
+        UsageError: there is neither.
+    """
     path = Path(name)
     if path.is_file():
         return path
@@ -110,7 +128,11 @@ def recipe_path(name: str) -> Path:
 
 
 def load_recipe(name: str) -> dict[str, dict]:
-    """Reads a recipe: one mapping a command. Raises `UsageError` for anything else, and for unknown sections."""
+    """Read a recipe: for each command a mapping from settings to values.
+
+    Raises:
+        UsageError: the file holds anything else, or a section that is no command.
+    """
     path = recipe_path(name)
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
@@ -128,7 +150,11 @@ def load_recipe(name: str) -> dict[str, dict]:
 
 
 def build_settings(command: str, flags: dict, config: str | None = None) -> Settings:
-    """Recipe section, then flags over it, into the command's validated settings."""
+    """Return the settings of a command: those of the recipe's section, overridden by the flags.
+
+    Raises:
+        UsageError: a setting is unknown, missing, or has a wrong value.
+    """
     chosen = settings_class(command)
     values = dict(load_recipe(config).get(command, {})) if config else {}
     known = {field.name for field in dataclasses.fields(chosen)}
@@ -138,11 +164,7 @@ def build_settings(command: str, flags: dict, config: str | None = None) -> Sett
                 f"unknown setting {name!r} in section {command!r} of {config}; settings are: {', '.join(sorted(known))}"
             )
     values.update({k: v for k, v in flags.items() if v is not None and v != []})
-    missing = [
-        f.name
-        for f in dataclasses.fields(chosen)
-        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
+    missing = [f.name for f in dataclasses.fields(chosen) if f.name not in values and _is_required(f)]
     if missing:
         raise UsageError(f"needs {', '.join(m.upper() for m in missing)}; see blipren {command} --help")
     return chosen(**values)
@@ -163,7 +185,11 @@ def main(arguments: list[str] | None = None) -> int:
         text = help_text(name)
         sub = commands.add_parser(name, help=text, description=text)
         if name in arguments[:1]:  # only the settings of the command that runs are read
-            sub.add_argument("--config", help="recipe: a YAML file, or the name of one that ships (training/recipes)")
+            sub.add_argument(
+                "--config",
+                metavar="RECIPE",
+                help="YAML file with settings, or the name of one in training/recipes; flags override it",
+            )
             _add_arguments(sub, settings_class(name))
     flags = vars(parser.parse_args(arguments))
     name, config = flags.pop("command"), flags.pop("config")
@@ -178,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command() -> None:
-    """Run `main` as a process. The end is one that several processes can rely on."""
+    """Run `main` as a process of its own, or as one of several under torchrun."""
     hide_library_notices()
     status = main()
     distributed = sys.modules.get("torch.distributed")

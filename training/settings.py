@@ -1,10 +1,11 @@
-"""What all settings have in common: fields on the command line, their help texts, and checks of their values."""
+"""What the settings of all commands share: fields on the command line, their help texts, checks of their values."""
 
 import ast
 import dataclasses
 import functools
 import inspect
 import textwrap
+import types
 import typing
 from dataclasses import dataclass, field
 
@@ -12,18 +13,22 @@ from blipren.training.errors import UsageError
 
 
 def positional(**keywords):
-    """A field that is a positional argument on the command line."""
+    """Return a field that is a positional argument on the command line."""
     return field(metadata={"positional": True}, **keywords)
 
 
 def choice(*choices, default):
-    """A field with a closed list of values."""
+    """Return a field with a closed list of values."""
     return field(default=default, metadata={"choices": choices})
 
 
 @functools.cache
 def field_docs(settings_class: type) -> dict[str, str]:
-    """The string literal under each field of a settings dataclass, its parents' included. Raises if one has none."""
+    """Return the help text of each setting by name: the string literal under its field.
+
+    Raises:
+        TypeError: a field has none.
+    """
     docs: dict[str, str] = {}
     for parent in reversed(settings_class.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
@@ -50,26 +55,40 @@ def setting_groups(settings_class: type) -> dict[str, list[str]]:
     return groups
 
 
+def describe_type(annotation) -> str:
+    """Return the type of a setting in words, such as `int or list of str`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(a) for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is list:
+        return f"list of {describe_type(typing.get_args(annotation)[0])}"
+    return {dict: "a mapping"}.get(annotation) or annotation.__name__
+
+
+def is_of_type(value, annotation) -> bool:
+    """Return whether a value is of the type of a setting. An int is a float, a bool is not an int."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return any(is_of_type(value, a) for a in typing.get_args(annotation))
+    if typing.get_origin(annotation) is list:
+        return isinstance(value, list) and all(is_of_type(item, *typing.get_args(annotation)) for item in value)
+    return type(value) is annotation or (annotation is float and type(value) is int)
+
+
 @dataclass(kw_only=True)
 class Settings:
-    """Base of all settings: checks closed lists and types of plain fields when made, wherever the values come from."""
+    """Base of all settings. Checks types and closed lists when made, wherever the values come from."""
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
+            value, annotation = getattr(self, f.name), hints[f.name]
             choices = f.metadata.get("choices")
             if choices and value not in choices:
                 raise UsageError(f"{f.name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
-            members = typing.get_args(hints[f.name]) or (hints[f.name],)
-            plain = {m for m in members if m in (int, float, bool, str)}
-            if (
-                plain
-                and not any(typing.get_origin(m) for m in members)
-                and typing.get_origin(hints[f.name]) is not list
-            ):
-                if isinstance(value, int) and not isinstance(value, bool) and float in plain and int not in plain:
-                    setattr(self, f.name, float(value))
-                elif not (value is None and type(None) in members) and type(value) not in plain:
-                    wanted = " or ".join(sorted(m.__name__ for m in plain))
-                    raise UsageError(f"{f.name} is {value!r} ({type(value).__name__}); it must be {wanted}")
+            if not is_of_type(value, annotation):
+                wanted = describe_type(annotation)
+                hint = (
+                    ": YAML reads 1e-4 as text, write 1.0e-4" if isinstance(value, str) and wanted == "float" else ""
+                )
+                raise UsageError(f"{f.name} is {value!r} ({type(value).__name__}); it must be {wanted}{hint}")
+            if type(value) is int and float in (annotation, *typing.get_args(annotation)):
+                setattr(self, f.name, float(value))

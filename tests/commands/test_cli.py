@@ -62,6 +62,10 @@ def test_flags_override_the_recipe(tmp_path):
         ([1], "must be a mapping"),
         ({"new": {"vision": "a", "llm": "b", "projector": "mpl"}}, "projector is 'mpl'"),
         ({"new": {"vision": "a", "llm": "b", "queries": "many"}}, "queries is 'many'"),
+        ({"new": {"vision": "a", "llm": "b", "queries": True}}, "queries is True (bool); it must be int"),
+        ({"new": {"vision": "a", "llm": "b", "qformer": "deep"}}, "qformer is 'deep' (str); it must be a mapping"),
+        ({"new": {"vision": "a", "llm": "b", "prompts": "Caption:"}}, "(str); it must be list of str"),
+        ({"new": {"vision": "a", "llm": "b", "vision_feature_layer": [1, "x"]}}, "it must be list of int"),
     ],
 )
 def test_wrong_recipes_exit_2_and_name_the_thing(content, message, tmp_path, capsys):
@@ -70,6 +74,19 @@ def test_wrong_recipes_exit_2_and_name_the_thing(content, message, tmp_path, cap
     assert main(["new", str(tmp_path / "out"), "--config", str(recipe)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_recipes():
+    assert build_settings("train", {"model": "a", "cache": "b", "out": "c", "epochs": 3}).epochs == 3.0
+    with pytest.raises(UsageError, match="learning_rate is '1e-4' .*write 1.0e-4"):
+        build_settings("train", {"model": "a", "cache": "b", "out": "c", "learning_rate": "1e-4"})
+
+
+def test_help_shows_defaults_and_what_is_required(capsys):
+    with pytest.raises(SystemExit):
+        main(["new", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "visual tokens of the Q-Former. (default: 32)" in shown and "optionally with @revision. (required)" in shown
 
 
 def test_missing_recipe_names_those_that_ship():
