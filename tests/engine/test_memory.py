@@ -9,6 +9,7 @@ import pytest
 COUNT_FAULTS = """
 import resource
 import torch
+from transformers import AutoModel, Trainer  # as in a command: what was allocated before decides where blocks lie
 from blipren.training.engine.memory import keep_freed_memory
 
 def faults():
