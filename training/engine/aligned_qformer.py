@@ -122,5 +122,6 @@ class AlignedQFormer:
         weights = {k: v for k, v in self.model.state_dict().items() if not k.startswith(other)}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         assert not unexpected and all(name.startswith(other) for name in missing)
+        model.config.trained_heads = config.trained_heads
         processor.qformer_tokenizer = self.processor.qformer_tokenizer
         return model
