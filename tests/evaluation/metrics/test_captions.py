@@ -152,8 +152,9 @@ def test_evaluate_modules_load_and_combine(tmp_path):
     keywords = {"predictions": list(DOGS.values()), "references": list(DOG_REFERENCES.values())}
     values = combined.compute(**keywords)
     ours = caption_metrics(DOGS, DOG_REFERENCES)
-    for name in ("CIDEr", "BLEU-1", "BLEU-4", "ROUGE-L"):
-        assert values[name] == pytest.approx(ours[name])
+    assert {name: values[name] for name in ours if name != "METEOR"} == {
+        n: v for n, v in ours.items() if n != "METEOR"
+    }
     assert values["unique_captions"] == 1
     vqa = hf_evaluate.load(module_path("vqa_accuracy"))
     answers = [["dog"] * 2 + ["cat"] * 8, ["2"]]

@@ -7,7 +7,6 @@ import pytest
 
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.evaluation.evaluate import evaluate
-from blipren.training.evaluation.judges import find_judge
 from blipren.training.evaluation.metrics.hallucination import COCO_WORDS, chair, coco_objects, judge_captions, singular
 from blipren.training.evaluation.metrics.pope import PopeQuestion, pope_questions, pope_scores
 from blipren.training.quickstart.judge import SceneJudge
@@ -57,10 +56,8 @@ def test_human_captions_hallucinate_little_and_foreign_ones_much(shared_data):
     assert chair(foreign, references, boxes).values["CHAIR_i"] > 0.6
 
 
-def test_scenes_are_judged_by_their_column():
-    column, judge = find_judge([{"objects": []}, {"scene": ""}])
-    assert column == "scene" and isinstance(judge, SceneJudge)
-    assert find_judge([{"objects": [], "group": "seen"}]) is None
+def test_scenes_are_judged():
+    judge = SceneJudge()
     scenes = {i: make_scene(0, i) for i in range(4)}
     first = scenes[0].objects[0]
     captions = {i: f"a {s.objects[0].colour} {s.objects[0].shape}" for i, s in scenes.items()}
