@@ -278,7 +278,15 @@ class BliprenProcessor(ProcessorMixin):
     # ---- transformers' hooks --------------------------------------------------------------------------------------
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Put text without the placeholder into the prompt layout of training; use the caption prompt without text."""
+        """Put text without the placeholder into the prompt layout of training; use the caption prompt without text.
+
+        Raises:
+            ValueError: for videos or audio, an image by path or address where only `data:` is allowed, or numbers of
+                texts and images that do not fit.
+        """
+        for name, value in (("videos", videos), ("audio", audio)):
+            if value is not None:
+                raise ValueError(f"{name} were given to the processor, and this model reads images and text only")
         single = isinstance(text, str)
         if images is not None:
             check_image_sources(images)

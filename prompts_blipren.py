@@ -7,6 +7,13 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 IMAGE_TOKEN = "<image>"
 DEFAULT_PROMPT = "Short caption:"
 DEFAULT_CHAT_PROMPT = "Write a short caption for this image."
+# Jinja in front of every chat template: a part of a message that would be ignored is an error
+CHECK_PARTS = """{%- for message in messages if message['content'] and message['content'] is not string -%}
+  {%- for part in message['content'] if part['type'] not in ('image', 'image_url', 'text') -%}
+    {{- raise_exception('a message has a part of type ' ~ part['type'] ~ ', and this model reads images and text only') -}}
+  {%- endfor -%}
+{%- endfor -%}
+"""
 # sets what a template would otherwise vary between training and inference (date, thinking block), then replaces images
 # by the placeholder
 _TEMPLATE_HEAD = """{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}
@@ -42,9 +49,8 @@ def build_chat_template(text_template: str | None, image_token: str, answer_star
         image_token: placeholder of an image.
         answer_start: text between prompt and answer, where the language model has no template.
     """
-    return _TEMPLATE_HEAD.replace("IMAGE_TOKEN", image_token) + (
-        text_template or _PLAIN_TEMPLATE.replace("ANSWER_START", answer_start)
-    )
+    head = CHECK_PARTS + _TEMPLATE_HEAD.replace("IMAGE_TOKEN", image_token)
+    return head + (text_template or _PLAIN_TEMPLATE.replace("ANSWER_START", answer_start))
 
 
 def pick_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
@@ -92,6 +98,7 @@ def end_of_answer_id(tokenizer: PreTrainedTokenizerBase, generation_eos: list[in
 
 
 __all__ = [
+    "CHECK_PARTS",
     "DEFAULT_CHAT_PROMPT",
     "DEFAULT_PROMPT",
     "IMAGE_TOKEN",

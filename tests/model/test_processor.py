@@ -1,10 +1,13 @@
 """The processor: equal prompt tokens in training and inference, one end token, no special token from a text."""
 
+import numpy as np
 import pytest
-from tiny_models import make_llm, make_tokenizer, random_image
+from jinja2 import TemplateError
+from tiny_models import CHATML, make_llm, make_tokenizer, random_image
 
 from blipren import BliprenProcessor
 from blipren.prompts_blipren import end_of_answer_id, pick_image_token
+from blipren.training.hub.prompt_templates import image_behind_user_turn, image_first
 
 
 @pytest.fixture(scope="module", params=["plain", "chat"])
@@ -141,3 +144,16 @@ def test_an_answer_to_the_empty_prompt_follows_the_image(bases):
     assert prompt == processor.encode_prompt() and prompt[-4:] == [processor.image_token_id] * 4
     answer = "A dog runs ."
     assert processor.encode_answer(answer)[:-1] == processor.tokenizer(answer, add_special_tokens=False).input_ids
+
+
+def test_videos_and_audio_are_refused(processor):
+    """A model of images and text ignores nothing that it is given: as an argument, and in a chat."""
+    for name in ("videos", "audio"):
+        with pytest.raises(ValueError, match=f"{name} were given to the processor"):
+            processor(text="What happens ?", **{name: [np.zeros((2, 3, 32, 32))]})
+    templates = processor.chat_template, image_first(make_tokenizer(), "<image>"), image_behind_user_turn("", CHATML)
+    for kind in ("video", "audio", "input_text"):
+        chat = [{"role": "user", "content": [{"type": kind, kind: "somewhere"}, {"type": "text", "text": "What ?"}]}]
+        for template in templates:
+            with pytest.raises(TemplateError, match=f"a message has a part of type {kind}"):
+                processor.apply_chat_template(chat, tokenize=False, chat_template=template)

@@ -2,10 +2,13 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from blipren.prompts_blipren import CHECK_PARTS
 from blipren.training.errors import UserError
 
 # placeholder, beginning of text, prompt, a space, answer, end
-_IMAGE_FIRST = """{%- for message in messages -%}
+_IMAGE_FIRST = (
+    CHECK_PARTS
+    + """{%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
 {% generation %}{{ ' ' + message['content'] }}{% if not (loop.last and continue_final_message) %}{{ eos_token }}{% endif %}{% endgeneration %}
 {%- elif message['content'] is string -%}{{ BEGINNING }}{{ message['content'] }}
@@ -14,8 +17,11 @@ _IMAGE_FIRST = """{%- for message in messages -%}
 {{ BEGINNING }}{%- for part in message['content'] -%}{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}
 {%- endif -%}
 {%- endfor -%}"""
+)
 # ChatML, with the placeholder between the user's turn and the assistant's
-_BEHIND_USER_TURN = """{%- for message in messages -%}
+_BEHIND_USER_TURN = (
+    CHECK_PARTS
+    + """{%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
 {{ '<|im_start|>assistant\\n' }}{% generation %}{{ message['content'] }}{% if not (loop.last and continue_final_message) %}{{ '<|im_end|>' }}{% endif %}{% endgeneration %}{% if not (loop.last and continue_final_message) %}{{ '\\n' }}{% endif %}
 {%- elif message['content'] is string -%}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
@@ -25,6 +31,7 @@ _BEHIND_USER_TURN = """{%- for message in messages -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
