@@ -124,6 +124,16 @@ def test_files_of_rows_that_are_pipes_or_lead_elsewhere_are_refused(tmp_path, na
         open_rows(f"{folder}/*{name[-4:]}")
 
 
+def test_metadata_in_a_folder_that_is_a_link_is_refused(tmp_path):
+    elsewhere = write_folder(tmp_path / "elsewhere", [{"file_name": "a.png", "caption": SECRET}], {})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="metadata.jsonl is a link out of the folder"):
+        open_rows(str(tmp_path / "data"))
+    (row,) = open_rows(str(tmp_path / "data"), follow_links=True)
+    assert row.answers == [SECRET.strip()]
+
+
 def test_links_between_the_folders_of_the_splits_are_read(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(encoded(picture(3), "PNG"))

@@ -1,8 +1,10 @@
-"""Rows from anything that `datasets.load_dataset` reads. URLs are never fetched."""
+"""Rows from anything that `datasets.load_dataset` reads, one data set or several. URLs are never fetched."""
 
 from __future__ import annotations
 
 import glob
+import json
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ from blipren.training.data.sources.data_files import check_readable, files_of
 from blipren.training.data.sources.hugging_face import open_hugging_face
 from blipren.training.data.sources.images import ImageError
 from blipren.training.data.sources.metadata_folder import METADATA_FILES, MetadataFolder
-from blipren.training.data.sources.mixture import Mixture
 from blipren.training.data.sources.rows import Row, Source, hash_texts
 from blipren.training.data.sources.splits import normalize_split, split_by_hash
 from blipren.training.errors import UserError
@@ -94,6 +95,7 @@ def _open_one(
     if local.is_dir() and not (local / "dataset_dict.json").exists() and not (local / "state.json").exists():
         places = [local, *sorted(child for child in local.iterdir() if child.is_dir())]
         files = [place / name for place in places for name in METADATA_FILES if (place / name).exists()]
+        check_readable(files, local, follow_links)  # also of a folder that is a link
         if files:
             return MetadataFolder(local, files, options, follow_links)
         if not any(files_of(local)):
@@ -102,7 +104,7 @@ def _open_one(
 
 
 class SplitView(Source):
-    """The rows of one split of a source."""
+    """One split of a source."""
 
     def __init__(self, source: Source, split: str, validation_share: float, test_share: float):
         self.source, self.split = source, split
@@ -122,3 +124,50 @@ class SplitView(Source):
                 if passed >= start:
                     yield row
                 passed += 1
+
+
+class Mixture(Source):
+    """Several sources as one.
+
+    Without weights it has all rows of each source in turn. With weights, rows are drawn in these proportions, each once,
+    until one source has no more.
+    """
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None, seed: int = 0):
+        self.sources, self.weights, self.seed = list(sources), weights, seed
+        self.name = ", ".join(source.name for source in sources)
+        self.columns = sources[0].columns
+        counts = [source.num_rows for source in sources]
+        self.num_rows = sum(counts) if weights is None and None not in counts else None
+        self.fingerprint = hash_texts([*(s.fingerprint for s in sources), json.dumps([weights, seed])])
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        index = 0
+        for number, row in self._drawn():
+            if index >= start:
+                row.index = index
+                row.id = f"{number}/{row.id}"  # ids are unique within a source only
+                yield row
+            index += 1
+
+    def _drawn(self) -> Iterator[tuple[int, Row]]:
+        if self.weights is None:
+            for number, source in enumerate(self.sources):
+                for row in source.rows():
+                    yield number, row
+            return
+        rng = random.Random(self.seed)
+        readers = [source.rows() for source in self.sources]
+        while True:
+            number = rng.choices(range(len(readers)), self.weights)[0]
+            row = next(readers[number], None)
+            if row is None:
+                return
+            yield number, row
+
+    def describe(self) -> str:
+        weights = self.weights or [None] * len(self.sources)
+        return "\n".join(
+            source.describe() + (f"; weight {weight:g}" if weight is not None else "")
+            for source, weight in zip(self.sources, weights)
+        )
