@@ -1,11 +1,11 @@
-"""What stage 1 is worth to captioning: BLIP-2's Figure 5 as an experiment of equal total time.
+"""Captioning with and without stage 1 in equal total time, as in Figure 5 of BLIP-2.
 
     python benchmarks/align.py DATASET --vision ENCODER --llm LLM --tokenizer WORDPIECE --out ablation.json
     python benchmarks/align.py scenes --out ablation.json       # draws scenes and takes the quickstart's towers
 
-Three arms share one feature cache: the Q-Former with stage 1 in front of captioning, the Q-Former without it, and the
-projector alone on every patch. Stage 1's time is given to the other arms as further captioning steps, so that all
-train equally long; the figure is CIDEr on the held-out split. `--seeds` repeats all of it.
+Three arms share one feature cache: the Q-Former with stage 1 before captioning, the Q-Former without stage 1, and the
+projector alone on every patch. The other arms get the time of stage 1 as additional captioning steps, so that all arms train
+for the same time. The figure is CIDEr on the held-out split. `--seeds` repeats everything.
 """
 
 import argparse
@@ -52,11 +52,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-PROBE = 100  # steps of the run that says what a step costs
+PROBE = 100  # steps of the run that measures the cost of a step
 
 
 def prepare(options: argparse.Namespace, work: Path) -> None:
-    """Draws the scenes where they are the data set, and names their towers."""
+    """Draw the scenes if they are the data set, and set their towers."""
     if options.dataset != "scenes":
         return
     towers = Path(__file__).resolve().parents[1] / "training" / "quickstart" / "towers"
@@ -68,15 +68,18 @@ def prepare(options: argparse.Namespace, work: Path) -> None:
 
 
 def seconds_of(call, *settings) -> tuple[float, float]:
-    """(process seconds, wall seconds): on a shared machine only the first can be compared."""
+    """Return process seconds and wall seconds. On a shared machine only process seconds can be compared."""
     wall, process = time.perf_counter(), time.process_time()
     call(*settings)
     return time.process_time() - process, time.perf_counter() - wall
 
 
 def run_arm(options, work: Path, arm: str, seed: int, budget: dict) -> dict:
-    """One arm from new to CIDEr. The first arm sets `budget`, the seconds of both stages; the others get steps for as
-    long, by what a step costs in a short run of their own."""
+    """Run one arm from `new` to CIDEr.
+
+    The first arm sets `budget`, the seconds of both stages. The others get as many steps as fit into it, by the cost of a
+    step in a short run of their own.
+    """
     folder = work / f"{arm.replace(' ', '-')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     made, run = str(folder / "new"), str(folder / "run")

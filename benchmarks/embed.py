@@ -3,8 +3,8 @@
     python benchmarks/embed.py --encoder mobilenet --out embed.json
     python benchmarks/embed.py --encoder siglip-b --images 96
 
-Every arm embeds the same drawn 640x480 JPEGs with the same random weights; arms take turns, and each figure is the
-median over the rounds. Ratios are the result: absolute figures depend on the machine and on what else runs on it.
+Every arm embeds the same drawn 640x480 JPEGs with the same random weights. Arms take turns, and each figure is the median
+over the rounds. The ratios are the result: absolute figures depend on the machine and its load.
 """
 
 import argparse
@@ -50,7 +50,7 @@ ENCODERS = {
 
 
 def draw_photos(folder: Path, count: int) -> None:
-    """JPEGs of 640x480 with the detail of photos, and their metadata."""
+    """Draw JPEGs of 640x480 with the detail of photos, and write their metadata."""
     rng = np.random.default_rng(0)
     lines = []
     for number in range(count):
@@ -65,7 +65,7 @@ def draw_photos(folder: Path, count: int) -> None:
 
 
 def make_model(name: str):
-    """A model with an encoder of the real shape and random weights, and its image processor."""
+    """Return a model with an encoder of real size and random weights, and its image processor."""
     if Path(name).exists():
         vision, processor = AutoConfig.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
     else:
@@ -90,7 +90,7 @@ def make_model(name: str):
 
 
 def bare(encoder: Encoder, images: int, batch: int) -> float:
-    """Images/s of the encoder alone, on pixels that are there."""
+    """Return images/s of the encoder alone, on pixels in memory."""
     blank = encoder.image_processor(images=[Image.new("RGB", (64, 64))] * batch, return_tensors="pt")
     pixels = {"pixel_values": blank["pixel_values"].to(encoder.device)}
     started = time.perf_counter()
@@ -101,7 +101,7 @@ def bare(encoder: Encoder, images: int, batch: int) -> float:
 
 
 def plain_loop(encoder: Encoder, processor, photos: list[Path], batch: int) -> float:
-    """Images/s of decode, processor, encoder one after the other: what a script does, with transformers' own resize."""
+    """Return images/s of a script that decodes, resizes by transformers' processor and encodes one after the other."""
     started = time.perf_counter()
     for begin in range(0, len(photos), batch):
         images = [Image.open(path).convert("RGB") for path in photos[begin : begin + batch]]
@@ -111,7 +111,7 @@ def plain_loop(encoder: Encoder, processor, photos: list[Path], batch: int) -> f
 
 
 def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dict) -> float:
-    """Images/s of all that `blipren embed` does once the model is loaded: rows to a finished cache."""
+    """Return images/s of `blipren embed` without loading the model: from rows to a finished cache."""
     s = EmbedSettings(model="benchmark", dataset=str(photos), cache=str(cache), **settings)
     source = open_rows(s.dataset)
     config = PrepareConfig(image_processor=encoder.image_processor)
@@ -138,8 +138,7 @@ def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dic
 
 
 def read(cache: FeatureCache, batches: int, batch: int) -> dict[str, float]:
-    """GB/s of stored features in shuffled batches, the first pass with checksums and later ones without, and without
-    any."""
+    """Return GB/s of reading stored features in shuffled batches: first pass (checks checksums), later pass, no checks."""
     rows = cache.num_rows("train")
     result = {}
     for name, opened in (("checked", cache), ("unchecked", FeatureCache.open(cache.folder, verify=False))):

@@ -1,4 +1,4 @@
-"""Whether the mixture-of-experts projector is worth its parameters: `moe` against `mlp` of equal size and arithmetic.
+"""The mixture-of-experts projector against an MLP with as many parameters, and with as much arithmetic.
 
     python benchmarks/experts.py --data scenes flickr8k-mini --flickr8k-mini DATASET --vision ENCODER --llm LLM \\
         --seeds 0 1 --jobs 8 --work FOLDER --out experts.json

@@ -1,9 +1,9 @@
-"""Caption generation one by one against batches, and where the time of an evaluation goes.
+"""Speed of generating captions in batches against one by one.
 
     python benchmarks/generate.py MODEL DATASET --out generate.json [--images 64] [--rounds 3]
 
 Both arms start from the same patch features and must give the same captions. They take turns, and a figure is the median
-over the rounds. Ratios are the result: absolute figures depend on the machine and its load.
+over the rounds. The ratio is the result: absolute figures depend on the machine and its load.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from blipren.training.evaluation.generation import generate_answers, load_model
 def measure(
     model: str, dataset: str, images: int, batch_size: int, rounds: int, max_new_tokens: int, device: str
 ) -> dict:
-    """Seconds of each arm, captions a second, and their ratio."""
+    """Return the seconds and captions per second of each arm, and their ratio."""
     network, processor = load_model(model, device)
     photos = []
     for example in open_split(dataset, limit=images).examples:

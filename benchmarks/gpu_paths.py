@@ -1,9 +1,9 @@
-"""Every arithmetic and attention that `blipren train` offers on a GPU, run end to end on drawn scenes.
+"""Every precision and attention of `blipren train` on a GPU, trained on drawn scenes.
 
     python benchmarks/gpu_paths.py --out gpu_paths.json
 
-Every run has the same cache, start and order of batches. Dropout draws other numbers in half precision, so that losses of
-single runs differ by chance; compare them over several seeds. Speed is the median of the log's second half.
+Every run has the same cache, initial weights and order of batches. Dropout draws other numbers in half precision, so losses
+of single runs differ by chance: compare them over several seeds. The speed is the median of the second half of the log.
 """
 
 import argparse
@@ -33,12 +33,12 @@ PATHS = {
 
 
 def blipren(*arguments: object) -> None:
-    """Run a command in a process of its own. Raises where it fails."""
+    """Run a command in a process of its own. Raises `CalledProcessError` if it fails."""
     subprocess.run([sys.executable, "-m", "blipren.training.cli", *map(str, arguments)], check=True, timeout=320)
 
 
 def measure(run: Path) -> dict:
-    """Losses and speeds of a finished run, from its log."""
+    """Return losses and speeds of a finished run, from its log."""
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["kind"] == "train"]
     late = steps[len(steps) // 2 :]

@@ -1,11 +1,11 @@
-"""Stage 1 on drawn scenes: recall among 500 held-out scenes whose captions are all different.
+"""Recall of stage 1 among 500 held-out drawn scenes whose captions are all different.
 
     python benchmarks/scenes_retrieval.py --out scenes-retrieval.json
 
-Draws the quickstart's training scenes and 500 others, each with the one caption that tells every size, colour, shape and
-place; a scene whose caption was drawn before is passed over. Then it runs `new`, `embed`, `align` and
-`evaluate --tasks retrieval` on the quickstart's vision tower. Half of the held-out scenes have combinations of colour
-and shape, or of objects, that neither the tower nor the Q-Former saw.
+Draws the quickstart's training scenes and 500 others. Each of the 500 has one caption that names every size, colour, shape
+and place; a scene whose caption was drawn before is skipped. Then the script runs `new`, `embed`, `align` and
+`evaluate --tasks retrieval` with the quickstart's vision tower. Half of the held-out scenes have combinations of colour and
+shape, or of objects, on which neither the tower nor the Q-Former was trained.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TRAINING = (Split("train", "seen", 6000), Split("validation", "seen", 200))
 
 
 def add_held_out(folder: Path, seed: int, count: int) -> None:
-    """Appends `count` test rows with different captions, half of them of the group "unseen", to the folder's metadata."""
+    """Append `count` test rows with different captions to the folder's metadata, half of them of the group "unseen"."""
     rows, captions, index = [], set(), 10**6
     while len(rows) < count:
         group = ("seen", "unseen")[len(rows) % 2]

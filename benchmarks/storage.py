@@ -1,8 +1,8 @@
-"""What storing features in int8 costs: bytes, held-out loss and CIDEr of one trained model on both kinds of features.
+"""Features stored in int8 against float16: bytes, held-out loss and CIDEr of one trained model.
 
     python benchmarks/storage.py MODEL CACHE --out storage.json
 
-CACHE is a float16 or float32 cache that fits MODEL. Its test split is read as it is stored, and once more rounded to int8
+CACHE is a float16 or float32 cache made with MODEL. Its test split is evaluated as it is stored, and again rounded to int8
 with a scale for each token, as `blipren embed --dtype int8` stores it.
 """
 
@@ -21,14 +21,14 @@ from blipren.training.evaluation.metrics.captions import caption_metrics
 
 
 def as_int8(features: torch.Tensor) -> torch.Tensor:
-    """Features as an int8 cache gives them back."""
+    """Return features as an int8 cache returns them."""
     values, scales = to_storage(features, "int8", [""] * len(features))
     return torch.from_numpy(values).float() * torch.from_numpy(scales)[..., None]
 
 
 @torch.no_grad()
 def held_out_loss(model, processor, features: torch.Tensor, answers: list[list[str]]) -> float:
-    """Mean loss a token of all captions of all images, an image a batch."""
+    """Return the mean loss per token of all captions of all images. A batch is one image."""
     total, tokens = 0.0, 0
     prompt = processor.encode_prompt(num_visual_tokens=[model.config.num_visual_tokens])
     for patches, texts in zip(features, answers):

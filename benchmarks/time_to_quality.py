@@ -1,12 +1,12 @@
-"""Time to quality: minutes until the validation loss that the notebook way ends with, `blipren train` against it.
+"""Time of `blipren embed` and `blipren train` until the final validation loss of a notebook's loop.
 
     python benchmarks/time_to_quality.py DATASET --vision ENCODER --llm LLM --recipe flickr8k-mini --out quality.json
 
-Both train the same untrained checkpoint, language model frozen. The notebook way is arm (a) of train.py: every step
-decodes and encodes its photos anew, a row a caption, padded to 64 tokens, logits everywhere, AdamW under a half cosine.
-Ours embeds the data set once and then runs `blipren train` with the same rates and a batch of its own; its time has the
-embedding in it. Validation is left out of both times, and is the same: all captions of the validation split, per token.
-Run it with one thread (`--threads 1`) on a machine that does other things, since times are processor time.
+Both arms train the same untrained checkpoint with a frozen language model. The notebook's loop is arm (a) of train.py: every
+step decodes and encodes its photos again, has one row per caption, padded to 64 tokens, and computes all logits; AdamW with a
+half cosine. The other arm embeds the data set once and runs `blipren train` with the same learning rate and its own batch size;
+its time includes the embedding. Both are validated in the same way, on all captions of the validation split, and validation is
+not part of the times. Times are processor time: run it with one thread (`--threads 1`) on a shared machine.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Notebook:
-    """The notebook way on the data set's own files."""
+    """A notebook's training loop on the files of the data set."""
 
     def __init__(self, options: argparse.Namespace, model, processor, cache: Path, settings: TrainSettings):
         self.options, self.model, self.processor = options, model, processor
@@ -68,7 +68,7 @@ class Notebook:
         self.validation_rows = self.pairs_of(self.validation, prompts)
 
     def pairs_of(self, source, prompts: PromptEncoder) -> list[tuple[int, list[int], list[int]]]:
-        """(image, prompt, answer) of every caption."""
+        """Return (image, prompt, answer) of every caption."""
         found = []
         for image in range(len(source.texts)):
             for block in build_blocks((0, image), source.texts.answers(image), source.visual_tokens(image), prompts):
@@ -93,7 +93,7 @@ class Notebook:
         return total / tokens
 
     def train(self) -> list[dict]:
-        """Trains; returns an event an epoch with `seconds` and `loss`."""
+        """Train. Returns one event per epoch with `seconds` and `loss`."""
         options, model = self.options, self.model
         model.freeze()
         model.train()

@@ -1,12 +1,12 @@
-"""Speed and memory of `blipren train` against the notebook way and against transformers' BLIP-2, side by side.
+"""Speed and memory of a step of `blipren train`, of a notebook's loop and of transformers' BLIP-2.
 
     python benchmarks/train.py --out train.json                  # SigLIP-B/16, 12-layer Q-Former, 135M Llama shape
-    python benchmarks/train.py --shape tiny --rounds 2           # seconds: shows that it runs
+    python benchmarks/train.py --shape tiny --rounds 2           # a few seconds, to try the script
     python benchmarks/train.py --shape so400m-1b --device cuda   # on a GPU
 
-Every arm trains the same bridge with the same random weights on the same drawn photos and the same captions, without
-dropout, optimizer step included; the losses of all arms are compared before anything is timed. Arms take turns, and a
-figure is the median over the rounds. Ratios are the result: absolute figures depend on the machine and its load.
+Every arm trains the same bridge with the same random weights on the same drawn photos and captions, without dropout; a step
+includes the optimizer. The losses of all arms are compared before anything is timed. Arms take turns, and a figure is the
+median over the rounds. The ratios are the result: absolute figures depend on the machine and its load.
 """
 
 import argparse
@@ -41,13 +41,13 @@ def main() -> None:
         "--clock",
         choices=["cpu", "wall"],
         default="wall",
-        help="cpu: this process's time, for a machine that is shared",
+        help="cpu: processor time, for a shared machine",
     )
     parser.add_argument("--half", action="store_true", help="add arms in bf16, with SDPA and eager attention")
     parser.add_argument("--compile", action="store_true", help="add a compiled arm")
     parser.add_argument("--fused", action="store_true", help="add an arm with `fused_loss`")
     parser.add_argument("--flex", action="store_true", help="with --half, on a GPU: an arm with FlexAttention")
-    parser.add_argument("--profile", action="store_true", help="say where the time of (d) goes, by operator")
+    parser.add_argument("--profile", action="store_true", help="time of (d) by operator")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def timed(bench: Bench, arms: dict[str, str], results: dict[str, dict], rounds: int) -> None:
-    """Arms (name -> method) take turns, so that a load on the machine falls on all of them."""
+    """Time arms (name -> method of `Bench`) in turns, so that other load on the machine affects all of them."""
     for _ in range(rounds):
         for name, arm in arms.items():
             wall, cpu = time.perf_counter(), time.process_time()
@@ -70,7 +70,7 @@ def timed(bench: Bench, arms: dict[str, str], results: dict[str, dict], rounds: 
             results[name].setdefault("wall_seconds", []).append(time.perf_counter() - wall)
             results[name].setdefault("cpu_seconds", []).append(time.process_time() - cpu)
             print(name, {k: results[name][k][-1] for k in ("wall_seconds", "cpu_seconds")}, flush=True)
-    # apart, since measuring gives memory back that the next step would have to map anew
+    # measured separately: it returns memory to the kernel, which would slow the next step
     for name, arm in arms.items():
         with PeakMemory(bench.device) as memory:
             bench.step(arm)
@@ -81,7 +81,7 @@ def timed(bench: Bench, arms: dict[str, str], results: dict[str, dict], rounds: 
 def run(options, folder: Path) -> dict:
     bench = Bench(options, folder)
     results: dict[str, dict] = {}
-    for arm in options.arms:  # warms up, counts, and proves that all compute the same
+    for arm in options.arms:  # warm up, count, and check that all arms compute the same
         found: list = []
         count = flops.count(lambda arm=arm, found=found: found.append(bench.step(arm)))
         results[arm] = {"loss": found[0][0], "useful_tokens": found[0][1], "flops": count}

@@ -1,4 +1,4 @@
-"""What a benchmark measures of a step besides its time: memory, arithmetic, operators."""
+"""What benchmarks measure of a step besides its time: memory, matrix rate, time by operator."""
 
 import ctypes
 import platform
@@ -9,13 +9,13 @@ import torch
 
 
 def resident(key: str) -> int:
-    """`VmRSS` or `VmHWM` of this process, in bytes."""
+    """Return `VmRSS` or `VmHWM` of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
 class PeakMemory:
-    """Most memory that a block takes beyond what was taken before it: `.bytes`, None where it cannot be measured."""
+    """Peak memory of a block beyond what was used before it, in `.bytes`; None where it cannot be measured."""
 
     bytes: int | None = None
 
@@ -41,7 +41,7 @@ class PeakMemory:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one large matrix product: what this machine can do at most, right now."""
+    """Return FLOP/s of one large matrix product, the most that this machine reaches at the moment."""
     a = torch.randn(2048, 2048, device=device).to(dtype)
     best = 0.0
     for _ in range(4):

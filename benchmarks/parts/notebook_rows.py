@@ -1,11 +1,11 @@
-"""Rows of the notebook way: one a caption, padded, labels beside."""
+"""Rows of a notebook's training loop: one per caption, padded, with labels."""
 
 import torch
 
 
 def padded_with_labels(rows: list[tuple[int, list[int], list[int]]], length: int, pad: int) -> dict[str, torch.Tensor]:
-    """(image, prompt ids, answer ids) -> `input_ids`, `attention_mask` and `labels` (-100 outside the answer), all
-    [rows, length], right-padded."""
+    """Return `input_ids`, `attention_mask` and `labels` (-100 outside the answer) of rows (image, prompt ids, answer ids),
+    each [rows, length], right-padded."""
     ids = torch.full((len(rows), length), pad)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for r, (_, prompt, answer) in enumerate(rows):

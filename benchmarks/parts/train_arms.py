@@ -1,4 +1,4 @@
-"""The arms of `train.py`: the same bridge with the same weights, trained in the notebook way, as BLIP-2, and in ours."""
+"""The arms of `train.py`: one bridge with the same weights, trained by a notebook's loop, as BLIP-2, and as in `blipren`."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ EOS, PAD, CAPTION_LENGTH = 2, 0, 64
 
 
 class Words:
-    """Stands for a processor: a plain prompt of four tokens behind the image."""
+    """In place of a processor: a plain prompt of four tokens after the image."""
 
     prompts, system_prompts = ["Short caption:"], []
 
@@ -63,7 +63,7 @@ class Words:
 
 
 class CachedFeatures(nn.Module):
-    """Stands for BLIP-2's vision encoder: gives what was computed before."""
+    """In place of BLIP-2's vision encoder: returns features that were computed before."""
 
     main_input_name = "pixel_values"
     features: torch.Tensor
@@ -73,7 +73,7 @@ class CachedFeatures(nn.Module):
 
 
 class Bench:
-    """The two models with equal weights, the data, and an arm for each way to train on it."""
+    """The two models with equal weights, the data, and a method for each arm."""
 
     def __init__(self, options, folder: Path):
         vision, qformer, llm, self.queries = SHAPES[options.shape]
@@ -83,7 +83,7 @@ class Bench:
         text_config = LlamaConfig(
             **llm, max_position_embeddings=2048, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS
         )
-        image_token = llm["vocab_size"] - 1  # BLIP-2 embeds its placeholder, so it must be of the vocabulary
+        image_token = llm["vocab_size"] - 1  # BLIP-2 embeds its placeholder, so it must be in the vocabulary
         self.blip2 = Blip2ForConditionalGeneration(
             Blip2Config(
                 vision_config=Blip2VisionConfig(**vision),
@@ -163,26 +163,26 @@ class Bench:
         pictures = [Image.open(self.photos[i]).convert("RGB") for i in images]
         return self.image_processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.device)
 
-    # ---- rows for the arms that know nothing of packing -----------------------------------------------------------
+    # ---- rows for the arms without packing -----------------------------------------------------------
 
     def rows(self, text_length: int | None) -> tuple[list[int], dict[str, torch.Tensor]]:
-        """A right-padded row a pair; captions padded to `text_length`, or to the longest row."""
+        """Return one right-padded row per pair; captions padded to `text_length`, or to the longest row."""
         rows = [(b.image[1], b.prefix + prompt, answer) for b in self.blocks for prompt, answer in b.segments]
         head = len(rows[0][1])
         length = head + text_length if text_length else max(len(p) + len(a) for _, p, a in rows)
         tensors = padded_with_labels(rows, length, PAD)
         return [image for image, _, _ in rows], {k: v.to(self.device) for k, v in tensors.items()}
 
-    # ---- arms: each gives its loss and the share of positions that are tokens -------------------------------------
+    # ---- arms: each returns its loss and the share of positions that are tokens -------------------------------------
 
     def notebook(self):
-        """(a) Decode, encode, Q-Former for every pair; captions padded to 64; all logits."""
+        """(a) Decode, encode and run the Q-Former for every pair; captions padded to 64 tokens; all logits."""
         images, batch = self.rows(CAPTION_LENGTH)
         share = batch["attention_mask"].float().mean().item()
         return self.ours(**batch, pixel_values=self.pixels(images), use_cache=False).loss, share
 
     def blip2_pixels(self):
-        """(b) BLIP-2 as it is, padded to the longest row. Its encoder is its own: the loss differs."""
+        """(b) BLIP-2 as it is, padded to the longest row. It has its own encoder, so its loss differs."""
         images, batch = self.rows(None)
         self.blip2.vision_model = self.vision_model
         share = batch["attention_mask"].float().mean().item()
@@ -220,11 +220,11 @@ class Bench:
         return self.ours_on(collate_shared(self.blocks, PAD))
 
     def fused(self):
-        """(d) with logits of few positions at a time."""
+        """(d) with the fused loss: logits of few positions at a time."""
         return self.ours_on(collate_shared(self.blocks, PAD), fused=True)
 
     def long_rows(self):
-        """(d) in rows of 2,048 tokens, which FlexAttention does not pay for."""
+        """(d) in rows of 2,048 tokens, whose empty blocks FlexAttention skips."""
         return self.ours_on(collate_shared(self.blocks, PAD, 2048))
 
     # ---- measuring ------------------------------------------------------------------------------------------------
@@ -239,8 +239,8 @@ class Bench:
 
 
 def attention_pieces(bench: Bench) -> dict[str, float]:
-    """Positions that FlexAttention computes, in its pieces of 128 x 128, of those that a dense mask does in rows of least
-    cost; by length of row."""
+    """Return the positions that FlexAttention computes in blocks of 128 x 128, relative to a dense mask in rows of least
+    cost, by row length."""
     batches = {length: collate_shared(bench.blocks, PAD, length) for length in (None, 2048)}
     dense = batches[None]["input_ids"].numel() * batches[None]["input_ids"].shape[1]
     shares = {}
