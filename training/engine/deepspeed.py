@@ -28,7 +28,9 @@ FILLED = {  # "auto" is what the Trainer fills in from its own arguments
 def refuse_foreign_launch() -> None:
     """Raise `UserError` where accelerate or DeepSpeed launched the process with a DeepSpeed setup of its own."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError("launch without DeepSpeed; `blipren train` takes --deepspeed CONFIG (docs/how-to/train.md)")
+        raise UserError(
+            "launch without DeepSpeed; `blipren train` takes --deepspeed CONFIG (docs/how-to/several-gpus.md)"
+        )
 
 
 def read_config(path: str | None, device: str) -> dict | None:
