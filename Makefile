@@ -21,7 +21,7 @@ format: .venv/dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-# the site, in site/: open site/index.html, or read along with .venv/bin/mkdocs serve
+# the site, in site/: open site/index.html, or run .venv/bin/mkdocs serve, where the search works too
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 

@@ -18,22 +18,18 @@ BENCHMARKS = "results/benchmarks.md"
 
 def type_name(annotation) -> str:
     """Return the type of a setting as it is written in Python."""
-    return (
-        annotation.__name__
-        if isinstance(annotation, type) and not hasattr(annotation, "__args__")
-        else str(annotation)
-    )
+    return annotation.__name__ if type(annotation) is type else str(annotation)
 
 
 def default_text(field: dataclasses.Field) -> str:
-    """Return the default of a setting, empty where it has none."""
+    """Return the text about the default of a setting, empty where it has none or nothing."""
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
     elif field.default is not dataclasses.MISSING:
         value = field.default
     else:
-        return ""
-    return f"`{value}`"
+        value = None
+    return "" if value in (None, "") else f", default `{value}`"
 
 
 def flag_name(field: dataclasses.Field) -> str:
@@ -41,29 +37,28 @@ def flag_name(field: dataclasses.Field) -> str:
     return field.name.upper() if field.metadata.get("positional") else "--" + field.name.replace("_", "-")
 
 
-def settings_table(settings: type, names: list[str]) -> str:
-    """Return a Markdown list of settings: flag, type or choices, default, and help text."""
+def settings_list(settings: type, names: list[str]) -> str:
+    """Return a Markdown definition list of settings: flag, values and default, then the help text."""
     fields = {field.name: field for field in dataclasses.fields(settings)}
     docs = field_docs(settings)
-    rows = ["| setting | values | default | |", "| --- | --- | --- | --- |"]
+    entries = []
     for name in names:
         field = fields[name]
         choices = field.metadata.get("choices")
-        values = ", ".join(map(str, choices)) if choices else type_name(field.type)
-        cells = (f"`{flag_name(field)}`", f"`{values}`", default_text(field), docs[name])
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows)
+        values = " or ".join(f"`{choice}`" for choice in choices) if choices else f"`{type_name(field.type)}`"
+        entries.append(f"`{flag_name(field)}` {values}{default_text(field)}\n\n:   {docs[name]}")
+    return "\n\n".join(entries)
 
 
 def command_page(name: str) -> str:
     """Return the reference page of a command."""
     settings = settings_class(name)
-    fields = {field.name: field for field in dataclasses.fields(settings)}
-    positionals = [n.upper() for n, field in fields.items() if field.metadata.get("positional")]
-    usage = " ".join(["blipren", name, *positionals, "[--config RECIPE]", "[--setting VALUE ...]"])
+    positionals = [flag_name(field) for field in dataclasses.fields(settings) if field.metadata.get("positional")]
+    usage = " ".join(["blipren", name, *positionals, "[--SETTING VALUE ...]"])
     parts = [f"# blipren {name}", command_module(name).__doc__.strip(), f"```text\n{usage}\n```"]
-    for title, names in setting_groups(settings).items():
-        parts += [f"## {title or 'Settings'}", settings_table(settings, names)]
+    groups = setting_groups(settings)
+    for title in sorted(groups, key=bool):  # what has no title comes first
+        parts += [f"## {title or 'Arguments'}", settings_list(settings, groups[title])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -90,7 +85,7 @@ def on_config(config):
 
 def on_files(files, config):
     """Add the generated pages to those of docs/."""
-    rows = [f"| [`{name}`]({name}.md) | {command_module(name).__doc__.splitlines()[0]} |" for name in command_names()]
+    rows = [f"- [`{name}`]({name}.md): {command_module(name).__doc__.splitlines()[0]}" for name in command_names()]
     index = (ROOT / "docs" / "hooks" / "commands.md").read_text(encoding="utf-8") + "\n".join(rows) + "\n"
     pages = {
         f"{COMMANDS}/index.md": index,
