@@ -1,4 +1,4 @@
-"""Consensus captions: scores of all captions against all images, what is foretold of an image left out, and training."""
+"""Consensus captions: scores of all captions against all images, scores predicted for an image left out, and training."""
 
 import pytest
 import torch

@@ -7,14 +7,14 @@ import evaluate as hf_evaluate
 import pytest
 
 from blipren.training.errors import UserError
+from blipren.training.evaluation.metrics.caption_scorers import score_texts
 from blipren.training.evaluation.metrics.captions import (
     CAPTION_METRICS,
     caption_metrics,
     score_captions,
 )
-from blipren.training.evaluation.metrics.evaluate_modules import MODULES, module_path
+from blipren.training.evaluation.metrics.evaluate_wrappers import MODULES, module_path
 from blipren.training.evaluation.metrics.meteor import meteor_formula
-from blipren.training.evaluation.metrics.scorers import score_texts
 from blipren.training.evaluation.metrics.tokenizer import java_available
 
 TOKENIZERS = [

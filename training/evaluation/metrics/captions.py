@@ -2,7 +2,7 @@
 
 `caption_metrics` returns the numbers. `score_captions` also returns the scores of each image, the tokenizer, what could
 not be computed and why, and the statistics for confidence intervals. Both compute the metrics by `evaluate.combine` over
-the modules in `modules/`.
+the modules in `evaluate_wrappers/`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 
 from blipren.training.errors import UserError
 from blipren.training.evaluation.metrics.bootstrap import Statistic, interval, mean_statistic
-from blipren.training.evaluation.metrics.evaluate_modules.base import DETAILS
-from blipren.training.evaluation.metrics.evaluate_modules.caption_bleu import CaptionBleu
-from blipren.training.evaluation.metrics.evaluate_modules.caption_text import CaptionText
-from blipren.training.evaluation.metrics.evaluate_modules.cider import Cider
-from blipren.training.evaluation.metrics.evaluate_modules.meteor_1_5 import Meteor15
-from blipren.training.evaluation.metrics.evaluate_modules.rouge_l import RougeL
-from blipren.training.evaluation.metrics.scorers import MetricScores
+from blipren.training.evaluation.metrics.caption_scorers import MetricScores
+from blipren.training.evaluation.metrics.evaluate_wrappers.base import DETAILS
+from blipren.training.evaluation.metrics.evaluate_wrappers.caption_bleu import CaptionBleu
+from blipren.training.evaluation.metrics.evaluate_wrappers.caption_text import CaptionText
+from blipren.training.evaluation.metrics.evaluate_wrappers.cider import Cider
+from blipren.training.evaluation.metrics.evaluate_wrappers.meteor_1_5 import Meteor15
+from blipren.training.evaluation.metrics.evaluate_wrappers.rouge_l import RougeL
 from blipren.training.evaluation.metrics.tokenizer import choose_tokenizer, tokenize
 
 logger = logging.getLogger(__name__)

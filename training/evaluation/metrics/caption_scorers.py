@@ -1,7 +1,7 @@
 """Scorers of tokenised captions: CIDEr-D, BLEU, ROUGE-L and METEOR by `pycocoevalcap`, and statistics of the texts.
 
 A scorer takes captions and their references, tokens joined by one space, and returns `MetricScores`. The `evaluate`
-modules in `modules/` are made of these functions.
+modules in `evaluate_wrappers/` are made of these functions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`evaluate` module: CIDEr-D, the agreement of a caption with several references."""
 
-from blipren.training.evaluation.metrics import scorers
-from blipren.training.evaluation.metrics.evaluate_modules import base
+from blipren.training.evaluation.metrics import caption_scorers as scorers
+from blipren.training.evaluation.metrics.evaluate_wrappers import base
 
 
 class Cider(base.CaptionMetric):

@@ -1,6 +1,6 @@
 """`evaluate` module: visual question answering: exact accuracy and the VQA soft score."""
 
-from blipren.training.evaluation.metrics.evaluate_modules import base
+from blipren.training.evaluation.metrics.evaluate_wrappers import base
 from blipren.training.evaluation.metrics.vqa import vqa_metrics
 
 

@@ -1,7 +1,7 @@
 """`evaluate` module: ROUGE-L, the longest common subsequence, with beta 1.2 as captioning uses it."""
 
-from blipren.training.evaluation.metrics import scorers
-from blipren.training.evaluation.metrics.evaluate_modules import base
+from blipren.training.evaluation.metrics import caption_scorers as scorers
+from blipren.training.evaluation.metrics.evaluate_wrappers import base
 
 
 class RougeL(base.CaptionMetric):

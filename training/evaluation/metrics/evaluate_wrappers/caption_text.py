@@ -1,7 +1,7 @@
 """`evaluate` module: Statistics of captions as texts: distinct n-grams, different captions, length, repetition."""
 
-from blipren.training.evaluation.metrics import scorers
-from blipren.training.evaluation.metrics.evaluate_modules import base
+from blipren.training.evaluation.metrics import caption_scorers as scorers
+from blipren.training.evaluation.metrics.evaluate_wrappers import base
 
 
 class CaptionText(base.CaptionMetric):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import datasets
 import evaluate
 
-from blipren.training.evaluation.metrics.scorers import MetricScores
+from blipren.training.evaluation.metrics.caption_scorers import MetricScores
 from blipren.training.evaluation.metrics.tokenizer import tokenize
 
 DETAILS = " details"
@@ -32,7 +32,7 @@ class TextMetric(evaluate.Metric):
 
 
 class CaptionMetric(TextMetric):
-    """A metric of captions. A module sets `score`, one of `metrics.scorers`."""
+    """A metric of captions. A module sets `score`, one of `metrics.caption_scorers`."""
 
     score: Callable[[list[str], list[list[str]]], MetricScores]
 

@@ -1,7 +1,7 @@
 """`evaluate` module: METEOR 1.5; None if there is no Java."""
 
-from blipren.training.evaluation.metrics import scorers
-from blipren.training.evaluation.metrics.evaluate_modules import base
+from blipren.training.evaluation.metrics import caption_scorers as scorers
+from blipren.training.evaluation.metrics.evaluate_wrappers import base
 
 
 class Meteor15(base.CaptionMetric):
