@@ -75,9 +75,11 @@ def small_command(line: str) -> list[str]:
     command, *rest = shlex.split(line, comments=True)[1:]
     if command != "new":
         return [command, *rest, *SMALL.get(command, [])]
+    text = ["--llm", str(TOWERS / "llm")]
+    if "aligned" in rest:  # encoder and sizes are those of the aligned checkpoint
+        return [command, *rest, *text]
     size = ["--qformer-init", "bert"] if "--qformer-init" in rest else ["--qformer", QFORMER]
-    towers = ["--vision", str(TOWERS / "vision"), "--llm", str(TOWERS / "llm")]
-    return [command, *rest, *towers, "--queries", "4", *size]
+    return [command, *rest, *text, "--vision", str(TOWERS / "vision"), "--queries", "4", *size]
 
 
 def commands(block: str) -> list[str]:
