@@ -1,13 +1,21 @@
-"""Captions in batches, and the caption command."""
+"""Captions and answers in batches, losses, padding."""
 
-import json
+from collections import Counter
 
 import pytest
 import torch
+from transformers import LogitsProcessorList
 
-from blipren.training.cli import main
 from blipren.training.evaluation.features import encode_images
-from blipren.training.evaluation.generation import generate_answers, load_model, pad_left, pad_right
+from blipren.training.evaluation.generation import (
+    Sampling,
+    end_ids,
+    generate_answers,
+    generate_batch,
+    load_model,
+    pad_left,
+    pad_right,
+)
 from blipren.training.evaluation.image_use import answer_losses
 from tests.evaluation.conftest import QUESTION, colour_picture, new_model
 
@@ -63,19 +71,23 @@ def test_padding_sides():
     assert pad_right([[1], [2, 3]], 9)[1].tolist() == [[1, 0], [1, 1]]
 
 
-def test_caption_command(seeing, tmp_path, capsys):
-    paths = [str(tmp_path / f"{i}.png") for i in range(2)]
-    for i, path in enumerate(paths):
-        colour_picture(i).save(path)
-    assert main(["caption", str(seeing), paths[0], "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "A red picture ."
-    assert main(["caption", str(seeing), *paths, "--prompt", QUESTION, "--json", "--device", "cpu"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [(row["image"], row["text"]) for row in rows] == [(paths[0], "red"), (paths[1], "green")]
-    assert main(["caption", str(seeing), str(tmp_path / "absent.png")]) == 1
-    error = capsys.readouterr().err
-    assert "there is no file" in error and "absent.png" in error and len(error.splitlines()) == 1
-    broken = tmp_path / "page.jpg"
-    broken.write_text("<!doctype html>")
-    assert main(["caption", str(seeing), str(broken)]) == 1
-    assert "a web page where a picture should be" in capsys.readouterr().err
+def test_samples_follow_the_distribution(untrained):
+    """First tokens of many seeds come as often as temperature and top-p say."""
+    model, processor = load_model(str(untrained), "cpu")
+    count = 2000
+    features = encode_images(model, processor, [colour_picture(0)])
+    prompt = processor.encode_prompt(None, num_visual_tokens=features.visual_tokens(model.config))
+    sampling = Sampling(0.7, 0.5, seeds=list(range(count)))
+    inputs = features[[0] * count].model_inputs("cpu")
+    rows = [list(prompt)] * count
+    processors = sampling.processors(range(count), len(prompt))
+    answers = generate_batch(model, processor, rows, inputs, max_new_tokens=1, logits_processor=processors)
+    ids = torch.tensor(rows[:1])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **features.model_inputs("cpu")).logits[0, -1]
+    wanted = LogitsProcessorList(processors[:2])(ids, logits[None].float()).softmax(-1)[0]
+    expected, found = Counter(), Counter(answer["text"] for answer in answers)
+    for token in wanted.nonzero()[:, 0].tolist():
+        expected["" if token in end_ids(model) else processor.decode_answer([token])] += wanted[token].item()
+    assert set(found) <= set(expected) and 5 < len(expected)
+    for text, probability in expected.most_common(5):
+        assert found[text] / count == pytest.approx(probability, abs=4 * (probability / count) ** 0.5)

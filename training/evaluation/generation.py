@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from blipren.training.data.sources.images import ImageError, decode_image, read_file
 from blipren.training.engine.device import choose_device
@@ -64,6 +73,54 @@ def end_ids(model) -> set[int]:
     return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
 
+class GumbelNoise(LogitsProcessor):
+    """Adds Gumbel noise to logits, from a generator of its own for each row.
+
+    The maximum of logits with Gumbel noise is a sample of their distribution, so that greedy search samples. `generate`
+    draws all rows from one generator, so that its samples depend on the batch.
+    """
+
+    def __init__(self, seeds: Sequence[int]):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise = [torch.empty(scores.shape[1]).exponential_(generator=g).log() for g in self.generators]
+        return scores - torch.stack(noise).to(scores)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen beside `generate`'s own settings.
+
+    Attributes:
+        temperature: 0 takes the likeliest token. top_p: share of the probability that is sampled from.
+        repetition_penalty: divides (or multiplies) the logits of tokens that the answer has; the prompt does not count.
+        seeds: seed of each image, see `image_seed`.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seeds: Sequence[int] = ()
+
+    def processors(self, rows: Sequence[int], prompt_length: int) -> LogitsProcessorList:
+        """Return the logits processors of a batch with these rows, whose prompts are padded to `prompt_length`."""
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty, prompt_length))
+        if self.temperature:
+            processors.append(TemperatureLogitsWarper(self.temperature))
+            processors.append(TopPLogitsWarper(self.top_p))
+            processors.append(GumbelNoise([self.seeds[row] for row in rows]))
+        return processors
+
+
+def image_seed(image: Image.Image, seed: int) -> int:
+    """Return a seed made from `seed` and the pixels of an RGB image."""
+    content = hashlib.sha256(f"{seed} {image.size} ".encode() + image.tobytes())
+    return int.from_bytes(content.digest()[:8], "big", signed=True)
+
+
 @torch.no_grad()
 def generate_batch(
     model, processor, prompts: Sequence[Sequence[int]], image_inputs: dict[str, torch.Tensor], **generation
@@ -102,6 +159,7 @@ def generate_answers(
     prompts: Sequence[str | None] | str | None = None,
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
+    sampling: Sampling | None = None,
     **generation,
 ) -> list[dict]:
     """Generate an answer to the prompt of every image, in batches of similar length.
@@ -110,7 +168,8 @@ def generate_answers(
         images: PIL images, their `PatchFeatures`, or None for prompts without an image (then `prompts` is a list).
         prompts: one for all images, or one an image; None is the model's own caption prompt.
         progress: called with the number of finished rows after each batch.
-        generation: keyword arguments of `generate`; greedy search unless they say otherwise.
+        sampling: temperature, top-p and repetition penalty; greedy search without it.
+        generation: keyword arguments of `generate`.
 
     Returns:
         In the order of the images `text`, `num_tokens` (without the end token) and `ended_by_eos`.
@@ -133,6 +192,8 @@ def generate_answers(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         inputs = {} if features is None else features[rows].model_inputs(model.device)
+        if sampling is not None:
+            generation["logits_processor"] = sampling.processors(rows, max(len(encoded[i]) for i in rows))
         answers = generate_batch(model, processor, [encoded[i] for i in rows], inputs, **generation)
         for row, answer in zip(rows, answers):
             results[row] = answer

@@ -296,12 +296,17 @@ def is_caption(row: Mapping) -> bool:
     return not {"exact", "pope"} & row.keys() and ("caption" in row or "image_to_text_rank" not in row)
 
 
-def write_predictions(folder: Path, rows: Sequence[Mapping]) -> None:
-    """Write predictions.jsonl and predictions.csv."""
-    write_atomically(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def csv_text(rows: Sequence[Mapping]) -> str:
+    """Return rows as CSV, with a column for every name that a row has."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, columns)
     writer.writeheader()
     writer.writerows({name: _safe_cell(value) for name, value in row.items()} for row in rows)
-    write_atomically(folder / "predictions.csv", buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_predictions(folder: Path, rows: Sequence[Mapping]) -> None:
+    """Write predictions.jsonl and predictions.csv."""
+    write_atomically(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(folder / "predictions.csv", csv_text(rows))

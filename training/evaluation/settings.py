@@ -1,4 +1,4 @@
-"""Settings of the commands that generate answers: evaluate, caption."""
+"""Settings of the commands that generate answers: evaluate and caption share the first group, caption has both."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -38,3 +38,31 @@ class GenerationSettings(Settings):
         if self.no_repeat_ngram_size:
             options["no_repeat_ngram_size"] = self.no_repeat_ngram_size
         return options
+
+
+@dataclass(kw_only=True)
+class SamplingSettings(GenerationSettings):
+    """Sampling and repetition."""
+
+    temperature: float = 0.0
+    """Sample with this temperature; 1 is the model's own distribution, 0 is greedy or beam search."""
+    top_p: float = 1.0
+    """Sampling: keep only the likeliest tokens whose probabilities add up to this."""
+    repetition_penalty: float = 1.0
+    """Above 1 tokens that the answer already has become less likely."""
+    seed: int = 0
+    """Sampling: seed. With the same seed an image gets the same answer in any batch, order or selection of images."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature < 0:
+            raise UsageError(f"temperature is {self.temperature}; it must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.repetition_penalty <= 0:
+            raise UsageError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
+        if self.temperature and self.num_beams > 1:
+            raise UsageError("sampling has one beam: leave out num_beams, or temperature")
+        for name in ("top_p", "seed"):
+            if not self.temperature and getattr(self, name) != getattr(SamplingSettings, name):
+                raise UsageError(f"{name} is for sampling: give a temperature above 0, or leave out {name}")

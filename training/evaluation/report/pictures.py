@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from blipren.training.evaluation.attention import Explanation
+
 
 def image_url(image: Image.Image, edge: int = 320, quality: int = 80) -> str:
     """Return an image, at most `edge` pixels wide and high, as a `data:` URL."""
@@ -97,3 +99,49 @@ def similarity_grid(path: str | Path, images: Sequence, captions: Sequence[str],
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def attention_picture(path: Path, explained: Explanation, columns: int = 6) -> None:
+    """Draw an image and, for each word of its caption, the word's attention map over the image, as a PNG.
+
+    Each patch of the encoder's grid is one square of the map.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    panels = 1 + len(explained.words)
+    lines = -(-panels // columns)
+    columns = -(-panels // lines)  # as full as the others, the last line too
+    width, height = explained.seen.size
+    title = textwrap.wrap(explained.caption, 17 * columns)
+    figure = Figure(figsize=(2.1 * columns, 2.1 * lines * height / width + 0.32 * (lines + len(title)) + 0.7))
+    figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.04)
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    axes.flat[0].imshow(explained.seen)
+    axes.flat[0].set_title("image", fontsize=11, color="dimgray", style="italic")
+    for axis, word, values in zip(axes.flat[1:], explained.words, explained.word_maps):
+        axis.imshow(explained.seen)
+        axis.imshow(
+            values,
+            cmap="inferno",
+            vmin=0,
+            vmax=1,
+            alpha=0.2 + 0.6 * values.numpy(),  # the image stays visible where the map is low
+            extent=(0, width, height, 0),
+            interpolation="nearest",
+        )
+        axis.set_title(word.replace("$", r"\$"), fontsize=13, weight="bold")
+    scale = ScalarMappable(Normalize(0, 1), "inferno")
+    bar = figure.colorbar(scale, ax=axes, orientation="horizontal", shrink=0.4, aspect=40, ticks=[0, 1])
+    method = (
+        "gradient × attention"
+        if explained.queries is not None
+        else "gradient × patch feature (the connector `patches` has no cross-attention)"
+    )
+    bar.set_ticklabels(["0", "maximum of the word"])
+    bar.set_label(method, fontsize=9)
+    figure.suptitle("\n".join(title).replace("$", r"\$"), fontsize=14)
+    figure.savefig(path, format="png", dpi=110)
