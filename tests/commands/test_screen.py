@@ -22,6 +22,8 @@ COMMANDS = [
     "embed model photos cache --workers 0",
     "align model cache aligned --tokenizer words --max-steps 2 --batch-size 8",
     "train model cache run --max-steps 2 --batch-size 8 --eval-every 1 --generate-samples 1",
+    "train model photos online --online --workers 1 --max-steps 1 --batch-size 8",
+    "train model cache lora --max-steps 1 --batch-size 8 --llm-tuning lora --full --merge-lora",
     "evaluate run photos before --limit 4 --max-new-tokens 4 --resamples 10",
     "evaluate run photos after --limit 4 --max-new-tokens 4 --resamples 10 --tasks captioning vqa --before before",
     "compare before after --resamples 10",
@@ -29,6 +31,9 @@ COMMANDS = [
     "caption run photos/0.png --max-new-tokens 4",
     "convert run full",
     "push full user/name --dry-run",
+]
+WITH_OPTIONAL = [
+    "train model cache bits --max-steps 1 --batch-size 8 --llm-tuning lora --llm-bits 4 --report-to tensorboard",
 ]
 
 
@@ -72,7 +77,7 @@ def test_every_line_is_ours(packages, work_folder, tmp_path):
         (tmp_path / "ours").mkdir()
         (tmp_path / "ours" / "blipren").symlink_to(Path(blipren.__file__).parent)
         environment["PYTHONPATH"] = f"{tmp_path / 'site-packages'}{os.pathsep}{tmp_path / 'ours'}"
-    lines = [line.split() for line in COMMANDS]
+    lines = [line.split() for line in COMMANDS + (WITH_OPTIONAL if packages == "all" else [])]
     lines[0].append(QFORMER)
     result = subprocess.run(
         [*interpreter, str(Path(__file__).with_name("run_marked.py"))],
