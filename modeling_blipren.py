@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .assisted_generation_blipren import adapt_candidate_generator, assistant_image_features, reads_images
 from .base_blipren import BliprenPreTrainedModel
 from .base_models_blipren import base_model_reference, load_base_code
 from .configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_revision
@@ -506,7 +507,13 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
-        """Generate as in transformers; image features are computed once, from `pixel_values` or `patch_features`."""
+        """Generate as in transformers; image features are computed once, from `pixel_values` or `patch_features`.
+
+        An `assistant_model` may be a language model with the same tokenizer, or a model of this class.
+
+        Raises:
+            ValueError: when an assistant that reads images has another number of visual tokens.
+        """
         image_kwargs = {
             key: kwargs.pop(key)
             for key in (
@@ -521,16 +528,36 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             if key in kwargs
         }
         if any(image_kwargs.get(key) is not None for key in ("pixel_values", "patch_features")):
-            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**image_kwargs, return_dict=True)}
+            features = self.get_image_features(**image_kwargs, return_dict=True)
+            kwargs["mm_encoder_outputs"] = {"image": features}
+            assistant = kwargs.get("assistant_model")
+            if assistant is not None and reads_images(assistant):
+                counts = [len(image) for image in features.pooler_output]
+                own = assistant_image_features(assistant, image_kwargs, counts)
+                kwargs["mm_encoder_outputs"]["assistant_image"] = own
         return super().generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
-        """Prepare inputs as in transformers; drop images whose tokens are cached, which versions before 5.20 do not."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
-        if inputs.get("mm_encoder_outputs") is not None and cache is not None and cache.get_seq_length() > 0:
-            if ids is not None and not (ids == self.config.image_token_id).any():
-                inputs["mm_encoder_outputs"] = None
+    def _get_candidate_generator(self, *args, **kwargs):
+        # transformers has no public way: it gives an assistant the token ids and image features of this model
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        adapt_candidate_generator(generator, kwargs["input_ids"], self.config.image_token_id, kwargs["model_kwargs"])
+        return generator
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs
+    ) -> dict:
+        """Prepare inputs as in transformers, with images if, and only if, the inputs have their placeholders.
+
+        Versions before 5.20 always pass the images; later ones do not pass them to an assistant.
+        """
+        # generate takes inputs_embeds only if this signature names it
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        ids = inputs.get("input_ids")
+        if kwargs.get("mm_encoder_outputs") and ids is not None:
+            # a single token behind the prefill is a generated one
+            is_prompt = ids.shape[1] > 1 or kwargs.get("is_first_iteration")
+            has_images = is_prompt and bool((ids == self.config.image_token_id).any())
+            inputs["mm_encoder_outputs"] = kwargs["mm_encoder_outputs"] if has_images else None
         return inputs
 
     @classmethod

@@ -65,3 +65,32 @@ def test_samples_follow_the_softmax(family, pair):
         counts = torch.bincount(torch.tensor(samples).flatten(), minlength=len(row))
         spread = (4000 * row * (1 - row)).sqrt()
         assert ((counts - 4000 * row).abs() <= 5 * spread + 1).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_inputs_embeds_give_the_tokens_of_input_ids(family, pair):
+    model, processor = pair(llm=family)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6}
+    batch = processor(images=[random_image(0), random_image(1)], text=PROMPTS, return_tensors="pt")
+    text = processor(text=PROMPTS, return_tensors="pt")
+    for inputs in (batch, text):
+        ids = inputs["input_ids"]
+        is_image = ids == processor.image_token_id
+        embeds = model.get_input_embeddings()(ids.masked_fill(is_image, 0)).detach()
+        if is_image.any():
+            features = model.get_image_features(inputs["pixel_values"]).pooler_output
+            embeds = embeds.masked_scatter(is_image[..., None], torch.cat(features).detach())
+        expected = model.generate(**inputs, **settings)[:, ids.shape[1] :]
+        mask = {"attention_mask": inputs["attention_mask"]}
+        assert torch.equal(model.generate(inputs_embeds=embeds, **mask, **settings), expected)
+        assert torch.equal(model.generate(inputs_embeds=embeds, **mask, **settings, num_beams=3, do_sample=False),
+                           model.generate(**inputs, **settings, num_beams=3)[:, ids.shape[1] :])  # fmt: skip
+
+
+def test_inputs_embeds_with_the_placeholder_take_images(pair):
+    model, processor = pair(llm_values={"vocab_size": 400})  # the placeholder has a row of the vocabulary
+    inputs = dict(processor(images=random_image(0), text=PROMPTS[1], return_tensors="pt"))
+    ids = inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    expected = model.generate(ids, **inputs, max_new_tokens=6, min_new_tokens=6)[:, ids.shape[1] :]
+    assert torch.equal(model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=6, min_new_tokens=6), expected)
