@@ -77,7 +77,7 @@ def test_no_picture_two_pictures_and_no_video(plugin):
     none = request("Hello", settings, lambda doc: [], 0, "colours", "test")
     two = request("What ?", settings, lambda doc: [doc["image"], doc["image"]], 0, "colours", "test")
     assert len(plugin.generate_until([none, two])) == 2
-    with pytest.raises(ValueError, match="takes pictures, and this is str"):
+    with pytest.raises(ValueError, match="takes images, and this is str"):
         plugin.generate_until([request("What ?", settings, lambda doc: ["a.mp4"], 0, "colours", "test")])
     with pytest.raises(NotImplementedError, match="one round"):
         plugin.generate_until_multi_round([])

@@ -105,15 +105,15 @@ class Blipren(lmms):
         contexts, settings, visuals, ids, tasks, splits = zip(*rows)
         photos = [self._photos(*row) for row in zip(visuals, ids, tasks, splits)]
         prompts, images = self._inputs(contexts, photos)
-        told = dict(settings[0])
-        until = told.get("until") or []
+        asked = dict(settings[0])
+        until = asked.get("until") or []
         generation = {
-            "max_new_tokens": int(told.get("max_new_tokens") or self.max_new_tokens),
-            "num_beams": int(told.get("num_beams") or 1),
-            "do_sample": bool(told.get("do_sample")) or float(told.get("temperature") or 0) > 0,
+            "max_new_tokens": int(asked.get("max_new_tokens") or self.max_new_tokens),
+            "num_beams": int(asked.get("num_beams") or 1),
+            "do_sample": bool(asked.get("do_sample")) or float(asked.get("temperature") or 0) > 0,
         }
         if generation["do_sample"]:
-            generation |= {k: float(told[k]) for k in ("temperature", "top_p") if told.get(k) is not None}
+            generation |= {k: float(asked[k]) for k in ("temperature", "top_p") if asked.get(k) is not None}
         texts = []
         for answer in generate_batch(self.model, self.processor, prompts, images, **generation):
             text = answer["text"]

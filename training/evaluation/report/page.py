@@ -248,9 +248,9 @@ def training_curves(folder: str | None) -> tuple[list[dict], int | None]:
                 panels.setdefault(title, []).append({"name": name, "points": finite})
     chosen, finished = None, Path(folder) / "finished.json"
     if finished.is_file():
-        told = json.loads(finished.read_text(encoding="utf-8"))
-        kept = re.search(r"\d+", str(told.get("kept", "")))
-        chosen = int(kept.group()) if kept else told["steps"] if told.get("kept") == "last" else None
+        values = json.loads(finished.read_text(encoding="utf-8"))
+        kept = re.search(r"\d+", str(values.get("kept", "")))
+        chosen = int(kept.group()) if kept else values["steps"] if values.get("kept") == "last" else None
     return [{"title": title, "lines": lines} for title, lines in panels.items()], chosen
 
 
