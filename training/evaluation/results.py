@@ -104,11 +104,12 @@ def add_captions(result: Evaluation, settings, captions: dict[str, dict], meteor
         "intervals": {n: interval(s, settings.resamples, settings.seed) for n, s in hallucination.statistics.items()},
         "truth": hallucination.basis,
     }
-    groups = {e.facts.get("group") for e in examples} - {None}
-    if judge is not None and len(groups) > 1:
+    judged = [e for e in examples if judge is not None and e.id in contents]
+    groups = {e.facts.get("group") for e in judged} - {None}
+    if len(groups) > 1:
         # combinations that training had and had not: the difference shows whether the model generalises
         for group in sorted(groups):
-            ids = [e.id for e in examples if e.facts.get("group") == group]
+            ids = [e.id for e in judged if e.facts.get("group") == group]
             part = judge_captions({key: predictions[key] for key in ids}, {key: contents[key] for key in ids}, judge)
             result.metrics["hallucination"][group] = part.values
 
