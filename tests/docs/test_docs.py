@@ -49,7 +49,8 @@ OTHER_PROGRAMS = {
     "pip install": "needs a package index",
     "hf auth login": "needs the Hub",
     "export BLIPREN_TRUST_BASE_CODE": "tests/hub/test_base_code.py sets it",
-    "img2dataset": "needs the network",
+    "pipx install": "needs a package index",
+    "python scripts/download_": "needs the network: tests/scripts/test_downloads.py runs it on loopback",
     "BLIPREN_IMAGES=data transformers serve": "tests/hub/test_serve.py runs it",
     "vllm serve": "needs vLLM: tests/vllm/prove.py runs it",
     "lmms-eval": "needs the network: tests/evaluation runs the plugin",
@@ -126,7 +127,7 @@ def run(line: str) -> None:
 
 def write_tar(folder: Path) -> None:
     """Write drawn photos as a WebDataset tar, as img2dataset does."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for index, row in enumerate(iterate_rows(1, (Split("train", "seen", 12),))):
             picture = io.BytesIO()
@@ -176,7 +177,7 @@ def prepared(tmp_path_factory):
             draw_scene(Scene.from_json(row["scene"])).save(folder / "photos" / row["file_name"])
             metadata.write(json.dumps(row) + "\n")
     shutil.copytree(folder / "photos", folder / "scenes")
-    for name in ("tars", "livis-tars", "cc3m-tars"):
+    for name in ("tars", "livis/tars", "cc3m/tars"):
         write_tar(folder / name)
     torch.manual_seed(0)
     write_bert(folder / "bert")
