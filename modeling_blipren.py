@@ -182,6 +182,17 @@ class BliprenImageFeaturesMixin:
         )
 
 
+class BliprenTextEmbedding(nn.Module):
+    """Embedding of a language model for token ids among which the placeholder may lie beyond the vocabulary."""
+
+    def __init__(self, embedding: nn.Module, image_token_id: int):
+        super().__init__()
+        self.embedding, self.image_token_id = embedding, image_token_id
+
+    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        return self.embedding(input_ids.masked_fill(input_ids == self.image_token_id, 0))
+
+
 class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
     """Vision tower, connector, and language model without head."""
 
@@ -370,6 +381,21 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{path}.weight"}
         self.post_init()
         self.freeze()
+
+    @classmethod
+    def _from_config(cls, config: BliprenConfig, **kwargs):
+        """Make a model of a config, as `AutoModel.from_config` does; for vLLM a `BliprenModel`.
+
+        vLLM has attention and head of its own. It takes from AutoModel the model without head, after it has set the
+        attention of the language model to `"vllm"`; AutoModel of our checkpoints is the whole model.
+        """
+        if config.text_config._attn_implementation != "vllm":
+            return super()._from_config(config, **kwargs)
+        model = BliprenModel._from_config(config, **kwargs)
+        text_model, get_embedding = model.language_model, model.language_model.get_input_embeddings
+        # vLLM embeds the placeholders too, before it replaces them
+        text_model.get_input_embeddings = lambda: BliprenTextEmbedding(get_embedding(), config.image_token_id)
+        return model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

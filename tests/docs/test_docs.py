@@ -66,7 +66,7 @@ SMALL = {
     "caption": ["--max-new-tokens", "6"],
 }
 QFORMER = "{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4}"
-FOREIGN_FLAGS = {"--help", "--config", "--node-rank", "--hf-overrides", "--allowed-media-domains", "--revision"} | {
+FOREIGN_FLAGS = {"--help", "--config", "--node-rank", "--allowed-media-domains", "--revision"} | {
     "--allowed-local-media-path", "--tensor-parallel-size", "--data-parallel-size", "--include_path", "--encoder"
 }  # fmt: skip
 

@@ -4,11 +4,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import QFORMER, random_image
-from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    OPTConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from blipren import (
     BliprenConfig,
     BliprenForConditionalGeneration,
+    BliprenModel,
     BliprenProcessor,
     BliprenQFormer,
     BliprenQFormerConfig,
@@ -417,3 +428,25 @@ def test_shift_labels_replace_labels(tiny):
         assert torch.equal(
             model(**batch, shift_labels=shifted, **options).loss, model(**batch, labels=labels, **options).loss
         )
+
+
+def test_vllm_gets_the_model_without_head(pair, tmp_path):
+    """vLLM takes it from AutoModel, with attention of its own, and embeds placeholders (tests/vllm/prove.py runs it)."""
+    model, processor = pair()
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(AutoModel.from_config(config)) is BliprenForConditionalGeneration
+    AttentionInterface.register("vllm", sdpa_attention_forward)
+    try:
+        config.text_config._attn_implementation = "vllm"
+        engine_model = AutoModel.from_config(config).eval()
+    finally:
+        del AttentionInterface._global_mapping["vllm"]
+    assert type(engine_model) is BliprenModel
+    engine_model.load_state_dict(model.model.state_dict())
+    ids = processor(images=random_image(), return_tensors="pt")["input_ids"]
+    is_image = ids == model.config.image_token_id
+    assert model.config.image_token_id >= model.config.text_config.vocab_size
+    for part in (engine_model, engine_model.language_model):
+        embedded = part.get_input_embeddings()(ids)
+        assert torch.equal(embedded[~is_image], model.get_input_embeddings()(ids[~is_image]))

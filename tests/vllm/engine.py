@@ -1,4 +1,4 @@
-"""Runs inside vLLM's own environment: greedy tokens for the prompts of a task file (see prove.py)."""
+"""Run in vLLM's own environment by prove.py: write the greedy tokens for the prompts of a task file."""
 
 import json
 import sys
@@ -13,9 +13,7 @@ def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     engine = vllm.LLM(
         model=task["checkpoint"],
-        model_impl="transformers",
         trust_remote_code=True,
-        hf_overrides=task["overrides"],
         dtype="float32",
         max_model_len=256,
         enforce_eager=True,
