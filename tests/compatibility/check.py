@@ -31,7 +31,6 @@ def main() -> None:
     for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         model = auto.from_pretrained(where, **trusted)
         result["tokens"].append(model.generate(**inputs, max_new_tokens=6)[0].tolist())
-    result["beams"] = model.generate(**inputs, max_new_tokens=6, num_beams=3)[0].tolist()
     with torch.no_grad():
         result["logits"] = model(**inputs).logits[0, -1].tolist()
 

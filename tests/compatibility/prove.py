@@ -1,4 +1,4 @@
-"""Check, on request, that our checkpoints work on every version of transformers from 5.18 to the newest.
+"""Check, on request, that our checkpoints work on every version of transformers from 5.17 to the newest.
 
     python tests/compatibility/prove.py [VERSION ...] [--environments DIR]
 
@@ -20,7 +20,7 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-OLDEST = (5, 18)
+OLDEST = (5, 17)
 
 
 def known_versions() -> list[str]:
@@ -54,7 +54,7 @@ def make_environment(folder: Path, version: str) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="*", help="by default the last release of every minor version since 5.18")
+    parser.add_argument("versions", nargs="*", help="by default the last release of every minor version since 5.17")
     parser.add_argument("--environments", type=Path, default=Path.home() / ".cache" / "blipren" / "compatibility")
     arguments = parser.parse_args()
     versions = arguments.versions or known_versions()
