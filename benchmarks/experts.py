@@ -28,8 +28,8 @@ from blipren.training.cli import build_settings, load_recipe, run_command
 from blipren.training.data.cache import FeatureCache
 from blipren.training.engine import flops
 from blipren.training.files import write_atomically
-from blipren.training.quickstart.run import TOWERS
 from blipren.training.quickstart.scenes import Split, write_scenes
+from blipren.training.quickstart.steps import TOWERS
 
 EXPERTS = 4
 ARMS = (

@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from blipren.training.quickstart.run import TOWERS, run_step
 from blipren.training.quickstart.scenes import Split, draw_scene, make_scene, write_scenes
+from blipren.training.quickstart.steps import TOWERS, run_step
 from blipren.training.quickstart.text_tokenizer import write_tokenizer
 from blipren.training.quickstart.wording import full_caption
 

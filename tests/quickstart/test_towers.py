@@ -9,7 +9,6 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from blipren.training.quickstart import train_llm, train_vision
-from blipren.training.quickstart.run import TOWERS
 from blipren.training.quickstart.scenes import (
     COLOURS,
     HELD_OUT_COMBINATIONS,
@@ -18,6 +17,7 @@ from blipren.training.quickstart.scenes import (
     held_out_reason,
     make_scene,
 )
+from blipren.training.quickstart.steps import TOWERS
 from blipren.training.quickstart.train_llm import Course
 from blipren.training.quickstart.wording import plural
 

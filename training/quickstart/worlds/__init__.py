@@ -1,0 +1,1 @@
+"""The drawn worlds of `blipren quickstart --world NAME`, one file each."""
