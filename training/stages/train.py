@@ -1,13 +1,13 @@
 """Stage 2, `blipren train`: the connector learns to caption and to answer through the language model.
 
-`LikelihoodTrainer.compute_loss` is the step, `build_trainer` puts model, batches and trainer together. What every stage
-shares is in `engine/trainer/`: `run.py` is the course of a run, `stage_trainer.py` checkpoints, log and validation.
+`LikelihoodTrainer.compute_loss` is the step, `build_trainer` puts model, batches and trainer together. What the stages
+through the language model share is in `answer_trainer.py`, what every stage shares in `engine/trainer/`: `run.py` is the
+course of a run, `stage_trainer.py` checkpoints, log and validation.
 """
 
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -17,13 +17,12 @@ from blipren.training.commands.train import TrainSettings
 from blipren.training.console import print_line
 from blipren.training.data.batches.blocks import PromptEncoder
 from blipren.training.data.batches.datasets import EvalBatches, TrainBatches
-from blipren.training.data.batches.masks import build_attention_mask, dense_attention
+from blipren.training.data.batches.masks import build_attention_mask
 from blipren.training.data.batches.plan import BatchPlan
 from blipren.training.data.batches.training_data import open_caches, open_online, read_caches
 from blipren.training.engine import deepspeed as zero
-from blipren.training.engine import flops
 from blipren.training.engine.device import choose_device, choose_precision
-from blipren.training.engine.fsdp import full_tensor, shard
+from blipren.training.engine.fsdp import shard
 from blipren.training.engine.model_setup import (
     check_fused_loss,
     choose_layout,
@@ -33,39 +32,24 @@ from blipren.training.engine.model_setup import (
 )
 from blipren.training.engine.optimizer import Average, parameter_groups
 from blipren.training.engine.run_folder import RunFolder
-from blipren.training.engine.trained_parts import checkpoint_activations, choose_trained, merge_lora
+from blipren.training.engine.trained_parts import checkpoint_activations, choose_trained
 from blipren.training.engine.trainer.arguments import training_arguments
-from blipren.training.engine.trainer.log_window import LogWindow, token_log_line
+from blipren.training.engine.trainer.log_window import token_log_line
 from blipren.training.engine.trainer.run import process_count, run_stage
-from blipren.training.engine.trainer.stage_trainer import StageTrainer
 from blipren.training.errors import UserError
 from blipren.training.objectives.experiments.build import build_experiments
 from blipren.training.objectives.experiments.experiment import Experiment
 from blipren.training.objectives.likelihood import answer_losses
-from blipren.training.stages.validation import AnswerValidation
+from blipren.training.stages.answer_trainer import AnswerTrainer
 
 
-class LikelihoodTrainer(StageTrainer):
+class LikelihoodTrainer(AnswerTrainer):
     """Trains on `TrainBatches`, validates on all of `EvalBatches`. The loss is summed over answer tokens and divided by
     their global number, whatever the batching, accumulation or world size."""
 
-    def __init__(
-        self,
-        *,
-        settings: TrainSettings,
-        processor,
-        validation: EvalBatches | None,
-        experiments: list[Experiment],
-        half_precision: bool,
-        **keywords,
-    ):
-        super().__init__(eval_dataset=validation, **keywords)
-        self.settings, self.processor, self.experiments = settings, processor, experiments
-        self.validation = AnswerValidation(self, processor, validation, settings) if validation is not None else None
-        self.half_precision = half_precision
-        self.seconds: float | None = None  # in steps, of the whole run
-        self.window = LogWindow()
-        self.flops_per_token: float | None = None
+    def __init__(self, *, experiments: list[Experiment], **keywords):
+        super().__init__(**keywords)
+        self.experiments = experiments
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -101,10 +85,6 @@ class LikelihoodTrainer(StageTrainer):
         self.window.add(batch, nll.detach(), loss.detach(), router_probs)
         return loss * self.accelerator.num_processes  # DDP averages gradients over processes; the loss is a sum
 
-    def plain(self, batch: dict) -> tuple[dict, torch.Tensor | BlockMask]:
-        """Return inputs and mask of a batch, with nothing dropped."""
-        return batch["inputs"], build_attention_mask(batch, self.model.parts()["llm"])
-
     def regularized(self, batch: dict) -> tuple[dict, torch.Tensor | BlockMask]:
         """Return inputs and mask of a training batch, with dropped patches, noise and dropped words."""
         s, inputs = self.settings, dict(batch["inputs"])
@@ -136,35 +116,13 @@ class LikelihoodTrainer(StageTrainer):
 
     # ---- log and validation ---------------------------------------------------------------------------------------
 
+    def objective_values(self, counts: dict) -> dict[str, float]:
+        return {"loss": counts["nll"] / counts["targets"]} if self.settings.likelihood_weight else {}
+
     def log_values(self, logs: dict[str, float]) -> dict[str, float]:
-        counts = self.window.drain(self.accelerator)
-        seconds, step = self.clock.elapsed(), self.state.global_step
-        if self.seconds is None:  # those of the run that this one resumes
-            self.seconds = max((event.get("seconds", 0.0) for event in self.run_folder.events()), default=0.0)
-        self.seconds += seconds
-        self.seconds_per_step = seconds / (step - self.window.first_step)
-        self.clock.reset()
-        values = {"epoch": round(step / self.train_dataset.plan.steps_per_epoch, 4)}
-        if self.settings.likelihood_weight:
-            values["loss"] = counts["nll"] / counts["targets"]
-        values |= {
-            "objective": counts["loss"] / (step - self.window.first_step),
-            "grad_norm": float(logs.get("grad_norm") or 0.0),
-            "learning_rate": logs["learning_rate"],
-            "tokens_per_second": counts["tokens"] / seconds,
-            "images_per_second": counts["images"] / seconds,
-            "useful_tokens": counts["tokens"] / counts["positions"],
-            "seconds": round(self.seconds, 2),
-            **{f"expert_{i}": share for i, share in enumerate(counts["experts"])},
-        }
+        values = super().log_values(logs)
         for experiment in self.experiments:
             values |= experiment.log_values()
-        if self.flops_per_token:
-            rate = values["tokens_per_second"] * self.flops_per_token
-            values["tflops"] = rate / 1e12
-            peak = flops.peak(self.args.device, half=self.half_precision)
-            if peak is not None:
-                values["mfu"] = rate / (peak * self.accelerator.num_processes)
         return values
 
     def log_line(self, values: dict[str, float]) -> str:
@@ -184,85 +142,12 @@ class LikelihoodTrainer(StageTrainer):
     # ---- begin and end --------------------------------------------------------------------------------------------
 
     def begin(self, resumed: bool) -> None:
-        try_step(self, self.model)
+        if self.settings.likelihood_weight:  # else no token passes through the language model
+            experiments, self.experiments = self.experiments, []  # not part of what a useful token costs
+            self.try_step()
+            self.experiments = experiments
         if not resumed and self.validation is not None:
             self.validation.log_samples("before")
-
-    def write_model(self, folder: Path) -> None:
-        trained = self.trained_weights()
-        if self.validation is not None:
-            self.validation.log_samples("after")
-        if not self.args.should_save:
-            return
-        # into a fresh copy, whose frozen parts are bit for bit what they were, in the precision that they had
-        settings = self.settings
-        model, _ = load_to_train(settings.model, settings)
-        choose_trained(model, settings, settings.train_vision)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in trained:
-                    parameter.copy_(trained[name])
-        if settings.merge_lora:
-            merge_lora(model)
-        model.save_pretrained(folder) if writes_full_checkpoint(settings) else model.save_bridge(folder)
-        self.processor.save_pretrained(folder)
-
-    def summary(self, best_step: int | None) -> dict:
-        found = {"steps": self.state.global_step, "kept": "last" if best_step is None else f"step {best_step}"}
-        if self.state.best_metric is not None:
-            found[self.settings.keep_best] = self.state.best_metric
-        return found
-
-    def summary_lines(self, summary: dict) -> list[str]:
-        which, kind = "last weights", "Full" if writes_full_checkpoint(self.settings) else "Bridge"
-        if summary["kept"] != "last":
-            name = self.settings.keep_best
-            which = f"best of validation, {name} {summary[name]:.4f} at {summary['kept']}"
-        return [
-            f"done: {summary['steps']} steps; {which}. {kind} checkpoint, log.jsonl and curves.png in "
-            f"{self.run_folder.path}"
-        ]
-
-
-def writes_full_checkpoint(settings: TrainSettings) -> bool:
-    """Return whether the finished model holds all parts: a bridge cannot hold a trained LLM or vision encoder."""
-    return settings.full or settings.llm_tuning == "full" or settings.train_vision
-
-
-def try_step(trainer: LikelihoodTrainer, model) -> None:
-    """Run the first micro-batch forward and backward, without an update, to count FLOPs per useful token.
-
-    It runs in SDPA where the run takes FlexAttention, whose arithmetic torch cannot count.
-
-    Raises:
-        UserError: no gradient reaches the connector, so that it would learn nothing from any image.
-    """
-    if not trainer.settings.likelihood_weight:
-        return  # no token passes through the language model
-    batch = trainer._prepare_inputs(trainer.train_dataset[0])
-    model.train()
-    counts = torch.tensor([float(len(batch["targets"])), float(len(batch["ids"]))], device=trainer.args.device)
-    experiments, trainer.experiments = trainer.experiments, []  # not part of what a useful token costs
-
-    def step() -> None:
-        loss = trainer.compute_loss(model, batch, num_items_in_batch=counts)
-        if loss.requires_grad:
-            loss.backward()
-
-    with dense_attention(model.parts()["llm"]):
-        total = flops.count(step)
-    trainer.experiments = experiments
-    projector = model.parts()["projector"].named_parameters()  # a router has a loss of its own
-    trained = [p for name, p in projector if p.requires_grad and not name.startswith("router")]
-    if trained and not any(full_tensor(p.grad).any() for p in trained if p.grad is not None):
-        raise UserError(
-            "no gradient reaches the projector: the language model lets none through, so that training would ignore "
-            "every image. Leave out what is special about it (such as --llm-bits), or take another, with another OUT"
-        )
-    model.zero_grad()
-    tokens = trainer.window.counts["tokens"]
-    trainer.window = LogWindow()
-    trainer.flops_per_token = total / int(tokens)
 
 
 def make_plan(settings: TrainSettings, sources: Sequence, processes: int) -> BatchPlan:
@@ -355,6 +240,7 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
         validation=EvalBatches(validation, prompts, layout, settings.batch_size) if validation is not None else None,
         experiments=experiments,
         half_precision=precision != "fp32",
+        train_vision=settings.train_vision,
         run=run,
         average=Average(model, settings.ema) if settings.ema else None,
         groups=parameter_groups(model, settings),
