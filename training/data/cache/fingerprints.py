@@ -107,8 +107,8 @@ def check_same_fingerprint(stored: dict[str, Any], now: dict[str, Any], folder: 
     if found := first_difference(as_stored(stored), as_stored(now)):
         field, old, new = found
         raise UserError(
-            f"{folder} was embedded with {field} = {old!r}, and now it is {new!r}: "
-            "choose another CACHE folder, or remove this one"
+            f"{folder} was made with {field} = {old!r}, and now it is {new!r}: "
+            "choose another folder, or remove this one"
         )
 
 

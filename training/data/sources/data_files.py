@@ -92,8 +92,8 @@ class Files:
             fresh = fresh._resolve_features()
         fresh = fresh.select_columns(list(features))
         for column, kind in features.items():
-            if isinstance(kind, datasets.Image):
-                fresh = fresh.cast_column(column, datasets.Image(decode=False))
+            if fresh.features[column] != kind:  # images that are left undecoded
+                fresh = fresh.cast_column(column, kind)
         return fresh, start
 
 

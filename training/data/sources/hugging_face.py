@@ -10,6 +10,7 @@ from typing import Any
 from blipren.training.data.sources.columns import find_columns, get
 from blipren.training.data.sources.data_files import Files, files_of, find_data_files
 from blipren.training.data.sources.images import Folder
+from blipren.training.data.sources.kept_columns import undecoded
 from blipren.training.data.sources.rows import Row, Source, hash_texts, make_row, parse_record
 from blipren.training.data.sources.splits import normalize_split
 from blipren.training.errors import UserError
@@ -26,6 +27,7 @@ class HuggingFaceSource(Source):
         fingerprint: str,
         options: dict[str, Any],
         files: Files | None = None,
+        keep_columns: bool = False,
     ):
         import datasets
 
@@ -47,7 +49,8 @@ class HuggingFaceSource(Source):
                 nested[column] = value.keys() if isinstance(value, dict) else ()
         images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
         self.columns = find_columns(list(features), nested, dataset=name, image_features=images, **options)
-        keep = [column for column in features if column in self.columns.wanted() | {"__key__", "__url__"}]
+        wanted = self.columns.wanted() | {"__key__", "__url__"}
+        keep = [column for column in features if keep_columns or column in wanted]
         self._splits: list[tuple[str | None, Any]] = []
         own = [normalize_split(split.split("[")[0]) for split in splits]
         if len(splits) > 1 and None in own:
@@ -58,11 +61,13 @@ class HuggingFaceSource(Source):
             data = data.select_columns(keep)
             for column in keep:
                 kind = features[column]
-                if isinstance(kind, datasets.Image):
-                    data = data.cast_column(column, datasets.Image(decode=False))
+                if (left := undecoded(kind)) != kind:
+                    data = data.cast_column(column, left)
                 elif isinstance(kind, datasets.ClassLabel):
                     self._names[column] = dict(enumerate(kind.names))
             self._splits.append((None if single_train else normalize_split(split), data))
+        if keep_columns:
+            self.features = datasets.Features({column: undecoded(features[column]) for column in keep})
         if not isinstance(first, datasets.IterableDataset):
             self.num_rows = sum(len(data) for _, data in self._splits)
         elif files is not None and files.reader == "parquet":
@@ -96,6 +101,7 @@ class HuggingFaceSource(Source):
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         for index, (split, record) in enumerate(self._records(start), start):
+            kept = dict(record) if self.features is not None else None
             for column, labels in self._names.items():
                 if isinstance(record.get(column), int):
                     record[column] = labels.get(record[column])
@@ -105,12 +111,17 @@ class HuggingFaceSource(Source):
             if path and any(Path(path).is_relative_to(root) for root in self.folder.absolute_roots[:1]):
                 default_id = str(Path(path).relative_to(self.folder.absolute_roots[0]))
             row = make_row(record, self.columns, index, default_id, self.folder)
-            row.split = row.split or split
+            row.split, row.record = row.split or split, kept
             yield row
 
 
 def open_hugging_face(
-    path: str, options: dict[str, Any], config: str | None, streaming: bool | None, follow_links: bool
+    path: str,
+    options: dict[str, Any],
+    config: str | None,
+    streaming: bool | None,
+    follow_links: bool,
+    keep_columns: bool = False,
 ) -> Source:
     """Open what `datasets` reads. Raises `UserError` where there is no data set."""
     import datasets
@@ -124,7 +135,8 @@ def open_hugging_face(
             loaded = datasets.load_from_disk(path)
             splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
             fingerprint = hash_texts(data._fingerprint for data in splits.values())
-            return HuggingFaceSource(path, splits, Folder(root=path, follow_links=follow_links), fingerprint, options)
+            folder = Folder(root=path, follow_links=follow_links)
+            return HuggingFaceSource(path, splits, folder, fingerprint, options, keep_columns=keep_columns)
         data_files = find_data_files(path)
         if data_files is not None:
             kind, files, root, sizes = data_files
@@ -133,7 +145,13 @@ def open_hugging_face(
             loaded = datasets.load_dataset(kind, data_files=files, streaming=streamed)
             ordered = Files(kind, [files[split] for split in loaded]) if streamed else None
             return HuggingFaceSource(
-                path, dict(loaded), Folder(root=root, follow_links=follow_links), hash_texts(sizes), options, ordered
+                path,
+                dict(loaded),
+                Folder(root=root, follow_links=follow_links),
+                hash_texts(sizes),
+                options,
+                ordered,
+                keep_columns,
             )
         builder = datasets.load_dataset_builder(path, config)
         loaded = datasets.load_dataset(path, config, streaming=bool(streaming))
@@ -146,7 +164,8 @@ def open_hugging_face(
             listing = [f"{split}:{file}" for split in sorted(data) for file in map(str, data[split])]
             caches = tuple(map(str, (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME, HF_HUB_CACHE)))
             folder = Folder(absolute_roots=caches, remote_prefix=f"hf://datasets/{path}@")
-        return HuggingFaceSource(path, dict(loaded), folder, hash_texts([builder.config.name, *listing]), options)
+        fingerprint = hash_texts([builder.config.name, *listing])
+        return HuggingFaceSource(path, dict(loaded), folder, fingerprint, options, keep_columns=keep_columns)
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: no data set could be opened there: {type(error).__name__}: {reason}") from error

@@ -15,6 +15,7 @@ from typing import Any
 from blipren.training.data.sources.columns import find_columns, get, read_texts
 from blipren.training.data.sources.data_files import files_of
 from blipren.training.data.sources.images import Folder
+from blipren.training.data.sources.kept_columns import infer_features
 from blipren.training.data.sources.rows import Row, Source, hash_texts, make_row, parse_record
 from blipren.training.data.sources.splits import normalize_split
 from blipren.training.errors import UserError
@@ -28,7 +29,14 @@ class MetadataFolder(Source):
     Lines that name the same image file are one row with all their texts. Broken lines are rejected rows.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path], options: dict[str, Any], follow_links: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[Path],
+        options: dict[str, Any],
+        follow_links: bool = False,
+        keep_columns: bool = False,
+    ):
         self.name = str(folder)
         self.folder, self.follow_links = folder, follow_links
         self.merged_rows = 0
@@ -51,6 +59,8 @@ class MetadataFolder(Source):
             if record:
                 names.update(dict.fromkeys(record))
         self.columns = find_columns(list(names), _nested_keys(records), dataset=self.name, **options)
+        if keep_columns:
+            self.features = infer_features(records)
         for (number, line), record in zip(raw, records):
             key = get(record, self.columns.image) if record else None
             if isinstance(key, str) and (number, key) in place:
@@ -76,6 +86,8 @@ class MetadataFolder(Source):
                 yield Row(id=f"line-{index}", index=index, image=None, rejected=("metadata_line", text))
                 continue
             row = make_row(parsed[0], self.columns, index, f"row-{index:09d}", folder)
+            if self.features is not None:
+                row.record = parsed[0]
             if self.columns.id == self.columns.image and self._roots[number] != self.folder:
                 row.id = str(self._roots[number].relative_to(self.folder) / row.id)
             for record in parsed[1:]:

@@ -13,6 +13,7 @@ from blipren.training.arguments import DATA_SUFFIXES, check_dataset, split_weigh
 from blipren.training.data.sources.data_files import check_readable, files_of
 from blipren.training.data.sources.hugging_face import open_hugging_face
 from blipren.training.data.sources.images import ImageError
+from blipren.training.data.sources.kept_columns import join_features
 from blipren.training.data.sources.metadata_folder import METADATA_FILES, MetadataFolder
 from blipren.training.data.sources.rows import Row, Source, hash_texts
 from blipren.training.data.sources.splits import normalize_split, split_by_hash
@@ -36,6 +37,7 @@ def open_rows(
     validation_share: float = 0.05,
     test_share: float = 0.05,
     text_required: bool = True,
+    keep_columns: bool = False,
     seed: int = 0,
 ) -> Source:
     """Open the rows of a data set, or of several (`A,B` all rows of both; `A=2,B=1` drawn in these proportions).
@@ -49,6 +51,7 @@ def open_rows(
         streaming: read the Hub, or local files, as a stream; by default only local Parquet and tars are.
         follow_links: read links that lead out of the data set's folder; else rows that name one are rejected.
         text_required: raise when there is no column of captions or questions.
+        keep_columns: give every row all columns of the data set (`Row.record`), with their types in `features`.
 
     Raises:
         UserError: nothing there, or no such columns (the message lists what there is).
@@ -65,7 +68,7 @@ def open_rows(
     }
     check_dataset(dataset)
     parts = split_weights(dataset)
-    opened = [_open_one(name, options, dataset_config, streaming, follow_links) for name, _ in parts]
+    opened = [_open_one(name, options, dataset_config, streaming, follow_links, keep_columns) for name, _ in parts]
     weights = [weight for _, weight in parts]
     if len(opened) == 1:
         source = opened[0]
@@ -82,11 +85,16 @@ def open_rows(
 
 
 def _open_one(
-    path: str, options: dict[str, Any], config: str | None, streaming: bool | None, follow_links: bool
+    path: str,
+    options: dict[str, Any],
+    config: str | None,
+    streaming: bool | None,
+    follow_links: bool,
+    keep_columns: bool,
 ) -> Source:
     local = Path(path)
     if local.is_file() and local.suffix in (".jsonl", ".csv"):
-        return MetadataFolder(local.parent, [local], options, follow_links)
+        return MetadataFolder(local.parent, [local], options, follow_links, keep_columns)
     if local.is_dir():
         check_readable((file for file in files_of(local) if file.suffix in DATA_SUFFIXES), local, follow_links)
     elif glob.has_magic(path):
@@ -97,10 +105,10 @@ def _open_one(
         files = [place / name for place in places for name in METADATA_FILES if (place / name).exists()]
         check_readable(files, local, follow_links)  # also of a folder that is a link
         if files:
-            return MetadataFolder(local, files, options, follow_links)
+            return MetadataFolder(local, files, options, follow_links, keep_columns)
         if not any(files_of(local)):
             raise UserError(f"{path} is an empty folder")
-    return open_hugging_face(path, options, config, streaming, follow_links)
+    return open_hugging_face(path, options, config, streaming, follow_links, keep_columns)
 
 
 class SplitView(Source):
@@ -110,6 +118,7 @@ class SplitView(Source):
         self.source, self.split = source, split
         self.shares = (validation_share, test_share)
         self.name, self.columns = f"{source.name} [{split}]", source.columns
+        self.features = source.features
         self.fingerprint = hash_texts([source.fingerprint, split])
 
     def rows(self, start: int = 0) -> Iterator[Row]:
@@ -139,6 +148,8 @@ class Mixture(Source):
         self.columns = sources[0].columns
         counts = [source.num_rows for source in sources]
         self.num_rows = sum(counts) if weights is None and None not in counts else None
+        if self.sources[0].features is not None:
+            self.features = join_features([source.features for source in sources])
         self.fingerprint = hash_texts([*(s.fingerprint for s in sources), json.dumps([weights, seed])])
 
     def rows(self, start: int = 0) -> Iterator[Row]:

@@ -8,13 +8,16 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from blipren.training.data.sources.columns import Columns, get, read_messages, read_texts
 from blipren.training.data.sources.images import Folder, content_hash, decode_image, image_bytes
 from blipren.training.data.sources.splits import normalize_split
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Row:
     width: int | None = None
     """Pixels of the upright image, known after `load`."""
     height: int | None = None
+    record: dict[str, Any] | None = field(default=None, repr=False)
+    """All columns of the data set, where `open_rows` was asked to keep them; images in them are undecoded."""
     _data: bytes | Image.Image | None = field(default=None, repr=False)
 
     def data(self) -> bytes | Image.Image:
@@ -67,6 +72,8 @@ class Source(abc.ABC):
     columns: Columns
     fingerprint: str
     num_rows: int | None = None
+    features: Features | None = None
+    """Types of the columns of `Row.record`, where the columns are kept."""
 
     @abc.abstractmethod
     def rows(self, start: int = 0) -> Iterator[Row]:

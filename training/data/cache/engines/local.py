@@ -25,8 +25,8 @@ from blipren.training.files import report_full_disk
 class Progress:
     """A progress line: rows, rows/s, time left. A terminal shows it in place, a log has a line every 30 seconds."""
 
-    def __init__(self, total: int | None, done: int):
-        self.total, self.done, self.first = total, done, done
+    def __init__(self, total: int | None, done: int, verb: str = "embed"):
+        self.total, self.done, self.first, self.verb = total, done, done, verb
         self.started = self._shown = time.monotonic()
         self.live = sys.stderr.isatty()
 
@@ -42,7 +42,7 @@ class Progress:
             self.show("\r" if self.live else "\n")
 
     def show(self, end: str) -> None:
-        line = f"embed {self.done:,}"
+        line = f"{self.verb} {self.done:,}"
         if self.total:
             left = (self.total - self.done) / max(1e-9, self.rate)
             line += f"/{self.total:,} rows {self.done / self.total:4.0%}  {self.rate:,.1f} rows/s  {left:,.0f} s left "

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blipren.training.data.cache.prepare import PrepareConfig, PreparedBatch, prepare_batch
+from blipren.training.data.cache.prepare import prepare_batch
 from blipren.training.data.sources.rows import Row
 from blipren.training.errors import UserError
 
@@ -35,15 +35,15 @@ def _exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _start_worker(config: PrepareConfig, slots: list[mmap.mmap] | None, parent: int) -> None:
+def _start_worker(config: Any, prepare: Callable, slots: list[mmap.mmap] | None, parent: int) -> None:
     torch.set_num_threads(1)  # one process a core, and no thread pool after a fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-    _shared.update(config=config, slots=slots)
+    _shared.update(config=config, prepare=prepare, slots=slots)
 
 
-def _prepare_in_worker(rows: list[Row], slot: int | None) -> PreparedBatch:
-    batch = prepare_batch(rows, _shared["config"])
+def _prepare_in_worker(rows: list[Row], slot: int | None) -> Any:
+    batch = _shared["prepare"](rows, _shared["config"])
     slots = _shared["slots"]
     size = sum(tensor.nbytes for tensor in batch.pixels.values())
     if slots is None or slot is None or size > len(slots[slot]):
@@ -63,12 +63,20 @@ class Workers:
     """Pool of processes that prepare batches in order, a few at a time.
 
     Args:
+        config: settings of the preparation.
         workers: number of processes; 0 prepares in this one.
         slot_bytes: size of a full batch's pixels, which a worker passes through shared memory.
+        prepare: rows and settings -> a batch with `pixels`.
     """
 
-    def __init__(self, config: PrepareConfig, workers: int, slot_bytes: int):
-        self.config, self.workers = config, workers
+    def __init__(
+        self,
+        config: Any,
+        workers: int,
+        slot_bytes: int,
+        prepare: Callable[[list[Row], Any], Any] = prepare_batch,
+    ):
+        self.config, self.workers, self.prepare = config, workers, prepare
         self.in_flight = 2 * workers + 1
         self._pool: ProcessPoolExecutor | None = None
         self._slots: list[mmap.mmap] | None = None
@@ -80,16 +88,16 @@ class Workers:
                 workers,
                 mp_context=multiprocessing.get_context(method),
                 initializer=_start_worker,
-                initargs=(config, self._slots, os.getpid()),
+                initargs=(config, prepare, self._slots, os.getpid()),
             )
 
-    def map(self, tasks: Iterable[list[Row]]) -> Iterator[PreparedBatch]:
+    def map(self, tasks: Iterable[list[Row]]) -> Iterator[Any]:
         """Yield batches in the order of the tasks. The pixels of a batch are valid until the next one is taken."""
         if self._pool is None:
             for rows in tasks:
-                yield prepare_batch(rows, self.config)
+                yield self.prepare(rows, self.config)
             return
-        waiting: collections.deque[Future[PreparedBatch]] = collections.deque()
+        waiting: collections.deque[Future[Any]] = collections.deque()
         slot, count = 0, len(self._slots or [None])
         try:
             for rows in tasks:
@@ -105,7 +113,7 @@ class Workers:
                 "--batch-size; the same command continues after the last finished shard"
             ) from error
 
-    def _map_pixels(self, batch: PreparedBatch) -> PreparedBatch:
+    def _map_pixels(self, batch: Any) -> Any:
         """Replace the places of pixels in shared memory by tensors over it."""
         pixels = {}
         for name, value in batch.pixels.items():

@@ -1,29 +1,20 @@
-"""Writing a feature cache so that the process may be killed at any moment.
-
-A unit is `rows_per_shard` rows in reading order. Its shards and its index are renamed into place, then `units/N.json`
-marks it as done. A unit without a mark is embedded again from its first row, so that a second run writes the same
-bytes. Files are flushed to the disk in the background while the next unit is embedded; after a power cut, the newest
-units are therefore checked against their checksums.
-"""
+"""The units of a feature cache: shards (one a split) and an index each. See `unit_folder.py` for what a kill leaves."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from blipren.training.data.cache.fingerprints import check_same_fingerprint
 from blipren.training.data.cache.prepare import Prepared
-from blipren.training.data.cache.shards import ShardWriter, as_json, feature_columns, file_checksum, iter_rows
+from blipren.training.data.cache.shards import ShardWriter, as_json, feature_columns, iter_rows
+from blipren.training.data.cache.writer.unit_folder import UnitFolder
 from blipren.training.data.sources.near_duplicates import THUMB
 from blipren.training.data.sources.splits import SPLITS
-from blipren.training.errors import UserError
-from blipren.training.files import flush_to_disk, write_atomically
+from blipren.training.files import write_atomically
 
 INDEX_COLUMNS = datasets.Features(
     {
@@ -110,7 +101,7 @@ class UnitWriter:
             writer.abandon()
 
 
-class CacheWriter:
+class CacheWriter(UnitFolder):
     """A cache folder that is being written.
 
     Args:
@@ -121,6 +112,9 @@ class CacheWriter:
         messages: whether rows have conversations.
         scores: whether texts have similarities.
     """
+
+    kind = "feature cache"
+    marks = "units"
 
     def __init__(
         self,
@@ -136,8 +130,8 @@ class CacheWriter:
         near_duplicates: str = "drop",
         scores: bool = False,
     ):
-        self.folder, self.fingerprint = folder, fingerprint
-        self.dtype, self.hidden_size, self.rows_per_unit = dtype, hidden_size, rows_per_unit
+        super().__init__(folder, fingerprint, rows_per_unit)
+        self.dtype, self.hidden_size = dtype, hidden_size
         self.near_duplicates = near_duplicates
         self.columns = feature_columns(dtype, values, tokens, messages)
         self.index_columns = INDEX_COLUMNS
@@ -145,89 +139,18 @@ class CacheWriter:
             self.index_columns = datasets.Features(
                 INDEX_COLUMNS | {"scores": datasets.List(datasets.Value("float32"))}
             )
-        self._finisher = ThreadPoolExecutor(1)
-        self._finishing: Future[None] | None = None
-
-    def start(self) -> None:
-        """Begin in an empty folder, or continue in one with the same fingerprint and remove its unfinished files."""
-        begun = self.folder / "units" / "fingerprint.json"
-        others = [path.name for path in self.folder.iterdir() if path.name not in (".lock", "units")]
-        if begun.exists():
-            check_same_fingerprint(json.loads(begun.read_text()), self.fingerprint, self.folder)
-        elif others:
-            raise UserError(f"{self.folder} is not empty and is not a feature cache (it holds {sorted(others)[0]})")
-        else:
-            begun.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(begun, as_json(self.fingerprint))
-        for path in self.folder.rglob("*.tmp"):
-            path.unlink()
-        self._check_newest()
-
-    def unit_path(self, number: int) -> Path:
-        return self.folder / "units" / f"{number:05d}.json"
-
-    def is_done(self, number: int) -> bool:
-        return self.unit_path(number).exists()
-
-    def done_units(self) -> list[int]:
-        return sorted(int(path.stem) for path in (self.folder / "units").glob("[0-9]*.json"))
 
     def unit_files(self, record: dict[str, Any]) -> list[Path]:
         """Return the Arrow files of a unit."""
         files = [self.folder / split / shard["file"] for split, shard in record["shards"].items()]
         return files + ([self.folder / "index" / record["index"]["file"]] if record["index"] else [])
 
-    def finish(self, unit: UnitWriter) -> None:
-        """Finish a unit. Its files are flushed to the disk in the background."""
-        self.wait()
-        files = unit.finish()
-        self._finishing = self._finisher.submit(self._flush_to_disk, files)
+    def file_records(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        return [*record["shards"].values(), *([record["index"]] if record["index"] else [])]
 
-    def _flush_to_disk(self, files: list[Path]) -> None:
-        """Flush the files of a unit. If that fails, the unit is unmarked and removed."""
-        try:
-            for path in files:
-                flush_to_disk(path)
-                if path.suffix == ".arrow":
-                    flush_to_disk(path.with_name(path.name + ".sums"))
-            for folder in {path.parent for path in files}:
-                flush_to_disk(folder)
-        except OSError:  # the disk could not take what it had accepted
-            for path in reversed(files):  # the mark first
-                path.unlink(missing_ok=True)
-                path.with_name(path.name + ".sums").unlink(missing_ok=True)
-            raise
-
-    def wait(self) -> None:
-        """Wait for the flush in the background. Raises what it raised."""
-        if self._finishing is not None:
-            pending, self._finishing = self._finishing, None
-            pending.result()
-
-    def _check_newest(self) -> None:
-        """Unmark units that a power cut left damaged; only the newest two can be."""
-        for number in sorted(self.done_units(), key=lambda n: self.unit_path(n).stat().st_mtime_ns)[-2:]:
-            try:
-                record = json.loads(self.unit_path(number).read_text())
-                shards = [*record["shards"].values(), *([record["index"]] if record["index"] else [])]
-                intact = all(
-                    file_checksum(path) == shard["xxh3_128"] and path.with_name(path.name + ".sums").exists()
-                    for path, shard in zip(self.unit_files(record), shards)
-                )
-            except (ValueError, KeyError, FileNotFoundError):
-                intact = False
-            if not intact:
-                print(f"unit {number} was not completely on the disk: it is embedded again")
-                self.unit_path(number).unlink()
-
-    def close(self) -> None:
-        """Wait for the background thread to end."""
-        self._finisher.shutdown(wait=True)
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """Yield the records of the finished units."""
-        for number in self.done_units():
-            yield json.loads(self.unit_path(number).read_text())
+    def companions(self, path: Path) -> list[Path]:
+        """Return the checksums of a shard."""
+        return [path.with_name(path.name + ".sums")] if path.suffix == ".arrow" else []
 
     def read_index(self, record: dict[str, Any]) -> dict[str, np.ndarray]:
         """Return id, split, image_hash, phash and thumb of the rows of a unit."""
