@@ -27,7 +27,7 @@ from blipren.training.commands.embed import run as embed
 from blipren.training.commands.new import NewSettings
 from blipren.training.commands.new import run as new
 from blipren.training.commands.train import TrainSettings
-from blipren.training.data.batches.blocks import PromptEncoder, build_blocks
+from blipren.training.data.batches.blocks import PromptEncoder, Segment, build_blocks
 from blipren.training.data.batches.training_data import open_caches, read_caches, read_images
 from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.engine.loading import load_checkpoint
@@ -72,7 +72,8 @@ class Notebook:
         found = []
         for image in range(len(source.texts)):
             for block in build_blocks((0, image), source.texts.answers(image), source.visual_tokens(image), prompts):
-                found += [(image, block.prefix + rest, answer) for rest, answer in block.segments]
+                pairs = map(Segment.last_answer, block.segments)
+                found += [(image, block.prefix + rest, answer) for rest, answer in pairs]
         return found
 
     def tensors(self, rows: list, length: int) -> dict[str, torch.Tensor]:

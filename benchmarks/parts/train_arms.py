@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenQFormerConfig
 from blipren.modeling_blipren import copy_weights
 from blipren.qformer_weights_blipren import copy_blip2_weights
-from blipren.training.data.batches.blocks import PromptEncoder, build_blocks
+from blipren.training.data.batches.blocks import PromptEncoder, Segment, build_blocks
 from blipren.training.data.batches.collate import collate_padded, collate_shared, useful_share
 from blipren.training.data.batches.masks import build_attention_mask, shared_prefix_block_mask
 from blipren.training.objectives.likelihood import answer_losses
@@ -167,7 +167,11 @@ class Bench:
 
     def rows(self, text_length: int | None) -> tuple[list[int], dict[str, torch.Tensor]]:
         """Return one right-padded row per pair; captions padded to `text_length`, or to the longest row."""
-        rows = [(b.image[1], b.prefix + prompt, answer) for b in self.blocks for prompt, answer in b.segments]
+        rows = [
+            (b.images[0][1], b.prefix + prompt, answer)
+            for b in self.blocks
+            for prompt, answer in map(Segment.last_answer, b.segments)
+        ]
         head = len(rows[0][1])
         length = head + text_length if text_length else max(len(p) + len(a) for _, p, a in rows)
         tensors = padded_with_labels(rows, length, PAD)

@@ -112,11 +112,13 @@ def test_prompts_and_system_prompts_are_drawn_by_seed_and_fixed_in_validation():
             random = seeded_generator(5, epoch, DRAW, 0, image)
             for block in build_blocks((0, image), source.texts.answers(image), VISUAL, prompts, random):
                 prefixes.add(tuple(block.prefix))
-                tails |= {tuple(prompt) for prompt, _ in block.segments}
+                tails |= {tuple(segment.last_answer()[0]) for segment in block.segments}
     assert len(prefixes) == 2 and len(tails) == 3
     blocks = build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts)
     (block,) = blocks
-    assert {tuple(prompt) for prompt, _ in block.segments} == {tuple(ToyProcessor().encode_answer("describe:")[:-1])}
+    assert {tuple(segment.last_answer()[0]) for segment in block.segments} == {
+        tuple(ToyProcessor().encode_answer("describe:")[:-1])
+    }
 
 
 def test_every_answer_and_one_eos_each_are_targets_and_nothing_else():
@@ -157,7 +159,8 @@ def test_long_image_is_cut_into_blocks_and_a_cut_answer_has_no_eos():
     blocks = build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts, max_block_tokens=80)
     assert len(blocks) > 1 and all(len(b) <= 80 for b in blocks) and sum(len(b.segments) for b in blocks) == 20
     (block,) = build_blocks((0, 0), source.texts.answers(0), VISUAL, prompts, max_answer_tokens=3)
-    assert all(len(answer) == 3 and EOS not in answer for _, answer in block.segments)
+    answers = [segment.last_answer()[1] for segment in block.segments]
+    assert all(len(answer) == 3 and EOS not in answer for answer in answers)
 
 
 def test_a_step_too_small_for_its_parts_is_refused():

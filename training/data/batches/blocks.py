@@ -1,7 +1,7 @@
-"""Blocks: one image with its answers behind a shared prefix.
+"""Blocks: images with the answers behind them, which share them as a prefix.
 
 The prefix is everything up to the last image token: system prompt and image. Behind it stands a segment for each answer:
-its prompt and the answer.
+its prompt and the answer. A segment may also be a conversation of several turns.
 """
 
 from dataclasses import dataclass, field
@@ -10,19 +10,43 @@ from functools import lru_cache
 import numpy as np
 
 
-@dataclass
-class Block:
-    """One image, its shared prefix and the segments behind it."""
+@dataclass(frozen=True)
+class Segment:
+    """Token ids behind a prefix, of which some are learned. The last one is: it is predicted and never read."""
 
-    image: tuple[int, int]
-    """(cache, image)"""
-    prefix: list[int]
-    segments: list[tuple[list[int], list[int]]] = field(default_factory=list)
-    """(prompt ids behind the last image token, answer ids)"""
+    ids: list[int]
+    learned: list[bool]
+    """Of each token, whether it belongs to an answer."""
+    images: tuple[tuple[int, int], ...] = ()
+    """(cache, image) of the placeholders in it; those of the prefix are the block's."""
+
+    @classmethod
+    def of_answer(cls, prompt: list[int], answer: list[int]) -> "Segment":
+        """Return the segment of one prompt and its answer."""
+        return cls(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
     def __len__(self) -> int:
-        """Number of tokens that the language model reads: all but the last of each answer, which is only predicted."""
-        return len(self.prefix) + sum(len(prompt) + len(answer) - 1 for prompt, answer in self.segments)
+        """Number of tokens that the language model reads."""
+        return len(self.ids) - 1
+
+    def last_answer(self) -> tuple[list[int], list[int]]:
+        """Return the ids in front of the last answer, and the last answer."""
+        start = len(self.learned) - self.learned[::-1].index(False) if False in self.learned else 0
+        return self.ids[:start], self.ids[start:]
+
+
+@dataclass
+class Block:
+    """Images, their shared prefix and the segments behind it."""
+
+    images: list[tuple[int, int]]
+    """(cache, image) in the order of their placeholders"""
+    prefix: list[int]
+    segments: list[Segment] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Number of tokens that the language model reads."""
+        return len(self.prefix) + sum(map(len, self.segments))
 
 
 class PromptEncoder:
@@ -88,7 +112,7 @@ def build_blocks(
         block = next((b for b in blocks if b.prefix == prefix), None)
         is_full = block and max_block_tokens and len(block) + len(rest) + len(answer) - 1 > max_block_tokens
         if block is None or is_full:
-            block = Block(image, prefix)
+            block = Block([image], prefix)
             blocks.insert(0, block)  # the newest block of a prefix is found first
-        block.segments.append((rest, answer))
+        block.segments.append(Segment.of_answer(rest, answer))
     return blocks[::-1]

@@ -40,21 +40,22 @@ def collate_shared(blocks: list[Block], pad_token_id: int, row_tokens: int | Non
         cursor = 0
         for number, b in enumerate(row):
             block, start = blocks[b], cursor
-            images.append(block.image)
+            images.extend(block.images)
             behind_prefix = start + len(block.prefix)
             input_ids[r, start:behind_prefix] = block.prefix
             position_ids[r, start:behind_prefix] = np.arange(len(block.prefix))
             cursor = behind_prefix
-            for s, (prompt, answer) in enumerate(block.segments, start=1):
-                answer_at = cursor + len(prompt)
-                end = answer_at + len(answer) - 1
-                input_ids[r, cursor:end] = prompt + answer[:-1]
+            for s, segment in enumerate(block.segments, start=1):
+                end = cursor + len(segment)
+                input_ids[r, cursor:end] = segment.ids[:-1]
                 position_ids[r, cursor:end] = len(block.prefix) + np.arange(end - cursor)
                 segment_ids[r, cursor:end] = s
-                is_answer[r, answer_at:end] = True
-                predicting = [answer_at - 1 if prompt else behind_prefix - 1, *range(answer_at, end)]
-                predict_from.extend(r * length + p for p in predicting)
-                targets.extend(answer)
+                is_answer[r, cursor:end] = segment.learned[:-1]
+                learned = np.flatnonzero(segment.learned)
+                # the token before each one: for the first of a segment, the last of the prefix
+                predict_from.extend(r * length + np.where(learned > 0, cursor + learned - 1, behind_prefix - 1))
+                targets.extend(np.asarray(segment.ids)[learned])
+                images.extend(segment.images)
                 cursor = end
             block_ids[r, start:cursor] = number
     tensors = dict(
@@ -76,21 +77,22 @@ def collate_padded(blocks: list[Block], pad_token_id: int, multiple: int = 1) ->
         `input_ids`, `attention_mask`, `position_ids` `[rows, length]`, and `is_answer`, `predict_from`, `targets`,
         `images` as from `collate_shared`.
     """
-    rows = [(block, prompt, answer) for block in blocks for prompt, answer in block.segments]
-    length = max(len(block.prefix) + len(prompt) + len(answer) - 1 for block, prompt, answer in rows)
+    rows = [(block, segment) for block in blocks for segment in block.segments]
+    length = max(len(block.prefix) + len(segment) for block, segment in rows)
     length = -(-length // multiple) * multiple
     input_ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
     attention_mask = np.zeros((len(rows), length), dtype=np.int64)
     is_answer = np.zeros(input_ids.shape, dtype=bool)
     predict_from, targets = [], []
-    for r, (block, prompt, answer) in enumerate(rows):
-        answer_at = len(block.prefix) + len(prompt)
-        end = answer_at + len(answer) - 1
-        input_ids[r, :end] = block.prefix + prompt + answer[:-1]
+    for r, (block, segment) in enumerate(rows):
+        start = len(block.prefix)
+        end = start + len(segment)
+        input_ids[r, :end] = block.prefix + segment.ids[:-1]
         attention_mask[r, :end] = 1
-        is_answer[r, answer_at:end] = True
-        predict_from.extend(range(r * length + answer_at - 1, r * length + end))
-        targets.extend(answer)
+        is_answer[r, start:end] = segment.learned[:-1]
+        learned = np.flatnonzero(segment.learned)
+        predict_from.extend(r * length + start + learned - 1)
+        targets.extend(np.asarray(segment.ids)[learned])
     tensors = dict(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -100,7 +102,7 @@ def collate_padded(blocks: list[Block], pad_token_id: int, multiple: int = 1) ->
         targets=np.asarray(targets, dtype=np.int64),
     )
     return {name: torch.from_numpy(array) for name, array in tensors.items()} | {
-        "images": [block.image for block, _, _ in rows]
+        "images": [image for block, segment in rows for image in (*block.images, *segment.images)]
     }
 
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 import torch
 from torch.nn import functional as F
 
-from blipren.training.data.batches.blocks import Block, PromptEncoder
+from blipren.training.data.batches.blocks import Block, PromptEncoder, Segment
 from blipren.training.data.batches.collate import collate_padded, collate_shared
 from blipren.training.data.batches.masks import dense_attention
 from blipren.training.evaluation.metrics.tokenizer import tokenize
@@ -157,7 +157,9 @@ class SelfCritical(Experiment):
         advantages = rewards - others
         advantages = advantages / advantages.std().clamp_min(1e-6)
         blocks = [
-            Block((0, n), prefix, [(rest, ids) for ids in made[n * self.samples : (n + 1) * self.samples]])
+            Block(
+                [(0, n)], prefix, [Segment.of_answer(rest, a) for a in made[n * self.samples : (n + 1) * self.samples]]
+            )
             for n, (prefix, rest) in enumerate(pieces)
         ]
         collate = collate_shared if shared_prefix else collate_padded
