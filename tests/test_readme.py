@@ -16,6 +16,7 @@ import pytest
 
 from blipren.training.cli import load_recipe
 from blipren.training.quickstart.scenes import Scene, draw_scene, iterate_rows
+from tests.hub.loopback.server import running_hub
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,9 +33,6 @@ SMALL = {
     "new": ["--queries", "8", "--qformer", "{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4}"],
     "train": ["--max-steps", "2", "--batch-size", "8", "--eval-every", "2"],
 }
-
-sys.path.insert(0, str(ROOT / "tests" / "hub"))
-from hub_server import running_hub  # noqa: E402
 
 
 def blocks(language: str) -> list[str]:

@@ -94,7 +94,7 @@ class Common:
             inputs["labels"] = inputs["input_ids"].clone()
         return inputs
 
-    test_missing_keys = False  # a missing weight is an error in our models, see tests/hub/test_loading.py
+    test_missing_keys = False  # a missing weight is an error in our models, see tests/remote_code/test_loading.py
 
     def check_training_gradient_checkpointing(self, gradient_checkpointing_kwargs=None):
         # the mixin checks the first layer of the vision tower, which is frozen by default and recomputes nothing

@@ -48,16 +48,16 @@ PARSED = {
 OTHER_PROGRAMS = {
     "pip install": "needs a package index",
     "hf auth login": "needs the Hub",
-    "export BLIPREN_TRUST_BASE_CODE": "tests/hub/test_base_code.py sets it",
+    "export BLIPREN_TRUST_BASE_CODE": "tests/remote_code/test_base_code.py sets it",
     "pipx install": "needs a package index",
     "python scripts/download_": "needs the network: tests/scripts/test_downloads.py runs it on loopback",
-    "BLIPREN_IMAGES=data transformers serve": "tests/hub/test_serve.py runs it",
+    "BLIPREN_IMAGES=data transformers serve": "tests/remote_code/test_serve.py runs it",
     "vllm serve": "needs vLLM: tests/vllm/prove.py runs it",
     "lmms-eval": "needs the network: tests/evaluation runs the plugin",
     "pytest": "minutes, on request",
     "python tests/": "needs a package index",
 }
-SERVED = "http://127.0.0.1:8000"  # a Python example with it needs a running server: tests/hub/test_serve.py
+SERVED = "http://127.0.0.1:8000"  # a Python example with it needs a running server: tests/remote_code/test_serve.py
 SMALL = {
     "embed": ["--workers", "0"],
     "align": ["--max-steps", "2", "--batch-size", "8", "--eval-every", "2"],

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.hub_server import TOKEN, HubServer, running_hub
+from tests.hub.loopback.server import TOKEN, HubServer, running_hub
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ FAULTS = [
 def test_a_fault_is_survived(hub, model, kind, method, path):
     fault = hub.faults.add(kind, method, path)
     publish(settings(model, tag="v1"))
-    assert fault.struck == 1
+    assert fault.taken == 1
     assert published(hub)["model.safetensors"] == (model / "model.safetensors").read_bytes()
     assert hub.repository(REPO).resolve("v1") == hub.repository(REPO).resolve("main")
 

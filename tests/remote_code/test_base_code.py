@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import ViTConfig, ViTModel
 
 from tests.hub.fresh import fresh_result, run_fresh
-from tests.hub.hub_server import TOKEN
+from tests.hub.loopback.server import TOKEN
 from tests.hub.tiny import TINY_QFORMER, write_llm, write_vision
 
 CONFIG = """

@@ -11,7 +11,7 @@ KINDS = ("drop", "lost", "status", "truncate", "stop")
 
 @dataclass
 class Fault:
-    """One fault: it strikes the next `times` requests whose method and path match.
+    """One fault, which the next `times` requests get whose method and path match.
 
     drop      the connection is closed before anything is done (in an upload: in the middle of the body)
     lost      the request is carried out, but its answer never arrives
@@ -26,7 +26,7 @@ class Fault:
     times: int = 1
     status: int = 500
     after_bytes: int = 0
-    struck: int = 0
+    taken: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -34,7 +34,7 @@ class Fault:
 
 
 class Faults:
-    """Thread-safe list of faults, the first that matches a request strikes."""
+    """Thread-safe list of faults; each request takes the first that matches."""
 
     def __init__(self) -> None:
         self._faults: list[Fault] = []
@@ -52,13 +52,13 @@ class Faults:
             self._faults.clear()
             self.stopped = False
 
-    def strike(self, method: str, path: str) -> Fault | None:
+    def take(self, method: str, path: str) -> Fault | None:
         with self._lock:
             if self.stopped:
                 return Fault("drop", method, path)
             for fault in self._faults:
-                if fault.struck < fault.times and fault.method == method and re.search(fault.path, path):
-                    fault.struck += 1
+                if fault.taken < fault.times and fault.method == method and re.search(fault.path, path):
+                    fault.taken += 1
                     if fault.kind == "stop":
                         self.stopped = True
                         return Fault("drop", method, path)
