@@ -21,8 +21,9 @@ def collate_shared(blocks: list[Block], pad_token_id: int, row_tokens: int | Non
 
     Returns:
         `input_ids`, `position_ids`, `block_ids`, `segment_ids`, `is_answer` `[rows, length]`; `predict_from` and
-        `targets` `[targets]`: the token `targets[i]` is predicted at the flat position `predict_from[i]`; `images`: the
-        `(cache, image)` pairs in the order of their placeholders.
+        `targets` `[targets]`: the token `targets[i]` is predicted at the flat position `predict_from[i]`; `segment_of`
+        `[targets]`: number of its segment, counted over the blocks as they are given; `images`: the `(cache, image)`
+        pairs in the order of their placeholders.
     """
     rows = pack_rows([len(block) for block in blocks], row_tokens)
     length = max(sum(len(blocks[b]) for b in row) for row in rows)
@@ -35,7 +36,8 @@ def collate_shared(blocks: list[Block], pad_token_id: int, row_tokens: int | Non
     )  # padding is one block: it attends to itself, so that no row of the mask is empty
     segment_ids = np.zeros(shape, dtype=np.int32)
     is_answer = np.zeros(shape, dtype=bool)
-    predict_from, targets, images = [], [], []
+    predict_from, targets, segment_of, images = [], [], [], []
+    first_segment = np.cumsum([0, *(len(block.segments) for block in blocks)]).tolist()
     for r, row in enumerate(rows):
         cursor = 0
         for number, b in enumerate(row):
@@ -55,6 +57,7 @@ def collate_shared(blocks: list[Block], pad_token_id: int, row_tokens: int | Non
                 # the token before each one: for the first of a segment, the last of the prefix
                 predict_from.extend(r * length + np.where(learned > 0, cursor + learned - 1, behind_prefix - 1))
                 targets.extend(np.asarray(segment.ids)[learned])
+                segment_of.extend([first_segment[b] + s - 1] * len(learned))
                 images.extend(segment.images)
                 cursor = end
             block_ids[r, start:cursor] = number
@@ -66,6 +69,7 @@ def collate_shared(blocks: list[Block], pad_token_id: int, row_tokens: int | Non
         is_answer=is_answer,
         predict_from=np.asarray(predict_from, dtype=np.int64),
         targets=np.asarray(targets, dtype=np.int64),
+        segment_of=np.asarray(segment_of, dtype=np.int64),
     )
     return {name: torch.from_numpy(array) for name, array in tensors.items()} | {"images": images}
 
@@ -75,7 +79,7 @@ def collate_padded(blocks: list[Block], pad_token_id: int, multiple: int = 1) ->
 
     Returns:
         `input_ids`, `attention_mask`, `position_ids` `[rows, length]`, and `is_answer`, `predict_from`, `targets`,
-        `images` as from `collate_shared`.
+        `segment_of`, `images` as from `collate_shared`.
     """
     rows = [(block, segment) for block in blocks for segment in block.segments]
     length = max(len(block.prefix) + len(segment) for block, segment in rows)
@@ -83,7 +87,7 @@ def collate_padded(blocks: list[Block], pad_token_id: int, multiple: int = 1) ->
     input_ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
     attention_mask = np.zeros((len(rows), length), dtype=np.int64)
     is_answer = np.zeros(input_ids.shape, dtype=bool)
-    predict_from, targets = [], []
+    predict_from, targets, segment_of = [], [], []
     for r, (block, segment) in enumerate(rows):
         start = len(block.prefix)
         end = start + len(segment)
@@ -93,6 +97,7 @@ def collate_padded(blocks: list[Block], pad_token_id: int, multiple: int = 1) ->
         learned = np.flatnonzero(segment.learned)
         predict_from.extend(r * length + start + learned - 1)
         targets.extend(np.asarray(segment.ids)[learned])
+        segment_of.extend([r] * len(learned))
     tensors = dict(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -100,6 +105,7 @@ def collate_padded(blocks: list[Block], pad_token_id: int, multiple: int = 1) ->
         is_answer=is_answer,
         predict_from=np.asarray(predict_from, dtype=np.int64),
         targets=np.asarray(targets, dtype=np.int64),
+        segment_of=np.asarray(segment_of, dtype=np.int64),
     )
     return {name: torch.from_numpy(array) for name, array in tensors.items()} | {
         "images": [image for block, segment in rows for image in (*block.images, *segment.images)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
-from blipren.training.data.batches.blocks import PromptEncoder, build_blocks
+from blipren.training.data.batches.blocks import Block, PromptEncoder, build_blocks
 from blipren.training.data.batches.collate import collate_padded, collate_shared
 from blipren.training.data.batches.draws import DRAW, seeded_generator
 from blipren.training.data.batches.plan import BatchPlan
@@ -32,6 +32,22 @@ def join_inputs(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     }
 
 
+def image_inputs(
+    data: Sequence[TrainingData], order: list[tuple[int, int]], seed: tuple[int, ...] | None
+) -> dict[str, torch.Tensor]:
+    """Return the model inputs of some `(cache, image)` pairs, in their order."""
+    used = sorted({cache for cache, _ in order})
+    places = {cache: [i for i, image in enumerate(order) if image[0] == cache] for cache in used}
+    inputs = join_inputs(
+        [data[c].inputs([order[i][1] for i in places[c]], (*seed, c) if seed else None) for c in used]
+    )
+    if len(used) == 1:
+        return inputs
+    # from the order of the caches to the order of the placeholders
+    back = torch.tensor([i for c in used for i in places[c]]).argsort()
+    return {name: tensor[back] for name, tensor in inputs.items()}
+
+
 @dataclass(kw_only=True)
 class Layout:
     """How the answers of an image become tensors."""
@@ -42,6 +58,12 @@ class Layout:
     answers_per_image: int | None = None
     max_answer_tokens: int | None = None
     multiple: int = 1
+
+    def collate(self, blocks: list[Block]) -> dict:
+        """Return the tensors of blocks, without the model inputs of their images."""
+        if self.shared_prefix:
+            return collate_shared(blocks, self.pad_token_id, self.row_tokens, self.multiple)
+        return collate_padded(blocks, self.pad_token_id, self.multiple)
 
     def batch(
         self,
@@ -69,20 +91,9 @@ class Layout:
                 self.max_answer_tokens,
                 self.row_tokens,
             )
-        if self.shared_prefix:
-            batch = collate_shared(blocks, self.pad_token_id, self.row_tokens, self.multiple)
-        else:
-            batch = collate_padded(blocks, self.pad_token_id, self.multiple)
+        batch = self.collate(blocks)
         order = batch.pop("images")
-        used = sorted({cache for cache, _ in order})
-        places = {cache: [i for i, image in enumerate(order) if image[0] == cache] for cache in used}
-        inputs = join_inputs(
-            [data[c].inputs([order[i][1] for i in places[c]], (*seed, c) if seed else None) for c in used]
-        )
-        if len(used) > 1:  # from the order of the caches to the order of the placeholders
-            back = torch.tensor([i for c in used for i in places[c]]).argsort()
-            inputs = {name: tensor[back] for name, tensor in inputs.items()}
-        batch["inputs"] = inputs
+        batch["inputs"] = image_inputs(data, order, seed)
         batch["ids"] = [data[cache].ids[image] for cache, image in order]
         return batch
 
