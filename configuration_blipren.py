@@ -180,7 +180,8 @@ class BliprenConfig(PreTrainedConfig):
         projector_dropout (`float`, defaults to 0.1): dropout of `mlp`.
         projector_mid_norm (`bool`, defaults to `False`): a layer norm between the two layers of `mlp2`.
         num_experts (`int`, defaults to 4): experts of `moe`.
-        experts_top_k (`int`, *optional*): experts used per image; `None` mixes all of them.
+        experts_top_k (`int`, *optional*): experts used per image, their weights normalised to 1 (a single one keeps its
+            probability); `None` mixes all of them.
         router_balance_weight, router_z_weight (`float`): weights of the load-balancing loss (Switch,
             https://arxiv.org/abs/2101.03961) and the router z-loss (ST-MoE, https://arxiv.org/abs/2202.08906).
         router_noise (`float`, defaults to 0.0): standard deviation of noise on router logits, in training only.

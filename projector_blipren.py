@@ -76,6 +76,9 @@ class BliprenMoeProjector(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Mix the experts' outputs: all of them, or the `config.experts_top_k` most probable ones.
 
+        The weights of several chosen experts sum to 1. A single one is weighted with its probability (Switch Transformer,
+        arXiv 2101.03961).
+
         Args:
             hidden_states: `(batch, num_visual_tokens, connector_hidden_size)`.
             patch_features: `(batch, num_patches, vision_hidden)`, for the router.
@@ -99,7 +102,9 @@ class BliprenMoeProjector(nn.Module):
         weights, top_k = probs, self.config.experts_top_k
         if top_k is not None:
             values, chosen = probs.topk(top_k, dim=-1)
-            weights = torch.zeros_like(probs).scatter(-1, chosen, values / values.sum(dim=-1, keepdim=True))
+            if top_k > 1:  # one expert keeps its probability, as in Switch: normalised to 1, it has no gradient
+                values = values / values.sum(dim=-1, keepdim=True)
+            weights = torch.zeros_like(probs).scatter(-1, chosen, values)
         if top_k is None:
             outputs = torch.stack([expert(hidden_states) for expert in self.experts], dim=1)  # [B, E, N, D]
             mixed = torch.einsum("be,bend->bnd", weights, outputs)

@@ -199,6 +199,16 @@ def test_moe_top_k_uses_k_experts_and_their_normalised_weights():
         torch.testing.assert_close(mixed[image], expected)
 
 
+def test_moe_top_1_weighs_its_expert_by_its_probability_which_trains_the_router():
+    projector, states, patches = moe(experts_top_k=1)
+    mixed, probs, _ = projector.eval()(states, patches, None)
+    for image in range(5):
+        expected = probs[image].max() * projector.experts[probs[image].argmax()](states[image])
+        torch.testing.assert_close(mixed[image], expected)
+    mixed.square().sum().backward()
+    assert projector.router[-1].weight.grad.abs().max() > 1e-3
+
+
 def test_moe_losses_are_smallest_when_balanced_and_part_of_the_loss(pair):
     projector, states, patches = moe(router_balance_weight=1.0, router_z_weight=0.0)
     projector.train()
