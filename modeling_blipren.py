@@ -6,7 +6,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .assisted_generation_blipren import adapt_candidate_generator, assistant_image_features, reads_images
@@ -37,6 +37,8 @@ from .qformer_weights_blipren import copy_bert_weights
 from .vision_blipren import load_vision_config, measure_vision, used_parameters
 
 logger = logging.getLogger(__name__)
+# name of the key-value cache in outputs: transformers 5.24 renamed it
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 @dataclass
@@ -70,23 +72,18 @@ class BliprenModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class BliprenCausalLMOutputWithPast(ModelOutput):
-    """
+class BliprenCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` with image features and router outputs.
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): cross-entropy summed over label tokens, divided by their number.
         logits (`torch.Tensor` of shape `(batch, length, vocab_size)`): equal to the language model's own; with
             `label_logits_only`, `(num_label_tokens, vocab_size)`.
-        past_key_values, hidden_states, attentions: of the language model.
+        past_key_values (from transformers 5.24 on `cache`), hidden_states, attentions: of the language model.
         image_hidden_states (`torch.Tensor` of shape `(num_visual_tokens of all images, text_hidden)`): image features.
         router_probs (`torch.Tensor` of shape `(num_images, num_experts)`, *optional*): of the `moe` projector.
         router_aux_loss (`torch.Tensor` of shape `()`, *optional*): balance and z-loss, already part of `loss`.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     router_probs: torch.Tensor | None = None
     router_aux_loss: torch.Tensor | None = None
@@ -227,6 +224,7 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
         qformer_input_ids: torch.LongTensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BliprenImageFeatures] | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BliprenModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
@@ -265,13 +263,13 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             return_dict=True,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
         return BliprenModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
@@ -436,6 +434,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         qformer_input_ids: torch.LongTensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BliprenImageFeatures] | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BliprenCausalLMOutputWithPast:
         r"""Compute logits and, with labels or targets, the loss.
@@ -444,6 +443,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             input_ids: `(batch, length)`, with the placeholder where image features go.
             pixel_values: images of the whole batch in order, `(num_images, channels, height, width)`.
             attention_mask: `(batch, length)`, or a 4-D mask that the language model uses unchanged.
+            past_key_values: key-value cache of the language model; `cache` is its name from transformers 5.24 on.
             labels: `(batch, length)`, -100 where there is no loss; image tokens and padding never have one.
             shift_labels: `(batch, length)`, the label of the next token at each position, used unchanged instead of
                 `labels` (sequence parallelism).
@@ -467,6 +467,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
@@ -523,7 +524,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         return BliprenCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
@@ -562,6 +563,22 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
                 own = assistant_image_features(assistant, image_kwargs, counts)
                 kwargs["mm_encoder_outputs"]["assistant_image"] = own
         return super().generate(inputs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, **kwargs):
+        # transformers repeats the image features of beams and of several returned sequences from 5.18 on
+        outputs = kwargs.get("mm_encoder_outputs") or {}
+        if "image" in outputs and expand_size > 1 and not hasattr(GenerationMixin, "_expand_multimodal_outputs"):
+            by_ids = input_ids is not None and input_ids.numel() > 0
+            mask = input_ids == self.config.image_token_id if by_ids else None
+            mask = self.model._find_placeholders(kwargs["inputs_embeds"]) if mask is None else mask
+            images, expanded = list(outputs["image"].pooler_output), []
+            for count in mask.sum(dim=1).tolist():
+                own: list[torch.Tensor] = []
+                while sum(map(len, own)) < count:
+                    own.append(images.pop(0))
+                expanded += own * expand_size
+            kwargs["mm_encoder_outputs"] = outputs | {"image": BliprenImageFeatures(pooler_output=expanded)}
+        return super()._expand_inputs_for_generation(expand_size=expand_size, input_ids=input_ids, **kwargs)
 
     def _get_candidate_generator(self, *args, **kwargs):
         # transformers has no public way: it gives an assistant the token ids and image features of this model

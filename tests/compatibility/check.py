@@ -31,6 +31,10 @@ def main() -> None:
     for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         model = auto.from_pretrained(where, **trusted)
         result["tokens"].append(model.generate(**inputs, max_new_tokens=6)[0].tolist())
+    two = [[photo, photo.rotate(90)], [photo.rotate(180)]]  # prompts of two images and of one
+    both = processor(images=two, text=["Which is it?", "What is it?"], padding=True, return_tensors="pt")
+    beams = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}
+    result["beams"] = model.generate(**both, **beams)[:, both["input_ids"].shape[1] :].tolist()
     with torch.no_grad():
         result["logits"] = model(**inputs).logits[0, -1].tolist()
 
