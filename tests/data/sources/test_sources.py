@@ -66,7 +66,7 @@ def test_preference_between_caption_columns(tmp_path):
     assert [row.answers for row in reverse] == [["long one"], ["long two"], ["long three"]]
 
 
-def test_questions_and_messages(tmp_path):
+def test_questions_beside_conversations(tmp_path):
     turns = [{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "a cat"}]
     columns = {
         "image": [encoded(picture(i)) for i in range(3)],
@@ -76,9 +76,9 @@ def test_questions_and_messages(tmp_path):
     }
     rows = list(open_rows(write_parquet(tmp_path / "vqa.parquet", columns)))
     assert rows[0].prompts == ["what colour?", "how many?"] and rows[0].answers == ["red", "3"]
-    assert rows[0].messages == [
-        {"role": "user", "content": "<image> what?"},
-        {"role": "assistant", "content": "a cat"},
+    assert rows[0].conversation.messages == [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
     ]
     assert rows[2].prompts == [] and rows[2].problems == [("question_count", "2 questions, 1 answers")]
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from blipren.training.data.sources.conversations import ConversationColumns, find_conversation_columns
 from blipren.training.errors import UserError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "file_name", "image_path", "image_file")
@@ -63,17 +64,19 @@ class Columns:
     """Names of the columns that are read. None or empty: the data set has no such column."""
 
     image: str
+    """Empty where a data set of conversations has no column of single images."""
     captions: list[str] = field(default_factory=list)
     question: str | None = None
     answer: str | None = None
     id: str | None = None
     split: str | None = None
     status: str | None = None
-    messages: str | None = None
+    conversation: ConversationColumns | None = None
 
     def wanted(self) -> set[str]:
         """Return the top-level names of all columns that are read."""
-        names = [self.image, self.question, self.answer, self.id, self.split, self.status, self.messages]
+        names = [self.image, self.question, self.answer, self.id, self.split, self.status]
+        names += self.conversation.names() if self.conversation else []
         names += [choice for column in self.captions for choice in column.split("/")]
         names += ["error_message"] if self.status else []
         return {name for full in names if full for name in (full, full.split(".")[0])}
@@ -81,11 +84,11 @@ class Columns:
     def describe(self) -> str:
         """Return the columns as `image=NAME, captions=NAMES, ...`."""
         parts = [f"image={self.image}"]
-        for name in ("captions", "question", "answer", "id", "split", "status", "messages"):
+        for name in ("captions", "question", "answer", "id", "split", "status"):
             value = getattr(self, name)
             if value:
                 parts.append(f"{name}={' '.join(value) if isinstance(value, list) else value}")
-        return ", ".join(parts)
+        return ", ".join(parts) + (self.conversation.describe() if self.conversation else "")
 
 
 def find_columns(
@@ -129,9 +132,14 @@ def find_columns(
         image = given(image_column, "--image-column")
     else:
         image = next((name for name in IMAGE_COLUMNS if name in known), None) or next(iter(image_features), None)
-        if image is None:
+    conversation = None
+    if not (caption_columns or question_column):
+        conversation = find_conversation_columns(known)
+    if image is None:
+        if conversation is None:
             raise UserError(f"{dataset}: no image column found; name it by --image-column. Its columns are: {listing}")
-    columns = Columns(image=image)
+        image = ""
+    columns = Columns(image=image, conversation=conversation)
     numbered = sorted(
         (name for name in known if name.startswith("caption_") and name[8:].isdigit()), key=lambda name: int(name[8:])
     )
@@ -144,10 +152,12 @@ def find_columns(
     elif "short_caption" in known:
         columns.captions = ["short_caption/caption" if "caption" in known else "short_caption"]
     elif not question_column:
-        columns.captions = [name for name in CAPTION_COLUMNS if name in known][:1]
+        # beside conversations, `text` is most often the same again
+        names = CAPTION_COLUMNS if conversation is None else CAPTION_COLUMNS[:2] if image else ()
+        columns.captions = [name for name in names if name in known][:1]
     if question_column:
         columns.question = given(question_column, "--question-column")
-    elif columns.question is None and not caption_columns:
+    elif columns.question is None and not caption_columns and not (conversation and conversation.choices):
         columns.question = next((name for name in ("questions", "question") if name in known), None)
     if answer_column:
         columns.answer = given(answer_column, "--answer-column")
@@ -160,8 +170,7 @@ def find_columns(
             f"{dataset}: question column {columns.question!r} has no answer column; name it by --answer-column. "
             f"Its columns are: {listing}"
         )
-    columns.messages = next((name for name in ("messages", "conversations") if name in known), None)
-    if text_required and not (columns.captions or columns.question or columns.messages):
+    if text_required and not (columns.captions or columns.question or columns.conversation):
         raise UserError(
             f"{dataset}: no column with captions found; name one or more by --caption-columns. "
             f"Its columns are: {listing}"
@@ -228,25 +237,3 @@ def read_texts(record: dict[str, Any], columns: Columns) -> tuple[list[str | Non
         for question, answer in zip(question_list, answer_list):
             add(question, answer)
     return prompts, answers, problems
-
-
-def read_messages(value: Any) -> list[dict[str, Any]] | None:
-    """Return a conversation in the `role`/`content` form, also from LLaVA's `from`/`value` form, or None."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return None
-    if not isinstance(value, (list, tuple)) or not value:
-        return None
-    roles = {"human": "user", "gpt": "assistant"}
-    messages = []
-    for turn in value:
-        if not isinstance(turn, dict):
-            return None
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if role is None or content is None:
-            return None
-        messages.append({"role": roles.get(role, role), "content": content})
-    return messages

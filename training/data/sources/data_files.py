@@ -137,7 +137,7 @@ def find_data_files(path: str) -> tuple[str, dict[str, list[str]], str | None, l
         return None
     reader = readers.get(Path(names[0]).suffix)
     if reader is None:
-        raise UserError(f"{path}: give a folder, or .parquet, .tar, .arrow, .jsonl or .csv files")
+        raise UserError(f"{path}: give a folder, or .parquet, .tar, .arrow, .jsonl, .json or .csv files")
     root = os.path.dirname(os.path.abspath(names[0]))
     files = {"train": [os.path.abspath(name) for name in names]}
     return reader, files, root, _names_and_sizes(files, root)

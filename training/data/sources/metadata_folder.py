@@ -63,13 +63,16 @@ class MetadataFolder(Source):
             self.features = infer_features(records)
         for (number, line), record in zip(raw, records):
             key = get(record, self.columns.image) if record else None
-            if isinstance(key, str) and (number, key) in place:
+            merged = self.columns.conversation is None  # conversations about an image stay rows of their own
+            if merged and isinstance(key, str) and (number, key) in place:
                 self._entries[place[number, key]][1].append(line)
                 self.merged_rows += 1
                 continue
             if isinstance(key, str):
                 place[number, key] = len(self._entries)
             self._entries.append((number, [line]))
+        if self.columns.conversation:
+            self._roots = [_folder_of_images(root, records, self.columns.image) for root in self._roots]
         self.num_rows = len(self._entries)
         sizes = (f"{path.relative_to(folder)}:{path.stat().st_size}" for path in sorted(files_of(folder)))
         self.fingerprint = hash_texts([hashlib.sha256(line).hexdigest() for _, line in raw] + sorted(sizes))
@@ -99,6 +102,18 @@ class MetadataFolder(Source):
             yield row
 
 
+def _folder_of_images(root: Path, records: Iterable[dict[str, Any] | None], column: str) -> Path:
+    """Return the folder that holds the images of a file of conversations: its own, or one in it.
+
+    LLaVA's files name an image without the folder that it lies in.
+    """
+    named = (get(record, column) for record in records if record)
+    first = next((name[0] if isinstance(name, list) and name else name for name in named if name), None)
+    if not isinstance(first, str) or (root / first).exists():
+        return root
+    return next((child for child in sorted(root.iterdir()) if (child / first).is_file()), root)
+
+
 def _metadata_lines(file: Path) -> Iterator[bytes]:
     """Yield each row of a metadata file as JSON."""
     if file.suffix == ".csv":
@@ -111,6 +126,17 @@ def _metadata_lines(file: Path) -> Iterator[bytes]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
             for record in batch.to_pylist():
                 yield json.dumps(record, default=str).encode()
+    elif file.suffix == ".json":
+        try:
+            records = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{file} is no JSON: {error}") from error
+        if not isinstance(records, list):
+            raise UserError(
+                f"{file} holds {type(records).__name__}; a list of objects is read, or JSON lines (.jsonl)"
+            )
+        for record in records:
+            yield json.dumps(record).encode()
     else:
         with open(file, "rb") as stream:
             for line in stream:

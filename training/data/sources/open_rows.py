@@ -93,7 +93,7 @@ def _open_one(
     keep_columns: bool,
 ) -> Source:
     local = Path(path)
-    if local.is_file() and local.suffix in (".jsonl", ".csv"):
+    if local.is_file() and local.suffix in (".jsonl", ".json", ".csv"):
         return MetadataFolder(local.parent, [local], options, follow_links, keep_columns)
     if local.is_dir():
         check_readable((file for file in files_of(local) if file.suffix in DATA_SUFFIXES), local, follow_links)
@@ -151,6 +151,10 @@ class Mixture(Source):
         if self.sources[0].features is not None:
             self.features = join_features([source.features for source in sources])
         self.fingerprint = hash_texts([*(s.fingerprint for s in sources), json.dumps([weights, seed])])
+
+    @property
+    def has_conversations(self) -> bool:
+        return any(source.has_conversations for source in self.sources)
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         index = 0

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from blipren.training.data.sources.columns import Columns, get, read_messages, read_texts
+from blipren.training.data.sources.columns import Columns, get, read_texts
+from blipren.training.data.sources.conversations import Conversation, ConversationError, read_conversation
 from blipren.training.data.sources.images import Folder, content_hash, decode_image, image_bytes
 from blipren.training.data.sources.splits import normalize_split
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Row:
-    """One image with its texts, undecoded."""
+    """One image with its texts, undecoded, or a conversation with any number of images."""
 
     id: str
     index: int
@@ -35,10 +36,16 @@ class Row:
     prompts: list[str | None] = field(default_factory=list)
     """The prompt of each answer; None is the default caption prompt."""
     answers: list[str] = field(default_factory=list)
-    messages: list[dict[str, Any]] | None = None
-    """A conversation in the `role`/`content` form."""
+    conversation: Conversation | None = None
+    """None also where it could not be read."""
+    shown: bool = False
+    """A conversation shows the image, which needs no text of its own."""
+    can_be_mirrored: bool = True
+    """False where a conversation about the image names sides or digits."""
     problems: list[tuple[str, str]] = field(default_factory=list)
     """Texts that could not be read: `(rule, value)`."""
+    conversation_error: tuple[str, str] | None = None
+    """Why the conversation could not be read: `(reason, value)`."""
     rejected: tuple[str, str] | None = None
     """Why the row cannot be used, `(reason, value)`; known before the image is opened."""
     width: int | None = None
@@ -82,6 +89,11 @@ class Source(abc.ABC):
     def __iter__(self) -> Iterator[Row]:
         return self.rows()
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether its rows may be conversations."""
+        return self.columns.conversation is not None
+
     def count_rows(self) -> int:
         """Return the number of rows, counted if it is not known."""
         if self.num_rows is None:
@@ -100,16 +112,21 @@ def make_row(record: dict[str, Any], columns: Columns, index: int, default_id: s
     row_id = get(record, columns.id) if columns.id else None
     if columns.id == "__key__" and record.get("__url__"):
         row_id = f"{Path(str(record['__url__'])).stem}/{row_id}"  # two tars may have the same keys
+    image = next((v for choice in columns.image.split("/") if (v := get(record, choice)) is not None), None)
     row = Row(
         id=default_id if row_id is None or isinstance(row_id, (dict, list)) else str(row_id),
         index=index,
-        image=next((v for choice in columns.image.split("/") if (v := get(record, choice)) is not None), None),
+        image=image,
         folder=folder,
         prompts=prompts,
         answers=answers,
-        messages=read_messages(get(record, columns.messages)) if columns.messages else None,
         problems=problems,
     )
+    if columns.conversation:
+        try:
+            row.conversation = read_conversation(record, columns.conversation, image)
+        except ConversationError as error:
+            row.conversation_error = (error.reason, error.detail)
     status = get(record, columns.status) if columns.status else None
     if isinstance(status, str) and status != "success":
         message = get(record, columns.status.replace("status", "error_message"))
