@@ -173,12 +173,40 @@ class BliprenProcessor(ProcessorMixin):
             num_images: number of images in front of the prompt.
         """
         prompt = self.prompts[0] if prompt is None else self.escape_special_tokens(prompt.strip())
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+        return self._render([{"role": "user", "content": content}], system)
+
+    def conversation_text(self, messages: list[dict], system: str | None = None) -> str:
+        """Render a conversation as text up to the next answer, with one placeholder an image.
+
+        Args:
+            messages: `role` and `content`, a text or a list of `{"type": "text", "text"}` and `{"type": "image"}`.
+            system: system prompt for a conversation without one; the first of `system_prompts` by default.
+        """
+        escaped = []
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = [
+                    {"type": "text", "text": self.escape_special_tokens(part["text"])}
+                    if part["type"] == "text"
+                    else {"type": "image"}
+                    for part in content
+                ]
+                if all(part["type"] == "text" for part in content):
+                    content = "".join(part["text"] for part in content)
+            else:
+                content = self.escape_special_tokens(content)
+            escaped.append({"role": message["role"], "content": content})
+        return self._render(escaped, "" if messages[0]["role"] == "system" else system)
+
+    def _render(self, messages: list[dict], system: str | None) -> str:
+        """Render escaped messages up to the next answer, behind a system prompt if there is one."""
         if system is None:
             system = self.system_prompts[0] if self.system_prompts else ""
-        conversation = [{"role": "system", "content": self.escape_special_tokens(system)}] if system else []
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-        conversation.append({"role": "user", "content": content})
-        return self.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        if system:
+            messages = [{"role": "system", "content": self.escape_special_tokens(system)}, *messages]
+        return self.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def encode_prompt(
         self, prompt: str | None = None, system: str | None = None, num_visual_tokens: list[int] | None = None
@@ -190,8 +218,28 @@ class BliprenProcessor(ProcessorMixin):
             num_visual_tokens: number of placeholders of each image; one image of `self.num_visual_tokens` by default.
         """
         counts = [self.num_visual_tokens] if num_visual_tokens is None else num_visual_tokens
-        pieces = self._strip_duplicate_bos(self.prompt_text(prompt, system, len(counts))).split(self.image_token)
-        text = pieces[0] + "".join(self.image_token * n + piece for n, piece in zip(counts, pieces[1:], strict=True))
+        return self._encode_text(self.prompt_text(prompt, system, len(counts)), counts)
+
+    def encode_conversation(
+        self, messages: list[dict], num_visual_tokens: list[int], system: str | None = None
+    ) -> list[int]:
+        """Return the token ids of a conversation up to the next answer, the same in training and inference.
+
+        Args:
+            messages, system: as in [`conversation_text`]. The last message is the user's.
+            num_visual_tokens: number of placeholders of each image, in order.
+
+        Raises:
+            ValueError: the numbers of images in the messages and in `num_visual_tokens` differ.
+        """
+        return self._encode_text(self.conversation_text(messages, system), num_visual_tokens)
+
+    def _encode_text(self, text: str, num_visual_tokens: list[int]) -> list[int]:
+        """Return the token ids of a rendered text, each of its placeholders repeated for the visual tokens."""
+        pieces = self._strip_duplicate_bos(text).split(self.image_token)
+        if len(pieces) != len(num_visual_tokens) + 1:
+            raise ValueError(f"the text speaks of {len(pieces) - 1} images, and {len(num_visual_tokens)} are given")
+        text = pieces[0] + "".join(self.image_token * n + piece for n, piece in zip(num_visual_tokens, pieces[1:]))
         return self.tokenizer(text).input_ids
 
     def encode_answer(self, answer: str) -> list[int]:

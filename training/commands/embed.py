@@ -30,6 +30,16 @@ class StorageSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class ConversationSettings(Settings):
+    """Conversations."""
+
+    max_tokens: int | None = None
+    """Refuse conversations of more tokens than this, images included, as the model's own tokenizer counts them."""
+    cut_turns: bool = False
+    """Leave the last turns out of such a conversation instead, as many as needed."""
+
+
+@dataclass(kw_only=True)
 class SimilaritySettings(Settings):
     """Caption filter by image-text similarity, for SigLIP and CLIP."""
 
@@ -65,7 +75,9 @@ class EngineSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class EmbedSettings(EngineSettings, SimilaritySettings, CaptionFilterSettings, StorageSettings, SourceSettings):
+class EmbedSettings(
+    EngineSettings, SimilaritySettings, CaptionFilterSettings, ConversationSettings, StorageSettings, SourceSettings
+):
     """`blipren embed`: runs the frozen encoder once on every image and writes the feature cache."""
 
     model: str = positional()
@@ -78,8 +90,8 @@ class EmbedSettings(EngineSettings, SimilaritySettings, CaptionFilterSettings, S
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("views", "batch_size", "rows_per_shard"):
-            if getattr(self, name) < 1:
+        for name in ("views", "batch_size", "rows_per_shard", "max_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("view_scale", "min_script_share"):
             if not 0 <= getattr(self, name) <= 1:
@@ -111,7 +123,7 @@ def run(settings: EmbedSettings) -> int | None:
     job = EmbedJob.open(settings)
     print(describe_plan(settings, job.source, job.encoder, job.values))
     if settings.dry_run:
-        return dry_run(settings, job.source, job.config)
+        return dry_run(job.settings, job.source, job.config)
     if settings.engine == "ray":
         from blipren.training.data.cache.engines.ray_cluster import embed_with_ray
 
@@ -125,7 +137,7 @@ def run(settings: EmbedSettings) -> int | None:
         else:
             cache = job.writer(settings, folder)
             cache.start()
-            embed_units(settings, job.source, job.encoder, cache, job.config, job.scorer)
+            embed_units(job.settings, job.source, job.encoder, cache, job.config, job.scorer)
             job.finish(settings, cache)
         write_tokens(folder, job.processor)
     return None

@@ -4,8 +4,6 @@ import json
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
 
@@ -341,38 +339,6 @@ def test_another_language_model_reuses_the_features(tmp_path, tiny_model, tiny_v
     _, processor = load_checkpoint(str(chat))
     text = again.split("train")[4]["answers"][1]
     assert again.tokens("train", processor).answers(4)[1] == (None, processor.encode_answer(text))
-
-
-def test_conversations_are_kept_beside_captions_and_rejected_alone(tmp_path, tiny_model):
-    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
-    rows = [
-        {"file_name": "a.png", "conversations": turns, "caption": "a cat", "split": "train"},
-        {"file_name": "b.png", "caption": "just a caption", "split": "train"},
-        {"file_name": "c.png", "conversations": turns, "split": "train"},
-    ]
-    pictures = {row["file_name"]: encoded(picture(i), "PNG") for i, row in enumerate(rows)}
-    write_folder(tmp_path / "d", rows, pictures)
-    cache = run_embed(tiny_model, tmp_path / "d", tmp_path / "c")
-    kept = cache.split("train")["messages"]
-    assert json.loads(kept[0]) == [
-        {"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "A cat."},
-    ]  # fmt: skip
-    assert kept[1] is None and cache.ids("train") == ["a.png", "b.png"]
-    lines = map(json.loads, (cache.folder / "rejected.jsonl").open())
-    assert [(line["id"], line["reason"]) for line in lines if line["kind"] == "row"] == [
-        ("c.png", "conversation_only")
-    ]
-    assert cache.counts["rejected_by_reason"]["row"] == {"conversation_only": 1}
-
-
-def test_a_data_set_of_conversations_alone(tmp_path, tiny_model, capsys):
-    """As LLaVA's Parquet has it."""
-    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
-    columns = {"image": [encoded(picture(i)) for i in range(3)], "conversations": [turns] * 3}
-    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "llava.parquet")
-    with pytest.raises(UserError, match="no row of .*llava.parquet could be cached"):
-        run_embed(tiny_model, tmp_path / "llava.parquet", tmp_path / "c")
-    assert "conversation_only" in capsys.readouterr().out
 
 
 @pytest.fixture

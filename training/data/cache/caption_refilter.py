@@ -89,7 +89,7 @@ def filter_captions_again(folder: Path, info: dict[str, Any], settings: dict[str
                 places.append(number)
                 prompts.append(kept.prompts)
                 answers.append(kept.answers)
-            else:
+            elif row["answers"] or not info.get("samples"):  # an image may be there for conversations alone
                 why = gone[0][0] if gone else "no text"
                 rejected.append({"kind": "row", "id": row["id"], "reason": "no_caption", "value": why})
         columns = [pa.array(ids, pa.string()), pa.array(places, pa.int64())]

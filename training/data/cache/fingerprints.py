@@ -69,7 +69,8 @@ def cache_fingerprint(s: EmbedSettings, source: Source, encoder: Encoder) -> dic
             "batch_size": s.batch_size,
         },
         "source": {"dataset": source.fingerprint, "columns": source.columns.describe(), "limit": s.limit}
-        | ({"follow_links": True} if s.follow_links else {}),
+        | ({"follow_links": True} if s.follow_links else {})
+        | ({"max_tokens": s.max_tokens, "cut_turns": s.cut_turns} if source.has_conversations else {}),
         "splits": {
             "validation_share": s.validation_share,
             "test_share": s.test_share,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from blipren.training.data.cache.encoder import Encoder
 from blipren.training.data.cache.fingerprints import cache_fingerprint, check_same_fingerprint
 from blipren.training.data.cache.prepare import PrepareConfig
 from blipren.training.data.cache.reader import FeatureCache
+from blipren.training.data.cache.samples.collect import SampleImages, limit_tokens
 from blipren.training.data.cache.shards import as_json
 from blipren.training.data.cache.similarity_filter import SimilarityScorer
 from blipren.training.data.cache.summary import print_summary
@@ -43,16 +45,26 @@ class EmbedJob:
     values: int | None
     """Features of a row, of all its views; None where rows differ."""
     fingerprint: dict[str, Any]
+    settings: EmbedSettings
+    """Without `limit` where the source has it already."""
+    samples: SampleImages | None
+    """The source, where it has conversations."""
 
     @classmethod
     def open(cls, s: EmbedSettings) -> EmbedJob:
         """Open data set and model. Raises `UserError`."""
-        source = open_rows(s.dataset, seed=s.seed, **s.source_options())
+        source, samples = open_rows(s.dataset, seed=s.seed, **s.source_options()), None
         rules = CaptionFilter.from_settings(s)
         counts = None
         if rules.max_images_per_caption:
             counts = count_captions((row.prompts, row.answers) for row in source)
         model, processor = load_checkpoint(s.model)
+        if source.has_conversations:
+            fit = None
+            if s.max_tokens is not None:
+                count = processor.num_visual_tokens or processor.image_processor.max_num_patches
+                fit = limit_tokens(processor, s.max_tokens, s.cut_turns, count)
+            source = samples = SampleImages(source, s.limit, fit)
         encoder = Encoder(model, processor.image_processor, s.device, s.precision)
         config = PrepareConfig(
             image_processor=processor.image_processor,
@@ -70,7 +82,9 @@ class EmbedJob:
             scorer = SimilarityScorer((model.config.base_models or {}).get("vision") or {}, encoder.device)
         patches = None if encoder.variable else encoder.measure()
         values = None if patches is None else patches * encoder.hidden_size * s.views
-        return cls(source, processor, encoder, config, scorer, patches, values, cache_fingerprint(s, source, encoder))
+        fingerprint = cache_fingerprint(s, source, encoder)
+        rest = s if samples is None else dataclasses.replace(s, limit=None)
+        return cls(source, processor, encoder, config, scorer, patches, values, fingerprint, rest, samples)
 
     def writer(self, s: EmbedSettings, folder: Path, writer_class: type[CacheWriter] = CacheWriter) -> CacheWriter:
         """Return the writer of the cache."""
@@ -81,7 +95,6 @@ class EmbedJob:
             values=self.values,
             tokens=None if self.num_patches is None else self.num_patches * s.views,
             hidden_size=self.encoder.hidden_size,
-            messages=bool(self.source.columns.messages),
             rows_per_unit=s.rows_per_shard,
             near_duplicates=s.near_duplicates,
             scores=self.scorer is not None,
@@ -93,12 +106,12 @@ class EmbedJob:
         Raises:
             UserError: the data set has no rows, or none could be cached.
         """
-        if not cache.done_units():
+        if not cache.done_units() and not (self.samples and self.samples.rows_read):
             shutil.rmtree(cache.folder / "units")
             raise UserError(f"{s.dataset} has no rows")
-        info = finish_cache(cache, {"views": s.views, "num_patches": self.num_patches})
+        info = finish_cache(cache, {"views": s.views, "num_patches": self.num_patches}, self.samples)
         print_summary(info, cache.folder)
-        if not info["counts"]["cached"]:
+        if not info["counts"]["cached"] + sum(info["counts"].get("samples", {}).get(split, 0) for split in SPLITS):
             raise UserError(f"no row of {s.dataset} could be cached; the reasons are in {s.cache}/rejected.jsonl")
         return info
 
@@ -124,6 +137,7 @@ def write_tokens(folder: Path, processor: Any) -> None:
     started = time.monotonic()
     cache = FeatureCache.open(folder)
     tokens = sum(len(cache.tokens(split, processor).ids) for split in SPLITS)
+    tokens += sum(len(cache.sample_tokens(split, processor).ids) for split in SPLITS if cache.num_samples(split))
     name, fingerprint = name_of_tokens(cache.info, processor)
     if name not in cache.info.get("tokens", {}):
         cache.info.setdefault("tokens", {})[name] = fingerprint

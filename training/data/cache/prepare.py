@@ -79,9 +79,9 @@ def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[
         return None, [], [*rejected, rejection(row, "row", *row.rejected)]
     left = filter_texts(row.prompts, row.answers, config.rules, config.caption_counts)
     rejected += [rejection(row, "text", rule, value, text) for rule, value, text in left.rejected]
-    if not left.answers:
-        if row.messages and not row.answers:
-            why = ("conversation_only", f"{len(row.messages)} turns; captions and answers alone are trained on")
+    if not left.answers and not row.shown:
+        if row.conversation and not row.answers:
+            why = ("conversation_only", "a conversation is trained on from a feature cache, made by `blipren embed`")
         else:
             why = ("no_caption", rejected[0]["reason"] if rejected else "no text in its columns")
         return None, [], [*rejected, rejection(row, "row", *why)]
@@ -93,7 +93,7 @@ def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[
     split = row.split or split_by_hash(image_hash, config.validation_share, config.test_share)
     phash, thumb = image_signature(image)
     prepared = Prepared(row, split, image_hash, phash, thumb, left.prompts, left.answers, left.kept)
-    flip = config.view_flip and can_be_mirrored([*left.answers, *left.prompts])
+    flip = config.view_flip and row.can_be_mirrored and can_be_mirrored([*left.answers, *left.prompts])
     views = [
         cut_view(image, view, image_hash, flip, config.view_scale, config.variable) for view in range(config.views)
     ]

@@ -14,6 +14,7 @@ import torch
 
 from blipren.training.arguments import check_cache_folder
 from blipren.training.data.cache.fingerprints import as_stored, encoder_fingerprint, first_difference
+from blipren.training.data.cache.samples.tokens import SampleTokens, load_or_build_sample_tokens
 from blipren.training.data.cache.shards import CacheDamage, Shard, file_checksum
 from blipren.training.data.cache.tokens import TokenTable, load_or_build_tokens
 from blipren.training.data.sources.splits import SPLITS
@@ -147,16 +148,14 @@ class FeatureCache:
         """Leave out memory maps, which worker processes open themselves."""
         return self.__dict__ | {"_shards": {}, "_light": {}, "_places": {}}
 
-    def _where(self, split: str, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self.info.get("captions"):
-            self._load_light(split)
-            indices = self._places[split][indices]
+    def _where(self, split: str, indices: np.ndarray) -> list[tuple[str, int, int]]:
+        """Return (split, shard, row of the shard) of some raw rows of a split."""
         first = self._first[split]
         if len(indices) and not (0 <= indices.min() and indices.max() < first[-1]):
             bad = indices[(indices < 0) | (indices >= first[-1])][0]
             raise IndexError(f"row {bad} of {split}, which has {first[-1]}")
         shards = np.searchsorted(first, indices, "right") - 1
-        return shards, indices - first[shards]
+        return [(split, *place) for place in zip(shards.tolist(), (indices - first[shards]).tolist())]
 
     def patch_features(
         self,
@@ -180,9 +179,31 @@ class FeatureCache:
             CacheDamage: bytes that are not what was written.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        shards, places = self._where(split, indices)
+        if self.info.get("captions"):
+            self._load_light(split)
+            indices = self._places[split][indices]
+        return self._read_features(self._where(split, indices), views, dtype)
+
+    def features_at(
+        self,
+        rows: Sequence[int],
+        views: Sequence[int] | None = None,
+        dtype: torch.dtype | None = torch.float32,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the features of images by their numbers in `samples`, as `patch_features` does."""
+        edges = np.cumsum([self._first[split][-1] for split in SPLITS])
+        places = []
+        for row in rows:
+            split = int(np.searchsorted(edges, row, "right"))
+            own = row - (int(edges[split - 1]) if split else 0)
+            places += self._where(SPLITS[split], np.array([own]))
+        return self._read_features(places, views, dtype)
+
+    def _read_features(
+        self, where: list[tuple[str, int, int]], views: Sequence[int] | None, dtype: torch.dtype | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows, scales = [], []
-        for number, place in zip(shards.tolist(), places.tolist()):
+        for split, number, place in where:
             values, scale = self._shard(split, number).row(place)
             rows.append(values)
             scales.append(scale)
@@ -207,6 +228,20 @@ class FeatureCache:
             mask = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long()
         return features if dtype is None else features.to(dtype), mask
 
+    # ---- conversations ---------------------------------------------------------------------------------------------
+
+    def num_samples(self, split: str) -> int:
+        """Return the number of conversations of a split."""
+        return self.info["samples"][split]["rows"] if "samples" in self.info else 0
+
+    def samples(self, split: str) -> datasets.Dataset:
+        """Return the conversations of a split, in cache/samples/table.py's columns: id, images, messages, rejected."""
+        return datasets.load_from_disk(str(self.folder / "samples" / split))
+
+    def sample_tokens(self, split: str, processor: Any, traces: str = "learn") -> SampleTokens:
+        """Return the token ids of the conversations of a split for a processor, built once like those of answers."""
+        return load_or_build_sample_tokens(self, split, processor, traces)
+
     # ---- token ids -------------------------------------------------------------------------------------------------
 
     def tokens(self, split: str, processor: Any) -> TokenTable:
@@ -222,6 +257,7 @@ class FeatureCache:
         """Read all files. Returns a line for each that differs from what was written."""
         faults = []
         files = [(split, record) for split in SPLITS for record in self.info["shards"][split]]
+        files += [(f"samples/{split}", record) for split, record in self.info.get("samples", {}).items()]
         for folder, record in [*files, *(("index", record) for record in self.info["index"])]:
             path = self.folder / folder / record["file"]
             if not path.exists():

@@ -29,7 +29,7 @@ class CacheDamage(UserError):
     """The bytes of a cache differ from those that were written."""
 
 
-def feature_columns(dtype: str, values: int | None, tokens: int | None, messages: bool) -> datasets.Features:
+def feature_columns(dtype: str, values: int | None, tokens: int | None) -> datasets.Features:
     """Return the columns of a cache row. The features are last: the small columns lie together in a record batch.
 
     Args:
@@ -44,8 +44,6 @@ def feature_columns(dtype: str, values: int | None, tokens: int | None, messages
         "prompts": datasets.List(datasets.Value("string")),
         "answers": datasets.List(datasets.Value("string")),
     }
-    if messages:
-        columns["messages"] = datasets.Value("string")
     if dtype == "int8":
         columns["scale"] = datasets.List(datasets.Value("float32"), length=-1 if tokens is None else tokens)
     columns["patch_features"] = datasets.List(datasets.Value(dtype), length=-1 if values is None else values)

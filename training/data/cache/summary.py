@@ -66,6 +66,12 @@ def print_summary(info: dict[str, Any], folder: Path) -> None:
         f"{counts['rows']:,} rows = {counts['cached']:,} cached (train {counts['train']:,}, validation "
         f"{counts['validation']:,}, test {counts['test']:,}) + {counts['rejected']:,} rejected"
     )
+    if samples := counts.get("samples"):
+        print(
+            f"conversations: {samples['rows']:,} rows = train {samples['train']:,}, validation "
+            f"{samples['validation']:,}, test {samples['test']:,} + {samples['captions_only']:,} with captions alone + "
+            f"{samples['rejected']:,} rejected"
+        )
     print(f"{info['bytes'] / 2**30:,.2f} GiB in {folder}; rejections in {folder / 'rejected.jsonl'}")
 
 

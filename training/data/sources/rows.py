@@ -127,6 +127,8 @@ def make_row(record: dict[str, Any], columns: Columns, index: int, default_id: s
             row.conversation = read_conversation(record, columns.conversation, image)
         except ConversationError as error:
             row.conversation_error = (error.reason, error.detail)
+        if row.conversation or row.conversation_error:  # which needs no caption beside it
+            row.problems = [problem for problem in problems if problem[0] != "no_text"]
     status = get(record, columns.status) if columns.status else None
     if isinstance(status, str) and status != "success":
         message = get(record, columns.status.replace("status", "error_message"))

@@ -185,7 +185,7 @@ def filter_by_similarity(batch: PreparedBatch, scorer: SimilarityScorer, s: Embe
 
 def add_row(unit: UnitWriter, item: Prepared, *stored: Any) -> None:
     """Add a row to the cache, or reject it where the similarity filter left no text."""
-    if item.answers:
+    if item.answers or item.row.shown:
         unit.add(item, *stored)
     else:
         unit.rejected.append(rejection(item.row, "row", "no_caption", "min_similarity"))

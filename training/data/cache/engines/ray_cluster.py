@@ -118,7 +118,9 @@ class EmbedUnits:
             return
         cache = self.job.writer(self.s, self.place.folder)
         (cache.folder / "units").mkdir(parents=True, exist_ok=True)
-        embed_units(self.s, self.job.source, self.job.encoder, cache, self.job.config, self.job.scorer, only=number)
+        embed_units(
+            self.job.settings, self.job.source, self.job.encoder, cache, self.job.config, self.job.scorer, only=number
+        )
         path = cache.unit_path(number)
         if self.place.local or not path.exists():
             return
@@ -181,7 +183,8 @@ def _embed(s: EmbedSettings, job: EmbedJob, place: CachePlace) -> int | None:
     if not place.local:
         cache.place = place
         place.push(place.folder / "units" / "fingerprint.json")
-    rows = job.source.count_rows() if s.limit is None else min(s.limit, job.source.count_rows())
+    limit = job.settings.limit
+    rows = job.source.count_rows() if limit is None else min(limit, job.source.count_rows())
     units = [number for number in range(-(-rows // s.rows_per_shard)) if not cache.is_done(number)]
     if units:
         _run(s, job, units)
@@ -194,6 +197,7 @@ def _embed(s: EmbedSettings, job: EmbedJob, place: CachePlace) -> int | None:
     if not place.local:
         for path in sorted(place.folder.rglob("*")):
             small = path.suffix in (".json", ".jsonl") or path.name.startswith("data-empty")
+            small |= path.parent.parent.name == "samples"
             if path.is_file() and path.name != "cache.json" and small:
                 place.push(path)
         place.push(place.folder / "cache.json")

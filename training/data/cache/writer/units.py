@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,6 @@ class UnitWriter:
             "answers": item.answers,
             "patch_features": features,
         }
-        if "messages" in self.cache.columns:
-            record["messages"] = json.dumps(row.messages) if row.messages else None
         if scale is not None:
             record["scale"] = scale
         self._shards[item.split].add(record)
@@ -109,7 +106,6 @@ class CacheWriter(UnitFolder):
         fingerprint: what decides its content; a folder that was begun with another one is refused.
         dtype: type of the stored features.
         values, tokens: number of features and of scales of a row, where it is the same in all rows.
-        messages: whether rows have conversations.
         scores: whether texts have similarities.
     """
 
@@ -125,7 +121,6 @@ class CacheWriter(UnitFolder):
         values: int | None,
         tokens: int | None,
         hidden_size: int,
-        messages: bool,
         rows_per_unit: int,
         near_duplicates: str = "drop",
         scores: bool = False,
@@ -133,7 +128,7 @@ class CacheWriter(UnitFolder):
         super().__init__(folder, fingerprint, rows_per_unit)
         self.dtype, self.hidden_size = dtype, hidden_size
         self.near_duplicates = near_duplicates
-        self.columns = feature_columns(dtype, values, tokens, messages)
+        self.columns = feature_columns(dtype, values, tokens)
         self.index_columns = INDEX_COLUMNS
         if scores:
             self.index_columns = datasets.Features(
