@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from .base_models_blipren import hash_weights, weight_files
 from .configuration_blipren import AUTO_MAP, CUSTOM_PIPELINES, BliprenConfig, copy_code_files
+from .pieces_blipren import join_pieces, resize_grid
 from .vision_blipren import run_vision_encoder, select_patch_features
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -50,7 +51,7 @@ class BliprenPreTrainedModel(PreTrainedModel):
     # the connector is small and trained: it stays in float32 whatever dtype the frozen parts have
     _keep_in_fp32_modules_strict = ["qformer", "projector"]
     # names in config.base_models of the frozen parts that this class has
-    _base_parts = ("vision", "llm")
+    _base_parts = ("vision", "second_vision", "llm")
 
     def __init__(self, config: BliprenConfig, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
@@ -62,7 +63,13 @@ class BliprenPreTrainedModel(PreTrainedModel):
     def parts(self) -> dict[str, nn.Module]:
         """Return the modules by part name: `vision`, `qformer`, `projector`, `llm`, `head`, and those of a subclass."""
         inner = self.base_model
-        names = {"vision": "vision_tower", "qformer": "qformer", "projector": "projector", "llm": "language_model"}
+        names = {
+            "vision": "vision_tower",
+            "second_vision": "second_vision_tower",
+            "qformer": "qformer",
+            "projector": "projector",
+            "llm": "language_model",
+        }
         parts = {part: getattr(inner, name) for part, name in names.items() if getattr(inner, name, None) is not None}
         if getattr(self, "lm_head", None) is not None:
             parts["head"] = self.lm_head
@@ -139,30 +146,62 @@ class BliprenPreTrainedModel(PreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        second_pixel_values: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute patch features `(num_images, num_patches, vision_hidden)`, which the feature cache stores.
 
         Without gradient and in eval mode, unless the vision tower is trained.
 
         Args:
-            pixel_values: `(num_images, channels, height, width)`; for NaFlex `(num_images, max_patches, patch_width)`.
-            pixel_attention_mask: `(num_images, max_patches)`, NaFlex only; also the mask of the patch features.
-            spatial_shapes: `(num_images, 2)`, NaFlex only.
-        """
-        return self._encode(pixel_values, pixel_attention_mask, spatial_shapes)[1]
+            pixel_values: `(num_images, channels, height, width)`; with scales or tiles `(num_images, num_pieces, channels,
+                height, width)`; for NaFlex `(num_images, max_patches, patch_width)`.
+            pixel_attention_mask: `(num_images, num_patches)`, NaFlex and tiles only; also the mask of the patch features.
+            spatial_shapes: `(num_images, 2)`, NaFlex and tiles only.
+            second_pixel_values: as `pixel_values`, for the second encoder.
 
-    def _encode(self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, **options):
-        """Return the vision encoder's own output and the patch features selected from it."""
-        vision_tower = self.base_model.vision_tower
+        Raises:
+            ValueError: with two encoders, without the images of the second.
+        """
+        return self._encode(pixel_values, pixel_attention_mask, spatial_shapes, second_pixel_values)[1]
+
+    def _encode(
+        self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, second_pixel_values=None, **options
+    ):
+        """Return the (first) vision encoder's own output and the patch features of all encoders and pieces."""
+        config = self.config
+        there = None  # pieces that are no padding
+        if config.vision_tiles is not None:
+            there = pixel_attention_mask[:, :: pixel_attention_mask.shape[1] // pixel_values.shape[1]].bool()
+        elif pixel_attention_mask is not None:
+            options |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        prefix = config.num_prefix_tokens if config.vision_feature_select == "patches" else 0
+        outputs, features = self._run_tower(self.base_model.vision_tower, pixel_values, prefix, there, **options)
+        if config.second_vision_config is not None:
+            if second_pixel_values is None:
+                raise ValueError("this model has two vision encoders: give second_pixel_values beside pixel_values")
+            tower, prefix = self.base_model.second_vision_tower, config.second_num_prefix_tokens
+            _, second = self._run_tower(tower, second_pixel_values, prefix, there)
+            second = resize_grid(second, config.second_vision_grid, config.vision_grid)
+            features = torch.cat([features, second.to(features.dtype)], dim=-1)
+        if there is not None:
+            pieces = features.new_zeros(*there.shape, *features.shape[1:])
+            pieces[there] = features
+            features = pieces.flatten(1, 2)
+        elif pixel_values.dim() == 5:
+            pieces = features.unflatten(0, pixel_values.shape[:2])
+            features = join_pieces(pieces, config.vision_grid, config.vision_scales, config.vision_join)
+        return outputs, features
+
+    def _run_tower(self, vision_tower: nn.Module, pixel_values: torch.Tensor, prefix: int, there=None, **options):
+        """Return the output of a vision encoder, and the patch features `(num_images or num_pieces, num_patches, width)`."""
         frozen = not any(p.requires_grad for p in vision_tower.parameters())
         if frozen and vision_tower.training:
             vision_tower.eval()
-        extra = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        extra = {key: value for key, value in extra.items() if value is not None} | options
+        if pixel_values.dim() == 5:
+            pixel_values = pixel_values.flatten(0, 1) if there is None else pixel_values[there]
         layers = self.config.vision_feature_layer
-        prefix = self.config.num_prefix_tokens if self.config.vision_feature_select == "patches" else 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            outputs = run_vision_encoder(vision_tower, pixel_values.to(vision_tower.dtype), layers, **extra)
+            outputs = run_vision_encoder(vision_tower, pixel_values.to(vision_tower.dtype), layers, **options)
             return outputs, select_patch_features(outputs, layers, prefix)
 
     # ---- saving ---------------------------------------------------------------------------------------------------
@@ -187,7 +226,7 @@ class BliprenPreTrainedModel(PreTrainedModel):
                 "a bridge checkpoint needs config.base_models (ids and revisions of the frozen parts), which "
                 "from_vision_text_pretrained sets; save this model with save_pretrained"
             )
-        for part in ("vision", "llm"):
+        for part in ("vision", "second_vision", "llm"):
             module = self.parts().get(part)
             if module is not None and any(p.requires_grad and "lora_" not in n for n, p in module.named_parameters()):
                 raise ValueError(
@@ -200,7 +239,7 @@ class BliprenPreTrainedModel(PreTrainedModel):
 
     def _frozen_prefixes(self) -> tuple[str, ...]:
         """Return the prefixes of the weights that a bridge checkpoint leaves out."""
-        return ("model.vision_tower.", "model.language_model.", "lm_head.")
+        return ("model.vision_tower.", "model.second_vision_tower.", "model.language_model.", "lm_head.")
 
     def _save(self, save_directory, checkpoint_type: str, state_dict: dict | None, **kwargs) -> None:
         with_adapter = getattr(self, "_hf_peft_config_loaded", False)
@@ -231,8 +270,9 @@ class BliprenPreTrainedModel(PreTrainedModel):
                 self.hf_quantizer, self.config.quantization_config = quantizer, quantization_config
             return
         for name in self.config.sub_configs:  # loading sets a dtype in every sub-config: saving writes the same
-            if getattr(self.config, name).dtype is None:
-                getattr(self.config, name).dtype = self.dtype
+            sub_config = getattr(self.config, name)
+            if sub_config is not None and sub_config.dtype is None:
+                sub_config.dtype = self.dtype
         previous, self.config.checkpoint_type = self.config.checkpoint_type, checkpoint_type
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
@@ -345,10 +385,11 @@ class BliprenPreTrainedModel(PreTrainedModel):
             merged.update(load_file(file))
         for part, auto_class, sub_config in (
             ("vision", AutoModel, config.vision_config),
+            ("second_vision", AutoModel, config.second_vision_config),
             ("llm", AutoModelForCausalLM, config.text_config),
         ):
-            prefix = {"vision": "model.vision_tower.", "llm": "model.language_model."}[part]
-            if part not in cls._base_parts or any(name.startswith(prefix) for name in merged):
+            prefix = "model.language_model." if part == "llm" else f"model.{part}_tower."
+            if sub_config is None or part not in cls._base_parts or any(name.startswith(prefix) for name in merged):
                 continue
             reference = config.base_models[part]
             where = f"{reference['id']}" + (f" at revision {reference['revision']}" if reference["revision"] else "")
@@ -377,8 +418,8 @@ class BliprenPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _base_state_dict(part: str, base: nn.Module) -> dict[str, torch.Tensor]:
-        if part == "vision":
-            return {f"model.vision_tower.{key}": value for key, value in base.state_dict().items()}
+        if part != "llm":
+            return {f"model.{part}_tower.{key}": value for key, value in base.state_dict().items()}
         state = {f"model.language_model.{key}": value for key, value in base.base_model.state_dict().items()}
         head = base.get_output_embeddings().state_dict()
         return {**state, **{f"lm_head.{key}": value for key, value in head.items()}}

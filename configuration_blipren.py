@@ -49,6 +49,19 @@ def copy_code_files(save_directory: str | os.PathLike) -> None:
             shutil.copyfile(source, target)
 
 
+def check_pieces(scales: list[int], tiles: int | None) -> None:
+    """Raise `ValueError` unless scales are ascending integers from 1, and tiles (two or more) come without scales."""
+    if scales[:1] != [1] or any(b <= a for a, b in zip(scales, scales[1:])):
+        raise ValueError(f"scales are {scales}; they must ascend from 1, such as 1 2 or 1 2 3")
+    if tiles is not None and (tiles < 2 or scales != [1]):
+        raise ValueError(f"tiles is {tiles} with scales {scales}; it must be at least 2, with no scale but 1")
+
+
+def count_pieces(scales: list[int], tiles: int | None) -> int:
+    """Return the pieces of an image: the squares of all scales, or an overview and at most `tiles` tiles."""
+    return sum(scale * scale for scale in scales) if tiles is None else 1 + tiles
+
+
 class BliprenQFormerConfig(PreTrainedConfig):
     r"""Configuration of the Q-Former (BLIP-2, https://arxiv.org/abs/2301.12597, section 3.1).
 
@@ -80,6 +93,9 @@ class BliprenQFormerConfig(PreTrainedConfig):
             blocks, instead of in every cross-attention's keys and values.
         normalize_patches (`bool`, defaults to `False`): apply a layer norm to patch features, for convolutional encoders,
             whose layers differ in scale.
+        num_pieces (`int`, defaults to 1): pieces of an image along the sequence. With more than one, a learned embedding
+            of the piece (its scale and place) is added to its patches.
+        patches_per_piece (`int`, *optional*): patches of a piece, where there are several.
         use_text (`bool`, defaults to `False`): build the text side (embeddings and text feed-forward) for stage 1.
         vocab_size, max_position_embeddings, pad_token_id (`int`): of the text side.
         decoder_start_token_id (`int`, *optional*): token that replaces the first one in image-grounded generation
@@ -112,6 +128,8 @@ class BliprenQFormerConfig(PreTrainedConfig):
         encoder_hidden_size: int = 1408,
         project_patches: bool = False,
         normalize_patches: bool = False,
+        num_pieces: int = 1,
+        patches_per_piece: int | None = None,
         use_text: bool = False,
         vocab_size: int = 30522,
         max_position_embeddings: int = 512,
@@ -157,6 +175,8 @@ class BliprenQFormerConfig(PreTrainedConfig):
         self.encoder_hidden_size = encoder_hidden_size
         self.project_patches = project_patches
         self.normalize_patches = normalize_patches
+        self.num_pieces = num_pieces
+        self.patches_per_piece = patches_per_piece
         self.use_text = use_text
         self.vocab_size = vocab_size
         self.max_position_embeddings = max_position_embeddings
@@ -194,7 +214,15 @@ class BliprenConfig(PreTrainedConfig):
         num_prefix_tokens (`int`, defaults to 0): class and register tokens in front of the patches: sequence length minus
             size of the grid, measured when a model is made.
         vision_grid (`list[int]`, *optional*): `[height, width]` of the patch grid, measured; `None` if images differ.
-        vision_hidden_size (`int`, *optional*): width of the patch features, measured.
+        vision_hidden_size (`int`, *optional*): width of the patch features as the connector takes them: of all layers,
+            encoders and, joined along the channels, scales.
+        vision_scales (`list[int]`, defaults to `[1]`): the image at each multiple of the encoder's own input size, cut
+            into pieces of that size.
+        vision_join (`str`, defaults to `"channels"`): how scales are joined, see [`join_pieces`].
+        vision_tiles (`int`, *optional*): instead of scales: an overview and at most so many tiles, along the sequence.
+        second_vision_config (`PreTrainedConfig` or `dict`, *optional*): config of a second vision encoder, whose patch
+            features are interpolated to the grid of the first and concatenated to its own.
+        second_num_prefix_tokens, second_vision_grid: as `num_prefix_tokens` and `vision_grid`, of the second encoder.
         image_token_id (`int`): id of the placeholder in `input_ids` that image features replace.
         num_visual_tokens (`int`, *optional*): visual tokens an image; `None` if images differ.
         image_text_hidden_size (`int`, defaults to 256): width of the image and text embeddings of
@@ -206,7 +234,7 @@ class BliprenConfig(PreTrainedConfig):
         qformer_reads_prompt (`bool`, defaults to `False`): the Q-Former reads the prompt beside the image, through
             `qformer_input_ids` of its own tokenizer (InstructBLIP, https://arxiv.org/abs/2305.06500).
         base_models (`dict`, *optional*): sources of the frozen parts: `{"vision": {"id", "revision", "sha256",
-            "sampled_sha256"}, "llm": {...}}`.
+            "sampled_sha256"}, "llm": {...}}`, and `"second_vision"` with two encoders.
         checkpoint_type (`str`, defaults to `"full"`): `"full"`, or `"bridge"` for a folder with only what was trained.
         format_version (`int`): version of the checkpoint format; a newer one than this code's is refused.
 
@@ -215,7 +243,12 @@ class BliprenConfig(PreTrainedConfig):
     """
 
     model_type = "blipren"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "qformer_config": BliprenQFormerConfig}
+    sub_configs = {
+        "vision_config": AutoConfig,
+        "second_vision_config": AutoConfig,
+        "text_config": AutoConfig,
+        "qformer_config": BliprenQFormerConfig,
+    }
 
     def __init__(
         self,
@@ -239,6 +272,12 @@ class BliprenConfig(PreTrainedConfig):
         num_prefix_tokens: int = 0,
         vision_grid: list[int] | None = None,
         vision_hidden_size: int | None = None,
+        vision_scales: list[int] | None = None,
+        vision_join: str = "channels",
+        vision_tiles: int | None = None,
+        second_vision_config=None,
+        second_num_prefix_tokens: int = 0,
+        second_vision_grid: list[int] | None = None,
         image_token_id: int | None = None,
         num_visual_tokens: int | None = None,
         image_text_hidden_size: int = 256,
@@ -261,6 +300,7 @@ class BliprenConfig(PreTrainedConfig):
             ("projector", projector, ("linear", "mlp2", "mlp", "moe")),
             ("router_input", router_input, ("mean", "first")),
             ("vision_feature_select", vision_feature_select, ("patches", "full")),
+            ("vision_join", vision_join, ("channels", "sequence")),
             ("checkpoint_type", checkpoint_type, ("full", "bridge")),
         ):
             if value not in allowed:
@@ -269,10 +309,14 @@ class BliprenConfig(PreTrainedConfig):
             raise ValueError(f"trained_heads has {sorted(unknown)[0]!r}; the heads are {', '.join(map(repr, HEADS))}")
         if experts_top_k is not None and not 1 <= experts_top_k <= num_experts:
             raise ValueError(f"experts_top_k {experts_top_k} must lie between 1 and num_experts {num_experts}")
-        for part, sub_config in (("vision", vision_config), ("llm", text_config)):
+        parts = (("vision", vision_config), ("second_vision", second_vision_config), ("llm", text_config))
+        for part, sub_config in parts:
             if base_models and isinstance(sub_config, dict):
                 load_base_code(part, sub_config, base_models[part]["id"], base_models[part]["revision"])
         self.vision_config = _build_sub_config(vision_config, "siglip_vision_model", {"vision_use_head": False})
+        self.second_vision_config = None
+        if second_vision_config is not None:
+            self.second_vision_config = _build_sub_config(second_vision_config, "siglip_vision_model", {})
         self.text_config = _build_sub_config(text_config, "llama", {})
         self.vision_hidden_size = (
             vision_hidden_size if vision_hidden_size is not None else _vision_hidden_size(self.vision_config)
@@ -298,6 +342,12 @@ class BliprenConfig(PreTrainedConfig):
         self.vision_feature_select = vision_feature_select
         self.num_prefix_tokens = num_prefix_tokens
         self.vision_grid = vision_grid
+        self.vision_scales = vision_scales or [1]
+        self.vision_join = vision_join
+        self.vision_tiles = vision_tiles
+        check_pieces(self.vision_scales, vision_tiles)
+        self.second_num_prefix_tokens = second_num_prefix_tokens
+        self.second_vision_grid = second_vision_grid
         # an id beyond the vocabulary is always free, and the model never embeds the placeholder
         self.image_token_id = image_token_id if image_token_id is not None else self.text_config.vocab_size
         if num_visual_tokens is None and connector == "qformer":
@@ -315,6 +365,11 @@ class BliprenConfig(PreTrainedConfig):
         # the head is tied if the language model's own is
         kwargs["tie_word_embeddings"] = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
+
+    @property
+    def pieces_are_a_sequence(self) -> bool:
+        """Whether the patches of an image's pieces stand one behind the other."""
+        return self.vision_tiles is not None or (len(self.vision_scales) > 1 and self.vision_join == "sequence")
 
     @property
     def connector_hidden_size(self) -> int:

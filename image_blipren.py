@@ -56,7 +56,12 @@ class BliprenFastResize:
         return image
 
     def __reduce__(self):
-        return _rebuild, (type(self).__mro__[2], self.__dict__)
+        return _rebuild, (importable_class(type(self)), self.__dict__)
+
+
+def importable_class(made: type) -> type:
+    """Return the class of transformers that a class made here extends: pickle finds it by its name."""
+    return next(c for c in reversed(made.__mro__) if (made.__module__, made.__name__) == (c.__module__, c.__name__))
 
 
 def _rebuild(original: type, state: dict):

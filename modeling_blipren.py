@@ -10,11 +10,9 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,7 +32,7 @@ from .projector_blipren import BliprenMlp, BliprenMoeProjector, build_projector
 from .prompts_blipren import end_of_answer_id, pick_image_token
 from .qformer_blipren import BliprenQFormer
 from .qformer_weights_blipren import copy_bert_weights
-from .vision_blipren import load_vision_config, measure_vision, used_parameters
+from .vision_blipren import load_vision_setup, used_parameters
 
 logger = logging.getLogger(__name__)
 # name of the key-value cache in outputs: transformers 5.24 renamed it
@@ -98,6 +96,7 @@ class BliprenImageFeaturesMixin:
         pixel_values: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        second_pixel_values: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
@@ -109,7 +108,7 @@ class BliprenImageFeaturesMixin:
         """Compute image features from images or from cached patch features.
 
         Args:
-            pixel_values, pixel_attention_mask, spatial_shapes: as in [`encode_images`].
+            pixel_values, pixel_attention_mask, spatial_shapes, second_pixel_values: as in [`encode_images`].
             patch_features: `(num_images, num_patches, vision_hidden)`, instead of `pixel_values`.
             patch_attention_mask: `(num_images, num_patches)`, 1 for patches and 0 for padding.
             qformer_input_ids, qformer_attention_mask: `(num_images, text_length)`, the prompt of each image for a
@@ -135,7 +134,7 @@ class BliprenImageFeaturesMixin:
             if output_attentions and parts.vision_tower.config._attn_implementation == "eager":
                 options["output_attentions"] = True
             vision_outputs, patch_features = self._encode(
-                pixel_values, pixel_attention_mask, spatial_shapes, **options
+                pixel_values, pixel_attention_mask, spatial_shapes, second_pixel_values, **options
             )
             patch_attention_mask = pixel_attention_mask
         if patch_features.dim() != 3 or patch_features.shape[-1] != self.config.vision_hidden_size:
@@ -196,6 +195,8 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
     def __init__(self, config: BliprenConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        if config.second_vision_config is not None:
+            self.second_vision_tower = AutoModel.from_config(config.second_vision_config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.qformer = BliprenQFormer(config.qformer_config) if config.connector == "qformer" else None
         # image features are as wide as embeddings, which can be narrower than the layers (OPT)
@@ -219,6 +220,7 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        second_pixel_values: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
@@ -242,6 +244,7 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
                 pixel_values,
                 pixel_attention_mask,
                 spatial_shapes,
+                second_pixel_values,
                 patch_features,
                 patch_attention_mask,
                 qformer_input_ids,
@@ -429,6 +432,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         num_items_in_batch: int | torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        second_pixel_values: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
@@ -441,7 +445,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
 
         Args:
             input_ids: `(batch, length)`, with the placeholder where image features go.
-            pixel_values: images of the whole batch in order, `(num_images, channels, height, width)`.
+            pixel_values: images of the whole batch in order, see [`encode_images`].
             attention_mask: `(batch, length)`, or a 4-D mask that the language model uses unchanged.
             past_key_values: key-value cache of the language model; `cache` is its name from transformers 5.24 on.
             labels: `(batch, length)`, -100 where there is no loss; image tokens and padding never have one.
@@ -471,6 +475,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             inputs_embeds=inputs_embeds,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
+            second_pixel_values=second_pixel_values,
             patch_features=patch_features,
             patch_attention_mask=patch_attention_mask,
             qformer_input_ids=qformer_input_ids,
@@ -547,6 +552,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
                 "pixel_values",
                 "pixel_attention_mask",
                 "spatial_shapes",
+                "second_pixel_values",
                 "patch_features",
                 "patch_attention_mask",
                 "qformer_input_ids",
@@ -606,7 +612,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
     @classmethod
     def from_vision_text_pretrained(
         cls,
-        vision: str | os.PathLike,
+        vision: str | os.PathLike | list[str | os.PathLike],
         llm: str | os.PathLike,
         *,
         connector: str = "qformer",
@@ -617,6 +623,9 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         projector_options: dict | None = None,
         vision_feature_layer: int | list[int] = -1,
         vision_feature_select: str = "patches",
+        scales: list[int] | None = None,
+        scale_join: str = "channels",
+        tiles: int | None = None,
         image_processor_options: dict | None = None,
         match_embedding_scale: bool = True,
         dtype: str | torch.dtype = "auto",
@@ -626,14 +635,16 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         r"""Connect a pretrained vision encoder and a pretrained language model by an untrained connector.
 
         Args:
-            vision, llm: Hub ids (perhaps `id@revision`) or folders.
+            vision, llm: Hub ids (perhaps `id@revision`) or folders; two vision encoders are used side by side.
             connector, projector: see [`BliprenConfig`].
             num_queries: learned queries of the Q-Former.
             qformer: fields of [`BliprenQFormerConfig`].
             qformer_init: BERT or DistilBERT checkpoint that gives the Q-Former its sizes and first weights.
             projector_options: fields of [`BliprenConfig`] for the projector, such as `{"projector_hidden_size": 512}`.
             vision_feature_layer, vision_feature_select: see [`BliprenConfig`].
-            image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`.
+            scales, scale_join, tiles: `vision_scales`, `vision_join`, `vision_tiles` of [`BliprenConfig`].
+            image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`; those of a second
+                encoder's under `second`.
             match_embedding_scale: scale image features to the root mean square of the language model's embeddings;
                 otherwise they start many times larger.
             dtype: dtype of the frozen parts; the connector is in float32.
@@ -644,12 +655,12 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             ValueError: when a base model cannot be used: its weights are incomplete, it is of another kind, or the logits
                 of the language model cannot be reproduced.
         """
-        vision, vision_revision = split_revision(os.fspath(vision))
+        encoders = [vision] if isinstance(vision, (str, os.PathLike)) else list(vision)
+        encoders = [split_revision(os.fspath(name)) for name in encoders]
         llm, llm_revision = split_revision(os.fspath(llm))
-        for part, name, revision in (("vision", vision, vision_revision), ("llm", llm, llm_revision)):
+        for part, name, revision in (*(("vision", *encoder) for encoder in encoders), ("llm", llm, llm_revision)):
             raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision, **hub_kwargs)
             load_base_code(part, raw, name, revision, **hub_kwargs)
-        vision_config = load_vision_config(vision, revision=vision_revision, **hub_kwargs)
         text_config = AutoConfig.from_pretrained(llm, revision=llm_revision, **hub_kwargs)
         if text_config.is_encoder_decoder:
             raise ValueError(
@@ -659,14 +670,19 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             raise ValueError(
                 f"{llm} is a multimodal model ({text_config.model_type}); BLIPren takes text-only language models"
             )
-        image_processor = AutoImageProcessor.from_pretrained(
-            vision, revision=vision_revision, **hub_kwargs, **(image_processor_options or {})
+        setup = load_vision_setup(
+            vision,
+            vision_feature_layer,
+            vision_feature_select,
+            scales,
+            scale_join,
+            tiles,
+            image_processor_options,
+            **hub_kwargs,
         )
         tokenizer = AutoTokenizer.from_pretrained(llm, revision=llm_revision, **hub_kwargs)
-        blank = Image.new("RGB", (320, 240))
-        image_inputs = dict(image_processor(blank, return_tensors="pt"))
-        measured = measure_vision(vision_config, image_inputs, vision_feature_layer)
-        patches = measured.num_patches(vision_feature_select)
+        first, second = setup.sources[0], (setup.sources[1] if len(setup.sources) == 2 else None)
+        measured = first.shape
         qformer_values = {"num_query_tokens": num_queries, **(qformer or {})}
         bert = None
         if qformer_init is not None:
@@ -681,24 +697,34 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
                 "max_position_embeddings": bert.config.max_position_embeddings,
                 **qformer_values,
             }
-        qformer_values["encoder_hidden_size"] = measured.hidden_size
+        qformer_values["encoder_hidden_size"] = setup.hidden_size
+        if setup.num_pieces > 1:
+            per_piece = measured.num_patches(vision_feature_select)
+            qformer_values |= {"num_pieces": setup.num_pieces, "patches_per_piece": per_piece}
         causal_lm, info = AutoModelForCausalLM.from_pretrained(
             llm, revision=llm_revision, dtype=dtype, output_loading_info=True, **hub_kwargs
         )
         _check_complete(llm, info["missing_keys"])
-        vision_model, info = AutoModel.from_pretrained(
-            vision,
-            revision=vision_revision,
-            config=vision_config,
-            dtype=causal_lm.dtype,
-            output_loading_info=True,
-            **hub_kwargs,
-        )
-        if info["missing_keys"]:  # an unused pooler may be missing
-            used = used_parameters(vision_model, image_inputs, vision_feature_layer)
-            _check_complete(vision, set(info["missing_keys"]) & used)
+        vision_models = []
+        for source in setup.sources:
+            vision_model, info = AutoModel.from_pretrained(
+                source.name,
+                revision=source.revision,
+                config=source.config,
+                dtype=causal_lm.dtype,
+                output_loading_info=True,
+                **hub_kwargs,
+            )
+            if info["missing_keys"]:  # an unused pooler may be missing
+                used = used_parameters(vision_model, source.image_inputs, vision_feature_layer)
+                _check_complete(source.name, set(info["missing_keys"]) & used)
+            vision_models.append(vision_model)
+        references = {
+            part: base_model_reference(source.name, source.revision, **hub_kwargs)
+            for part, source in zip(("vision", "second_vision"), setup.sources)
+        }
         config = BliprenConfig(
-            vision_config=vision_config,
+            vision_config=first.config,
             text_config=causal_lm.config,
             qformer_config=BliprenQFormerConfig(**qformer_values),
             connector=connector,
@@ -707,20 +733,24 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             vision_feature_select=vision_feature_select,
             num_prefix_tokens=measured.num_prefix_tokens,
             vision_grid=list(measured.grid) if measured.grid else None,
-            vision_hidden_size=measured.hidden_size,
+            vision_hidden_size=setup.hidden_size,
+            vision_scales=scales,
+            vision_join=scale_join,
+            vision_tiles=tiles,
+            second_vision_config=second.config if second else None,
+            second_num_prefix_tokens=second.shape.num_prefix_tokens if second else 0,
+            second_vision_grid=list(second.shape.grid) if second else None,
             image_token_id=pick_image_token(tokenizer)[1],
-            num_visual_tokens=num_queries if connector == "qformer" else patches,
-            base_models={
-                "vision": base_model_reference(vision, vision_revision, **hub_kwargs),
-                "llm": base_model_reference(llm, llm_revision, **hub_kwargs),
-            },
+            num_visual_tokens=num_queries if connector == "qformer" else setup.num_patches,
+            base_models={**references, "llm": base_model_reference(llm, llm_revision, **hub_kwargs)},
             **(projector_options or {}),
         )
         config.dtype = causal_lm.dtype
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
         model = cls(config)
-        copy_weights(model.model.vision_tower, vision_model)
+        for name, vision_model in zip(("vision_tower", "second_vision_tower"), vision_models):
+            copy_weights(getattr(model.model, name), vision_model)
         copy_weights(model.model.language_model, causal_lm.base_model)
         copy_weights(model.lm_head, causal_lm.get_output_embeddings())
         model.tie_weights()

@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
-from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .configuration_blipren import AUTO_MAP, copy_code_files, split_revision
 from .image_blipren import check_image_sources, with_fast_resize
+from .pieces_blipren import with_pieces
 from .prompts_blipren import (
     DEFAULT_CHAT_PROMPT,
     DEFAULT_PROMPT,
@@ -18,7 +18,7 @@ from .prompts_blipren import (
     end_of_answer_id,
     pick_image_token,
 )
-from .vision_blipren import load_vision_config, measure_vision
+from .vision_blipren import load_vision_setup
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # folder of a checkpoint
 
@@ -35,7 +35,7 @@ class BliprenProcessor(ProcessorMixin):
         tokenizer: tokenizer of the language model; it pads on the left.
         chat_template (`str`, *optional*): Jinja template that places images, see [`build_chat_template`].
         image_token (`str`): placeholder of an image.
-        num_visual_tokens (`int`, *optional*): placeholders an image; `None` if images differ (NaFlex).
+        num_visual_tokens (`int`, *optional*): placeholders an image; `None` if images differ (NaFlex, tiles).
         answer_end (`str`): token that ends an answer.
         answer_start (`str`): text between prompt and answer: a space for plain prompts, nothing for chats and for the
             empty prompt `""`.
@@ -79,20 +79,23 @@ class BliprenProcessor(ProcessorMixin):
                 )
         tokenizer.padding_side = "left"  # save_pretrained of a tokenizer does not write it
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.image_processor = with_fast_resize(image_processor)
+        self.image_processor = with_pieces(with_fast_resize(image_processor))
 
     # ---- construction ---------------------------------------------------------------------------------------------
 
     @classmethod
     def from_vision_text_pretrained(
         cls,
-        vision: str | os.PathLike,
+        vision: str | os.PathLike | list[str | os.PathLike],
         llm: str | os.PathLike,
         *,
         connector: str = "qformer",
         num_queries: int = 32,
         vision_feature_layer: int | list[int] = -1,
         vision_feature_select: str = "patches",
+        scales: list[int] | None = None,
+        scale_join: str = "channels",
+        tiles: int | None = None,
         image_processor_options: dict | None = None,
         prompts: list[str] | None = None,
         system_prompts: list[str] | None = None,
@@ -102,7 +105,7 @@ class BliprenProcessor(ProcessorMixin):
 
         Args:
             vision, llm: Hub ids (perhaps `id@revision`) or folders.
-            connector, num_queries, vision_feature_layer, vision_feature_select: as for the model.
+            connector, num_queries, vision_feature_layer, vision_feature_select, scales, scale_join, tiles: as for the model.
             image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`.
             prompts: caption prompts; by default "Short caption:", or a sentence for chat models.
             system_prompts: system prompts, for chat models.
@@ -111,18 +114,19 @@ class BliprenProcessor(ProcessorMixin):
         Raises:
             ValueError: for system prompts without a chat template, or a tokenizer without an end token.
         """
-        vision, vision_revision = split_revision(os.fspath(vision))
         llm, llm_revision = split_revision(os.fspath(llm))
-        image_processor = AutoImageProcessor.from_pretrained(
-            vision, revision=vision_revision, **hub_kwargs, **(image_processor_options or {})
+        setup = load_vision_setup(
+            vision,
+            vision_feature_layer,
+            vision_feature_select,
+            scales,
+            scale_join,
+            tiles,
+            image_processor_options,
+            **hub_kwargs,
         )
         tokenizer = AutoTokenizer.from_pretrained(llm, revision=llm_revision, **hub_kwargs)
-        num_visual_tokens = num_queries
-        if connector == "patches":
-            vision_config = load_vision_config(vision, revision=vision_revision, **hub_kwargs)
-            inputs = dict(image_processor(Image.new("RGB", (320, 240)), return_tensors="pt"))
-            measured = measure_vision(vision_config, inputs, vision_feature_layer)
-            num_visual_tokens = measured.num_patches(vision_feature_select)
+        num_visual_tokens = num_queries if connector == "qformer" else setup.num_patches
         try:
             generation_eos = GenerationConfig.from_pretrained(llm, revision=llm_revision, **hub_kwargs).eos_token_id
         except OSError:  # many base models have no generation config
@@ -140,7 +144,7 @@ class BliprenProcessor(ProcessorMixin):
         if system_prompts and not chat:
             raise ValueError(f"{llm} has no chat template, so it takes no system prompts")
         return cls(
-            image_processor,
+            setup.image_processor,
             tokenizer,
             chat_template=build_chat_template(chat, image_token, answer_start),
             image_token=image_token,

@@ -68,6 +68,8 @@ class BliprenImageTextModel(BliprenPreTrainedModel):
         super().__init__(config)
         text = config.text_config.get_text_config()
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        if config.second_vision_config is not None:
+            self.second_vision_tower = AutoModel.from_config(config.second_vision_config)
         self.qformer = BliprenQFormer(config.qformer_config)
         self.projector = build_projector(config, getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
         self.post_init()
@@ -83,7 +85,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
     _keep_in_fp32_modules_strict = (
         "qformer projector vision_proj text_proj itm_head text_head logit_scale logit_bias".split()
     )
-    _base_parts = ("vision",)
+    _base_parts = ("vision", "second_vision")
 
     def __init__(self, config: BliprenConfig):
         super().__init__(config)
@@ -145,11 +147,21 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
 
     # ---- embeddings -----------------------------------------------------------------------------------------------
 
-    def _patches(self, pixel_values, patch_features, patch_attention_mask, pixel_attention_mask, spatial_shapes):
+    def _patches(
+        self,
+        pixel_values,
+        patch_features,
+        patch_attention_mask,
+        pixel_attention_mask,
+        spatial_shapes,
+        second_pixel_values,
+    ):
         if (pixel_values is None) == (patch_features is None):
             raise ValueError("give pixel_values or patch_features, one of them")
         if patch_features is None:
-            patch_features = self.encode_images(pixel_values, pixel_attention_mask, spatial_shapes)
+            patch_features = self.encode_images(
+                pixel_values, pixel_attention_mask, spatial_shapes, second_pixel_values
+            )
             patch_attention_mask = pixel_attention_mask if patch_attention_mask is None else patch_attention_mask
         return {"patch_features": patch_features, "patch_attention_mask": patch_attention_mask}
 
@@ -160,10 +172,16 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         patch_attention_mask: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        second_pixel_values: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute image embeddings `(num_images, num_queries, image_text_hidden_size)`, each of norm 1."""
         patches = self._patches(
-            pixel_values, patch_features, patch_attention_mask, pixel_attention_mask, spatial_shapes
+            pixel_values,
+            patch_features,
+            patch_attention_mask,
+            pixel_attention_mask,
+            spatial_shapes,
+            second_pixel_values,
         )
         return F.normalize(self.vision_proj(self.model.qformer(**patches).query_states), dim=-1)
 
@@ -197,6 +215,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         patch_attention_mask: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        second_pixel_values: torch.Tensor | None = None,
         objective: str = "itc",
         logits_mask: torch.Tensor | None = None,
         **kwargs,
@@ -209,7 +228,7 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
             pixel_values: `(num_images, channels, height, width)`.
             patch_features: `(num_images, num_patches, vision_hidden)`, instead of `pixel_values`.
             patch_attention_mask: `(num_images, num_patches)`, 1 for patches and 0 for padding.
-            pixel_attention_mask, spatial_shapes: inputs of NaFlex encoders.
+            pixel_attention_mask, spatial_shapes, second_pixel_values: as in [`encode_images`].
             objective: `"itc"` compares every image with every text; `"itm"` says whether image i matches text i; `"itg"`
                 predicts each next token of text i from image i and the text before it.
             logits_mask: `(batch, text_length)`, for `"itg"`: compute logits at these positions only.
@@ -223,7 +242,12 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
                 "image-text retrieval needs input_ids: the text in tokens of the Q-Former's own tokenizer"
             )
         patches = self._patches(
-            pixel_values, patch_features, patch_attention_mask, pixel_attention_mask, spatial_shapes
+            pixel_values,
+            patch_features,
+            patch_attention_mask,
+            pixel_attention_mask,
+            spatial_shapes,
+            second_pixel_values,
         )
         if objective == "itc":
             image_embeds = self.get_image_embeddings(**patches)
@@ -291,6 +315,8 @@ class BliprenForImageTextRetrieval(BliprenPreTrainedModel):
         if lost:
             raise ValueError(f"the weights of the Q-Former do not fit: {lost[0]!r} is missing or unexpected")
         model.model.vision_tower = generator.model.vision_tower
+        if config.second_vision_config is not None:
+            model.model.second_vision_tower = generator.model.second_vision_tower
         model.model.projector.load_state_dict(generator.model.projector.state_dict())
         model.freeze()
         return model

@@ -1,13 +1,19 @@
 """Patch features `(num_images, num_patches, vision_hidden)` of any vision encoder of transformers."""
 
 import contextlib
+import json
 import math
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
+
+from .configuration_blipren import check_pieces, count_pieces, split_revision
 
 
 @dataclass(frozen=True)
@@ -165,10 +171,98 @@ def measure_vision(
     return BliprenVisionShape((rows, columns), length - rows * columns, width)
 
 
+@dataclass(frozen=True)
+class BliprenVisionSource:
+    """A vision encoder to be joined: id, revision, config, the shape of its output, and inputs of a blank image."""
+
+    name: str
+    revision: str | None
+    config: PreTrainedConfig
+    shape: BliprenVisionShape
+    image_inputs: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BliprenVisionSetup:
+    """One or two vision encoders, and how images are given to them.
+
+    Attributes:
+        sources: the encoders.
+        image_processor: that of the first encoder, with the settings of [`with_pieces`].
+        num_pieces: pieces of an image along the sequence.
+        num_patches: patch features an image; `None` if images differ (NaFlex, tiles).
+        hidden_size: width of the patch features.
+    """
+
+    sources: list[BliprenVisionSource]
+    image_processor: Any
+    num_pieces: int
+    num_patches: int | None
+    hidden_size: int
+
+
+def load_vision_setup(
+    vision: str | os.PathLike | list,
+    layers: int | list[int] = -1,
+    select: str = "patches",
+    scales: list[int] | None = None,
+    join: str = "channels",
+    tiles: int | None = None,
+    image_processor_options: dict | None = None,
+    **hub_kwargs,
+) -> BliprenVisionSetup:
+    """Load image processors and configs of one or two vision encoders, and measure what they give.
+
+    Args:
+        vision: Hub id (perhaps `id@revision`) or folder, or two of them.
+        layers, select, scales, join, tiles: see [`BliprenConfig`].
+        image_processor_options: settings of the image processor; those under `second` of the second encoder's.
+
+    Raises:
+        ValueError: for more than two encoders, or for pieces of an encoder without a fixed grid.
+    """
+    names = [vision] if isinstance(vision, (str, os.PathLike)) else list(vision)
+    scales = scales or [1]
+    check_pieces(scales, tiles)
+    if len(names) > 2:
+        raise ValueError(f"{len(names)} vision encoders: {', '.join(map(str, names))}; a model has one or two")
+    options = dict(image_processor_options or {})
+    second_options = options.pop("second", {})
+    sources, image_processors = [], []
+    for name, own_options in zip(names, (options, second_options)):
+        name, revision = split_revision(os.fspath(name))
+        config = load_vision_config(name, revision=revision, **hub_kwargs)
+        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, **hub_kwargs, **own_options)
+        inputs = dict(image_processor(Image.new("RGB", (320, 240)), return_tensors="pt"))
+        sources.append(BliprenVisionSource(name, revision, config, measure_vision(config, inputs, layers), inputs))
+        image_processors.append(image_processor)
+    shape, image_processor = sources[0].shape, image_processors[0]
+    num_patches, width, num_pieces = shape.num_patches(select), sum(s.shape.hidden_size for s in sources), 1
+    if scales != [1] or tiles is not None or len(names) == 2:
+        what = "two encoders" if len(names) == 2 else "scales and tiles"
+        for source in sources:
+            if source.shape.grid is None:
+                raise ValueError(f"{what} need a fixed patch grid, and that of {source.name} follows the image")
+        if select != "patches":
+            raise ValueError(f"{what} need vision_feature_select patches: other tokens have no place in the grid")
+        image_processor.scales, image_processor.tiles = scales, tiles
+        image_processor.tile_patches = num_patches
+        image_processor.second = json.loads(image_processors[1].to_json_string()) if len(names) == 2 else None
+        if tiles is not None or join == "sequence":
+            num_pieces = count_pieces(scales, tiles)
+        else:
+            width *= len(scales)
+        num_patches = None if tiles is not None else num_pieces * num_patches
+    return BliprenVisionSetup(sources, image_processor, num_pieces, num_patches, width)
+
+
 __all__ = [
+    "BliprenVisionSetup",
     "BliprenVisionShape",
+    "BliprenVisionSource",
     "compute_patch_features",
     "load_vision_config",
+    "load_vision_setup",
     "measure_vision",
     "run_vision_encoder",
     "select_patch_features",

@@ -6,8 +6,11 @@
     python -m blipren.training.quickstart.train_towers --part llm --start second/llm --out training/quickstart/towers \
         --seed 2 --llm-steps 8000 --shuffled 0.7 --crowded
     cp -r first/vision training/quickstart/towers/
+    python -m blipren.training.quickstart.train_towers --part vision --glyphs --start training/quickstart/towers/vision \
+        --out glyphs --seed 0 --vision-steps 5000
+    cp -r glyphs/vision training/quickstart/towers/glyphs-vision
 
-write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in about 70 minutes on one
+write `vision/` (a SigLIP image tower), `glyphs-vision/` (the same, which also reads digits) and `llm/` (a Llama with its tokenizer), in float16, in about 70 minutes on one
 core. The language model is trained in three runs: on notes in the order in which a caption names the objects, then on
 notes in any order, then mostly on scenes of three objects, whose words the model of the second run still confused. Neither
 tower is trained on a held-out combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of
@@ -35,14 +38,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--vision-steps", type=int, default=4000)
     parser.add_argument("--llm-steps", type=int, default=4500)
-    parser.add_argument("--start", type=Path, help="language model to continue from")
+    parser.add_argument("--start", type=Path, help="tower to continue from")
+    parser.add_argument("--glyphs", action="store_true", help="train the image tower on digits too")
     parser.add_argument("--shuffled", type=float, default=0.1)
     parser.add_argument("--crowded", action="store_true")
     args = parser.parse_args()
     course = Course(args.shuffled, args.crowded)
     print(json.dumps({k: str(v) for k, v in vars(args).items()}))
     if args.part in ("all", "vision"):
-        train_vision(args.out / "vision", args.seed, args.vision_steps, args.batch)
+        train_vision(args.out / "vision", args.seed, args.vision_steps, args.batch, args.glyphs, args.start)
     if args.part in ("all", "llm"):
         train_llm(args.out / "llm", args.seed, args.llm_steps, args.batch // 2, course, args.start)
 

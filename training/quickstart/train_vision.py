@@ -1,4 +1,4 @@
-"""Training of the quickstart's image tower: a linear head on every patch predicts the object there."""
+"""Training of the image towers of the drawn worlds: a linear head on every patch predicts the object there."""
 
 import dataclasses
 import math
@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
+from blipren.training.quickstart.glyphs import ASPECT, FONT, Glyph, draw_glyphs, random_ink
 from blipren.training.quickstart.optimization import make_optimizer, save_half_precision, take_step
 from blipren.training.quickstart.scenes import (
     COLOURS,
@@ -90,41 +92,111 @@ def patch_targets(scenes: list[Scene]) -> Tensor:
 HEAD_SIZES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 4, 4, 4)
 
 
+def to_pixels(pictures: list[Image.Image]) -> Tensor:
+    """Return images as the image processor gives them: [batch, 3, side, side] from -1 to 1."""
+    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def pixels_of(scenes: list[Scene]) -> Tensor:
     """Draw scenes as the image processor gives them: [batch, 3, side, side] from -1 to 1."""
-    pictures = np.stack([np.asarray(draw_scene(s)) for s in scenes])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_pixels([draw_scene(s) for s in scenes])
 
 
-def train_vision(out: Path, seed: int, steps: int, batch: int) -> None:
-    """Train the image tower with a linear head on every patch, and write it without that head."""
+def shape_batch(seed: int, indices: range) -> tuple[Tensor, Tensor]:
+    """Return pixels and patch targets of scenes of shapes."""
+    scenes = [vision_scene(seed, i) for i in indices]
+    return pixels_of(scenes), patch_targets(scenes)
+
+
+GLYPH_SCALE = 4  # digits of a few pixels need smooth edges
+GLYPH_HEIGHTS = (0.022, 0.6)  # as shares of the side: from two pixels up
+
+
+def glyph_picture(seed: int, index: int) -> tuple[Image.Image, tuple[Glyph, ...]]:
+    """Return a picture with up to nine small digits, or one large one, anywhere and of any size and colour."""
+    rng = random.Random(f"{seed}/glyphs/{index}")
+    ground = make_scene(seed, index).ground
+    glyphs: list[Glyph] = []
+    for _ in range(rng.randint(1, 9)):
+        height = math.exp(rng.uniform(*map(math.log, GLYPH_HEIGHTS)))
+        place = (
+            (rng.uniform(0, 1), rng.uniform(0, 1)) if height < 0.3 else (rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7))
+        )
+        glyph = Glyph(rng.randrange(10), *place, height, random_ink(rng, ground))
+        if all(max(abs(glyph.x - o.x), abs(glyph.y - o.y)) > 0.6 * (glyph.height + o.height) + 0.05 for o in glyphs):
+            glyphs.append(glyph)
+    side = IMAGE_SIZE * GLYPH_SCALE
+    return draw_glyphs(Image.new("RGB", (side, side), ground), tuple(glyphs)).reduce(GLYPH_SCALE), tuple(glyphs)
+
+
+def glyph_targets(pictures: list[tuple[Glyph, ...]]) -> Tensor:
+    """Return which digit is at each patch: [batch, patches, 7], as [`patch_targets`] with the digit plus one behind it.
+
+    A digit is at the patch that holds its centre, and at those whose centre it covers.
+    """
+    ground = patch_targets([Scene((), (0, 0, 0))] * len(pictures))
+    targets = F.pad(ground, (0, 1)).view(len(pictures), GRID, GRID, 7)
+    cells = np.arange(GRID)
+    centres = (cells + 0.5) / GRID
+    for own, glyphs in zip(targets, pictures):
+        for g in glyphs:
+            rows = (abs(centres - g.y) < g.height / 2) | (cells == int(g.y * GRID))
+            columns = (abs(centres - g.x) < g.height * ASPECT / 2) | (cells == int(g.x * GRID))
+            here = torch.from_numpy(rows[:, None] & columns[None])
+            own[..., 0][here], own[..., 6][here] = -100, g.digit + 1  # digits have shades without a name
+    return targets.flatten(1, 2)
+
+
+def glyph_batch(seed: int, indices: range) -> tuple[Tensor, Tensor]:
+    """Return pixels and patch targets of one third scenes of shapes and two thirds pictures of digits."""
+    split = indices[len(indices) // 3]
+    pixels, targets = shape_batch(seed, range(indices[0], split))
+    targets = torch.cat([targets, torch.zeros_like(targets[..., :1])], dim=-1)
+    pictures, glyphs = zip(*(glyph_picture(seed, i) for i in range(split, indices[-1] + 1)))
+    return torch.cat([pixels, to_pixels(list(pictures))]), torch.cat([targets, glyph_targets(list(glyphs))])
+
+
+def train_vision(
+    out: Path, seed: int, steps: int, batch: int, glyphs: bool = False, start: Path | None = None
+) -> None:
+    """Train the image tower with a linear head on every patch, and write it without that head.
+
+    Args:
+        glyphs: train it on digits too.
+        start: tower to continue from.
+    """
     torch.manual_seed(seed)
-    config = SiglipVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH,
-        vision_use_head=False,
-    )
-    model = SiglipVisionModel(config)
+    if start is None:
+        config = SiglipVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH,
+            vision_use_head=False,
+        )
+        model = SiglipVisionModel(config)
+    else:
+        model = SiglipVisionModel.from_pretrained(start, dtype=torch.float32)
     model.set_attn_implementation("eager")
-    head = nn.Linear(WIDTH, sum(HEAD_SIZES))
+    head_sizes = (*HEAD_SIZES, len(FONT) + 1) if glyphs else HEAD_SIZES
+    head = nn.Linear(WIDTH, sum(head_sizes))
     both = nn.ModuleList([model, head])
     print(f"vision: {model.num_parameters():,} parameters")
     optimizer, schedule = make_optimizer(both.parameters(), 1.5e-3, steps)
     started = time.process_time()
     for step in range(steps):
-        scenes = [vision_scene(seed + 1, i) for i in range(step * batch, (step + 1) * batch)]
+        pixels, targets = (glyph_batch if glyphs else shape_batch)(seed + 1, range(step * batch, (step + 1) * batch))
         with torch.autocast("cpu", torch.bfloat16):
-            states = model(pixel_values=pixels_of(scenes)).last_hidden_state
+            states = model(pixel_values=pixels).last_hidden_state
         logits = head(states.float())
-        targets = patch_targets(scenes)
         there = targets[..., 1] > 0
+        if glyphs:
+            there |= targets[..., 6] > 0
         weight = torch.where(there, 1.0, 0.25).flatten()  # most patches are ground
         loss, right = 0.0, []
-        for k, part in enumerate(logits.split(HEAD_SIZES, dim=-1)):
+        for k, part in enumerate(logits.split(head_sizes, dim=-1)):
             losses = F.cross_entropy(part.flatten(0, 1), targets[..., k].flatten(), reduction="none")
             loss = loss + (losses * weight).sum() / weight.sum()
             named = there & (targets[..., k] > 0)
