@@ -126,11 +126,17 @@ def _picture(folder: Path | None, target: str) -> dict[str, bytes]:
 
 
 def _parts(config: dict, sources: CardSources) -> list[dict]:
-    """Return the rows of the table of parts: vision encoder, connector, language model."""
+    """Return the rows of the table of parts: vision encoders, connector, language model."""
     counts = count_parameters(sources.model)
     connector = {"name": "connector", "source": "this training run", "training": "trained", "license": "apache-2.0"}
+    second = "second_vision" in (config.get("base_models") or {})
     return [
         _base_model(config, sources, "vision", "vision encoder", counts) | {"training": "frozen"},
+        *(
+            [_base_model(config, sources, "second_vision", "second vision encoder", counts) | {"training": "frozen"}]
+            if second
+            else []
+        ),
         connector | {"parameters": human_count(counts.get("connector", 0))},
         _base_model(config, sources, "llm", "language model", counts) | {"training": _llm_training(sources)},
     ]
@@ -171,8 +177,10 @@ def _license(parts: list[dict], sources: CardSources) -> tuple[str, str]:
 
 
 def _summary(config: dict, parts: list[dict]) -> str:
-    vision, _, llm = parts
+    llm = parts[-1]
     vision_type = (config.get("vision_config") or {}).get("model_type", "vision")
+    if second := config.get("second_vision_config"):
+        vision_type += f" and a frozen {second.get('model_type', 'vision')}"
     text_type = (config.get("text_config") or {}).get("model_type", "language")
     tokens = config.get("num_visual_tokens")
     count = f"{tokens} visual tokens" if tokens else "visual tokens, as many as it has patches,"

@@ -87,7 +87,12 @@ def count_parameters(folder: Path) -> dict[str, int]:
 
 def _part_of(name: str) -> str:
     """Return the part that a weight belongs to. All that is trained from nothing counts as the connector."""
-    names = {"vision_tower": "vision", "language_model": "llm", "lm_head": "llm"}
+    names = {
+        "vision_tower": "vision",
+        "second_vision_tower": "second_vision",
+        "language_model": "llm",
+        "lm_head": "llm",
+    }
     return next((part for module, part in names.items() if module in name.split(".")), "connector")
 
 

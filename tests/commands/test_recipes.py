@@ -25,6 +25,9 @@ FLICKR = ["flickr8k-mini-words", "flickr8k-mini", "flickr8k-mini-cider"]  # thre
 VISION = {
     "google/siglip-base-patch16-224": "siglip_vision_model",
     "google/siglip-so400m-patch14-384": "siglip_vision_model",
+    "google/siglip-so400m-patch14-224": "siglip_vision_model",
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": "dinov3_vit",
+    "facebook/dinov2-base": "dinov2",
     "google/vit-base-patch16-224": "vit",
     "google/vit-large-patch16-224": "vit",
     "tiny-vision": "mobilenet_v2",
@@ -98,7 +101,8 @@ def test_recipe_runs_two_steps(recipe, stand_ins, pictures, tmp_path):
     sections = load_recipe(recipe)
     wanted = sections["new"]
     model, cache, out = (str(tmp_path / name) for name in ("model", "cache", "out"))
-    flags = {"out": model, "vision": stand_ins(wanted["vision"]), "llm": stand_ins(wanted["llm"])}
+    vision = wanted["vision"] if isinstance(wanted["vision"], list) else [wanted["vision"]]
+    flags = {"out": model, "vision": [stand_ins(name) for name in vision], "llm": stand_ins(wanted["llm"])}
     if "qformer_init" in wanted:
         flags["qformer_init"] = stand_ins(wanted["qformer_init"])
     if "qformer" in wanted:

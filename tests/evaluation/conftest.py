@@ -89,7 +89,8 @@ def new_model(folder, vision="siglip_vision_model", **options):
     """A random model and its processor, from bases in `folder`."""
     bases = make_vision(folder / "vision", vision), make_llm(folder / "llm")
     torch.manual_seed(0)
-    keywords = {"num_queries": 4, **{k: options[k] for k in ("connector",) if k in options}}
+    shared = ("connector", "scales", "scale_join", "tiles")
+    keywords = {"num_queries": 4, **{k: options[k] for k in shared if k in options}}
     model = BliprenForConditionalGeneration.from_vision_text_pretrained(
         *bases, qformer=QFORMER, **{"num_queries": 4, **options}
     )

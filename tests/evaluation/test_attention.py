@@ -169,6 +169,41 @@ def test_naflex_has_a_grid_for_each_picture(tmp_path):
         grid_of(model.config)
 
 
+@pytest.mark.parametrize(
+    ("options", "grid"),
+    [
+        ({"scales": [1, 2], "scale_join": "sequence"}, (8, 8)),
+        ({"scales": [1, 2, 3], "scale_join": "sequence"}, (24, 24)),
+        ({"tiles": 6}, (8, 12)),
+        ({"scales": [1, 2]}, (4, 4)),
+    ],
+)
+def test_pieces_share_one_grid(tmp_path, options, grid):
+    """A bright spot of a photo of 96 x 64 has the largest value, at its place, on the grid of the finest pieces."""
+    model, processor = new_model(tmp_path, **options)
+    photo = dark_photo((96, 64), (60, 20, 66, 26))
+    features = encode_images(model, processor, [photo], keep_pixels=True)
+    found = grid_of(model.config, features.pixels)
+    assert (found.height, found.width) == grid
+    # how far the pixels of each patch are from those of a dark photo: its true place, without an encoder's attention
+    dark = processor.image_processor(dark_photo((96, 64), (0, 0, 0, 0)), return_tensors="pt")["pixel_values"]
+    change = (features.pixels["pixel_values"] - dark).abs().mean(dim=2)[0]  # [pieces, 32, 32]
+    patches = change.unflatten(-1, (4, 8)).unflatten(-3, (4, 8)).mean(dim=(-3, -1)).flatten()
+    if options.get("scale_join") == "sequence" or "tiles" in options:
+        values = found.maps(patches)
+        row, column = divmod(int(values.argmax()), grid[1])
+        assert abs((row + 0.5) / grid[0] - 23 / 64) < 1 / grid[0]
+        assert abs((column + 0.5) / grid[1] - 63 / 96) < 1 / grid[1]
+        assert float(values.sum()) == pytest.approx(float(patches[: values.numel() * 4].sum()), rel=1e-5)
+    maps = query_maps(model, features)
+    assert maps.shape[-2:] == grid and float(maps.sum(dim=(-2, -1)).max()) <= 1 + 1e-5
+    seen = np.asarray(seen_image(processor, features.pixels).convert("L"))
+    scale = 3 if options.get("scales") == [1, 2, 3] else 2
+    assert seen.shape == ((64, 96) if "tiles" in options else (32 * scale, 32 * scale))
+    bright = np.unravel_index(seen.argmax(), seen.shape)
+    assert abs(bright[0] / seen.shape[0] - 23 / 64) < 0.06 and abs(bright[1] / seen.shape[1] - 63 / 96) < 0.06
+
+
 def test_mobilenet_maps_lie_on_its_7x7_grid(tmp_path):
     model, processor = new_model(tmp_path, vision="mobilenet_v2")
     assert model.config.vision_grid == [2, 2]

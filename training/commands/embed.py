@@ -54,7 +54,7 @@ class EngineSettings(Settings):
     """How it is computed."""
 
     batch_size: int = 32
-    """Views that the encoder takes at a time."""
+    """Views that the encoder takes at a time; with scales or tiles, pieces of them."""
     workers: int | None = None
     """Processes that decode; one less than the cores when not given, 0 for none."""
     rows_per_shard: int = 1024

@@ -48,8 +48,15 @@ class VisionSettings(Settings):
     """Hidden layers of the vision encoder; several are concatenated along the width."""
     vision_feature_select: str = choice("patches", "full", default="patches")
     """Take class and register tokens off (patches) or keep them (full)."""
+    scales: list[int] = field(default_factory=lambda: [1])
+    """The image at these multiples of the encoder's input size, cut into pieces of that size: 1 2, or 1 2 3."""
+    scale_join: str = choice("channels", "sequence", default="channels")
+    """Scales averaged down onto one grid and concatenated along the width (S2), or all patches one behind the other."""
+    tiles: int | None = None
+    """Instead of scales: an overview and the grid of at most so many tiles that fits the image's shape best."""
     image_processor: dict = field(default_factory=dict)
-    """Image processor settings by name, such as {do_center_crop: false, size: {height: 224, width: 224}}."""
+    """Image processor settings by name, such as {do_center_crop: false, size: {height: 224, width: 224}}; those of a
+    second encoder under second."""
 
 
 @dataclass(kw_only=True)
@@ -83,15 +90,34 @@ class NewSettings(CheckpointSettings, PromptSettings, VisionSettings, ConnectorS
 
     out: str = positional()
     """Folder for the new checkpoint."""
-    vision: str | None = None
-    """Vision encoder: Hub id or folder, optionally with @revision; by default that of an aligned --qformer-init."""
+    vision: list[str] | str | None = None
+    """Vision encoder: Hub id or folder, optionally with @revision; by default that of an aligned --qformer-init. Two are
+    used side by side: their patch features are brought to the first one's grid and concatenated."""
     llm: str
     """Causal language model: Hub id or folder, optionally with @revision."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.vision is None and self.qformer_init is None:
+        if isinstance(self.vision, str):
+            self.vision = [self.vision]
+        self.vision = self.vision or []
+        if not self.vision and self.qformer_init is None:
             raise UsageError("blipren new needs --vision, or a --qformer-init of `blipren align`")
+        if len(self.vision) > 2:
+            raise UsageError(f"vision names {len(self.vision)} encoders; a model has one or two")
+        if self.scales[0] != 1 or any(b <= a for a, b in zip(self.scales, self.scales[1:])):
+            raise UsageError(f"scales are {self.scales}; they must ascend from 1, such as 1 2 or 1 2 3")
+        if self.tiles is not None and (self.tiles < 2 or self.scales != [1]):
+            raise UsageError(f"tiles is {self.tiles}; it must be at least 2, and goes with no scale but 1")
+
+
+def describe_pieces(config) -> str:
+    """Return in words what the patch features are made of beside one encoder's grid."""
+    words = f" at scales {', '.join(map(str, config.vision_scales))}" if len(config.vision_scales) > 1 else ""
+    words += f", joined along the {config.vision_join}" if words else ""
+    words += f", an overview and at most {config.vision_tiles} tiles" if config.vision_tiles else ""
+    words += " of two encoders" if config.second_vision_config is not None else ""
+    return words + (f": features {config.vision_hidden_size} wide" if words else "")
 
 
 def run(settings: NewSettings) -> None:
@@ -102,7 +128,7 @@ def run(settings: NewSettings) -> None:
     """
     out = Path(settings.out)
     check_new_folder(out)
-    for name in filter(None, (settings.vision, settings.llm, settings.qformer_init)):
+    for name in filter(None, (*settings.vision, settings.llm, settings.qformer_init)):
         check_base_model(name)
 
     import torch
@@ -116,12 +142,13 @@ def run(settings: NewSettings) -> None:
     if settings.qformer_init is not None and is_our_checkpoint(settings.qformer_init):
         aligned = AlignedQFormer.load(settings.qformer_init)
         settings = aligned.fill_settings(settings)
-    elif settings.vision is None:
+    elif not settings.vision:
         raise UserError(f"{settings.qformer_init} is not a checkpoint of `blipren align`: name a --vision encoder")
 
     kind = "full" if settings.full else "bridge"
     connector = f"{settings.connector}/{settings.projector}"
-    print(f"new: {settings.vision} + {connector} + {settings.llm} -> {out} ({kind} checkpoint)")
+    encoders = " and ".join(settings.vision)
+    print(f"new: {encoders} + {connector} + {settings.llm} -> {out} ({kind} checkpoint)")
     set_seed(settings.seed)
     layers = settings.vision_feature_layer
     shared = {
@@ -129,6 +156,9 @@ def run(settings: NewSettings) -> None:
         "num_queries": settings.queries,
         "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
         "vision_feature_select": settings.vision_feature_select,
+        "scales": settings.scales,
+        "scale_join": settings.scale_join,
+        "tiles": settings.tiles,
         "image_processor_options": settings.image_processor,
     }
     bert = None if aligned is not None else settings.qformer_init
@@ -155,7 +185,7 @@ def run(settings: NewSettings) -> None:
             name, revision = split_revision(bert)
             processor.qformer_tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot join {settings.vision} and {settings.llm}: {one_line(error)}") from error
+        raise UserError(f"cannot join {encoders} and {settings.llm}: {one_line(error)}") from error
 
     if aligned is not None:
         model = aligned.give_to(model, processor)
@@ -171,7 +201,7 @@ def run(settings: NewSettings) -> None:
     grid = "x".join(map(str, model.config.vision_grid)) if model.config.vision_grid else "variable"
     print(
         f"{model.describe_trainable()}\n"
-        f"patch grid {grid}, {model.config.num_prefix_tokens} prefix tokens left out, "
+        f"patch grid {grid}{describe_pieces(model.config)}, {model.config.num_prefix_tokens} prefix tokens left out, "
         f"{model.config.num_visual_tokens or 'as many as patches'} visual tokens an image\n"
         f"prompt: {processor.prompt_text()!r}\n"
         f"checkpoint: {out} ({size / 2**20:.1f} MiB). Next: blipren doctor {out}"

@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.commands.doctor import DoctorSettings
+from blipren.training.data.cache.encoder import PIXEL_INPUTS
 from blipren.training.errors import one_line
 
 SHUFFLED_LOSS_RATIO = 1.5  # the loss of overfitted images must grow that much when they are exchanged
@@ -147,7 +148,9 @@ def check_gradients(test: ModelUnderTest) -> str:
     reached = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    modules_in_training = [name for name in ("vision_tower", "language_model") if getattr(model.model, name).training]
+    modules_in_training = [
+        name for name, part in model.parts().items() if name in ("vision", "second_vision", "llm") and part.training
+    ]
     model.zero_grad(set_to_none=True)
     model.eval()
     if not trained:
@@ -211,7 +214,7 @@ def check_sees_image(test: ModelUnderTest) -> str:
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     images = test.batch()
     with torch.no_grad():
-        pixels = {k: v for k, v in images.items() if k in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
+        pixels = {k: v for k, v in images.items() if k in PIXEL_INPUTS}
         patch_features = model.encode_images(**pixels)
     texts = {k: images[k] for k in ("input_ids", "attention_mask", "labels")}
     mask = pixels.get("pixel_attention_mask")

@@ -62,6 +62,9 @@ class AlignedQFormer:
             "queries": config.qformer_config.num_query_tokens,
             "vision_feature_layer": layers if isinstance(layers, list) else [layers],
             "vision_feature_select": config.vision_feature_select,
+            "scales": config.vision_scales,
+            "scale_join": config.vision_join,
+            "tiles": config.vision_tiles,
         }
         for field in dataclasses.fields(settings):
             if field.name in theirs:
@@ -70,14 +73,14 @@ class AlignedQFormer:
                     self._check(field.name, given, theirs[field.name])
         for name, given in settings.qformer.items():
             self._check(f"qformer {name}", given, getattr(config.qformer_config, name))
-        base = config.base_models["vision"]
-        vision = settings.vision or base["id"] + (f"@{base['revision']}" if base["revision"] else "")
+        bases = [config.base_models[part] for part in ("vision", "second_vision") if part in config.base_models]
+        vision = settings.vision or [b["id"] + (f"@{b['revision']}" if b["revision"] else "") for b in bases]
         return dataclasses.replace(
             settings,
             vision=vision,
             **theirs,
             qformer={name: getattr(config.qformer_config, name) for name in QFORMER_SETTINGS},
-            image_processor=self._image_processor_settings(vision) | settings.image_processor,
+            image_processor=self._image_processor_settings(vision[0]) | settings.image_processor,
         )
 
     def _check(self, name: str, given, theirs) -> None:
@@ -91,7 +94,8 @@ class AlignedQFormer:
         model_id, revision = split_revision(vision)
         own = AutoImageProcessor.from_pretrained(model_id, revision=revision).to_dict()
         theirs = self.processor.image_processor.to_dict()
-        return {k: v for k, v in theirs.items() if own.get(k) != v and k not in _CLASS_FACTS}
+        pieces = ("scales", "tiles", "tile_patches", "second")  # of the settings with these names
+        return {k: v for k, v in theirs.items() if own.get(k) != v and k not in (*_CLASS_FACTS, *pieces)}
 
     def give_to(
         self, generator: BliprenForConditionalGeneration, processor: BliprenProcessor
@@ -104,13 +108,15 @@ class AlignedQFormer:
         Raises:
             UserError: the generator's vision encoder or preprocessing is another one; the message has the difference.
         """
-        trained, given = (model.config.base_models["vision"] for model in (self.model, generator))
-        if trained["sha256"] != given["sha256"]:
-            raise UserError(
-                f"the Q-Former of {self.name} reads features of {trained['id']} (weights {trained['sha256'][:12]}), and "
-                f"{given['id']} has other weights ({given['sha256'][:12]}): take the same vision encoder, or run "
-                "`blipren align` with this one"
-            )
+        for part in ("vision", "second_vision"):
+            trained, given = (model.config.base_models.get(part) for model in (self.model, generator))
+            self._check("number of vision encoders", 1 + bool(given), 1 + bool(trained))
+            if trained and trained["sha256"] != given["sha256"]:
+                raise UserError(
+                    f"the Q-Former of {self.name} reads features of {trained['id']} (weights {trained['sha256'][:12]}), "
+                    f"and {given['id']} has other weights ({given['sha256'][:12]}): take the same vision encoder, or run "
+                    "`blipren align` with this one"
+                )
         ours, theirs = processor.image_processor.to_dict(), self.processor.image_processor.to_dict()
         for name in (ours.keys() | theirs.keys()) - set(_CLASS_FACTS):
             self._check(f"image_processor {name}", ours.get(name), theirs.get(name))
@@ -118,7 +124,7 @@ class AlignedQFormer:
         model = BliprenForImageTextRetrieval.from_generator(
             generator, None, config.image_text_hidden_size, config.itc_pooling
         )
-        other = ("model.vision_tower.", "model.projector.")
+        other = ("model.vision_tower.", "model.second_vision_tower.", "model.projector.")
         weights = {k: v for k, v in self.model.state_dict().items() if not k.startswith(other)}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         assert not unexpected and all(name.startswith(other) for name in missing)

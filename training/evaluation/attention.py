@@ -1,5 +1,8 @@
 """Attention maps of queries and words on the encoder's true grid, over the image as the encoder saw it.
 
+With scales or tiles along the sequence the grid is the finest one: what a patch of a coarser piece has is spread evenly
+over the cells that it covers, and all pieces are added.
+
 The maps of a query are the Q-Former's cross-attention, averaged over heads, for each layer. The map of a word weights the
 attention by the gradient of the word's log-probability (Chefer et al. 2021, arXiv:2103.15679: positive part of gradient
 times attention). The connector `patches` has no cross-attention; its map of a word is gradient times feature of each
@@ -8,6 +11,7 @@ patch. Class and register tokens have no place in the image and are left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,14 +29,18 @@ class Grid:
 
     Attributes:
         height, width: in patches. prefix: number of leading tokens that are no patches (class, registers).
+        levels: rows and columns of pieces at each resolution, in the order of the patches.
     """
 
     height: int
     width: int
     prefix: int = 0
+    levels: tuple[tuple[int, int], ...] = ((1, 1),)
 
     def maps(self, values: torch.Tensor) -> torch.Tensor:
-        """Reshape [..., tokens] to [..., height, width], without prefix tokens and padding."""
+        """Return [..., height, width] of [..., tokens], without prefix tokens and padding."""
+        if self.levels != ((1, 1),):
+            return self._joint_maps(values)
         patches = self.height * self.width
         if values.shape[-1] < self.prefix + patches:
             raise ValueError(
@@ -40,10 +48,31 @@ class Grid:
             )
         return values[..., self.prefix : self.prefix + patches].unflatten(-1, (self.height, self.width))
 
+    def _joint_maps(self, values: torch.Tensor) -> torch.Tensor:
+        height = self.height // math.lcm(*(rows for rows, _ in self.levels))  # of a piece
+        width = self.width // math.lcm(*(columns for _, columns in self.levels))
+        joint, start = 0, 0
+        for rows, columns in self.levels:
+            count = rows * columns * height * width
+            level = values[..., start : start + count].unflatten(-1, (rows, columns, height, width))
+            start += count
+            level = level.transpose(-3, -2).flatten(-2).flatten(-3, -2)  # [..., rows * height, columns * width]
+            down, right = self.height // level.shape[-2], self.width // level.shape[-1]
+            level = level.repeat_interleave(down, dim=-2).repeat_interleave(right, dim=-1)
+            joint = joint + level / (down * right)
+        return joint
+
 
 def grid_of(config, pixels: dict[str, torch.Tensor] | None = None, row: int = 0) -> Grid:
     """Return the grid of an image: the config's, or the image's own if the encoder's grid differs between images."""
     prefix = config.num_prefix_tokens if config.vision_feature_select == "full" else 0
+    if config.pieces_are_a_sequence:
+        levels = [(scale, scale) for scale in config.vision_scales]
+        if config.vision_tiles is not None:
+            rows, columns = pixels["spatial_shapes"][row].tolist()
+            levels += [(rows, columns)] * (rows * columns > 1)
+        height, width = (side * math.lcm(*ns) for side, ns in zip(config.vision_grid, zip(*levels)))
+        return Grid(height, width, 0, tuple(levels))
     if config.vision_grid is not None:
         return Grid(*config.vision_grid, prefix)
     if pixels is None or "spatial_shapes" not in pixels:
@@ -55,7 +84,14 @@ def seen_image(processor, pixels: dict[str, torch.Tensor], row: int = 0) -> Imag
     """Return the image as the encoder saw it, resized, cropped and padded by the processor, in its original colours."""
     values = pixels["pixel_values"][row].float()
     image_processor = processor.image_processor
-    if "spatial_shapes" in pixels:  # NaFlex: rows of patches [patches, side * side * channels]
+    if values.dim() == 4:  # pieces: those of the highest resolution
+        rows = columns = (image_processor.scales or [1])[-1]
+        if image_processor.tiles:
+            rows, columns = pixels["spatial_shapes"][row].tolist()
+            values = values[1 : 1 + rows * columns] if rows * columns > 1 else values[:1]
+        values = values[-rows * columns :].unflatten(0, (rows, columns))
+        values = values.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    elif "spatial_shapes" in pixels:  # NaFlex: rows of patches [patches, side * side * channels]
         height, width = pixels["spatial_shapes"][row].tolist()
         side = int((values.shape[-1] // 3) ** 0.5)
         values = values[: height * width].reshape(height, width, side, side, 3)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from blipren.configuration_blipren import count_pieces
+
 
 @dataclass
 class PatchFeatures:
@@ -55,6 +57,7 @@ def encode_images(
         keep_pixels: keep the image processor's output too.
     """
     parts, pixels = [], []
+    batch_size = max(1, batch_size // count_pieces(model.config.vision_scales, model.config.vision_tiles))
     for start in range(0, len(images), batch_size):
         inputs = processor.image_processor(images=list(images[start : start + batch_size]), return_tensors="pt")
         parts.append(model.encode_images(**{name: value.to(model.device) for name, value in inputs.items()}).cpu())

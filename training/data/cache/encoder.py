@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from blipren.configuration_blipren import count_pieces
 from blipren.training.data.cache.fingerprints import encoder_fingerprint
 from blipren.training.engine.device import choose_device
 from blipren.training.errors import UserError
 
 STORAGE = {"float16": np.float16, "float32": np.float32, "int8": np.int8}
-PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "second_pixel_values")
 
 
 class Encoder:
@@ -37,9 +38,13 @@ class Encoder:
         else:
             dtype = getattr(torch, precision)
         self.precision = str(dtype).removeprefix("torch.")
-        tower.to(self.device, dtype).eval()
+        for part in ("vision", "second_vision"):
+            if part in model.parts():
+                model.parts()[part].to(self.device, dtype).eval()
         self.variable = "pixel_attention_mask" in getattr(image_processor, "model_input_names", ())
         self.hidden_size = model.config.vision_hidden_size
+        self.tile_patches = getattr(image_processor, "tile_patches", None)
+        self.pieces = count_pieces(model.config.vision_scales, model.config.vision_tiles)
 
     def measure(self) -> int:
         """Return the number of patches of an image, measured on a blank one."""

@@ -43,6 +43,14 @@ def encoder_fingerprint(model: torch.nn.Module, image_processor: Any) -> dict[st
     base = (getattr(config, "base_models", None) or {}).get("vision") or {}
     preprocessing = {key: value for key, value in image_processor.to_dict().items() if key not in _IRRELEVANT}
     tower = model.model.vision_tower
+    # named only where there are any: a cache of one encoder at one scale stays what it was
+    more: dict[str, Any] = {}
+    if config.vision_scales != [1]:
+        more |= {"vision_scales": config.vision_scales, "vision_join": config.vision_join}
+    if config.vision_tiles is not None:
+        more["vision_tiles"] = config.vision_tiles
+    if config.second_vision_config is not None:
+        more["second_vision_weights"] = weights_hash(model.model.second_vision_tower)
     return {
         "vision_id": base.get("id"),
         "vision_revision": base.get("revision"),
@@ -53,6 +61,7 @@ def encoder_fingerprint(model: torch.nn.Module, image_processor: Any) -> dict[st
         "vision_feature_select": config.vision_feature_select,
         "num_prefix_tokens": config.num_prefix_tokens,
         "encoder_dtype": str(tower.dtype).removeprefix("torch."),
+        **more,
     }
 
 

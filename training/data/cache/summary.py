@@ -30,8 +30,16 @@ def describe_plan(s: EmbedSettings, source: Source, encoder: Encoder, values: in
         shape = f"{values // width // s.views} patches x {width} x {s.dtype}" + (
             f" x {s.views}" if s.views > 1 else ""
         )
+        if encoder.pieces > 1:
+            shape += f" (of {encoder.pieces} pieces)"
         total = f", {each * source.num_rows / 2**30:,.2f} GiB in all" if source.num_rows else ""
         lines.append(f"{shape} = {each:,} bytes an image{total}")
+    elif s.dtype != "int8" and encoder.tile_patches:
+        most = encoder.pieces * encoder.tile_patches * width * stored * s.views
+        lines.append(
+            f"{encoder.tile_patches} patches a piece x {width} x {s.dtype}, at most {encoder.pieces} pieces = at most "
+            f"{most:,} bytes an image"
+        )
     return "\n".join(lines)
 
 

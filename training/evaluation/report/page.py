@@ -304,6 +304,7 @@ def report_data(result: Evaluation, settings, model=None, processor=None, before
         "intervals": f"95%, {settings.resamples:,} bootstrap samples of images",
         "weights": metrics["model"].get("weights"),
         "vision encoder": _base(config, "vision"),
+        "second vision encoder": _base(config, "second_vision"),
         "language model": _base(config, "llm"),
         "connector": f"{config.connector}, {config.projector}" if config is not None else None,
         "versions": ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),

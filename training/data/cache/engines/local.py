@@ -71,7 +71,7 @@ def embed_units(
     progress = Progress(total, done)
     if finished:
         print(f"continuing after {len(finished)} finished shards ({done:,} rows)")
-    rows_per_batch = max(1, s.batch_size // s.views)
+    rows_per_batch = max(1, s.batch_size // (s.views * encoder.pieces))
     units: list[tuple[int, bool]] = []
     workers = default_workers() if s.workers is None else s.workers
     unit: UnitWriter | None = None
