@@ -51,7 +51,7 @@ def test_flags_override_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"new": {"vision": "a", "llm": "b", "queries": 8, "projector": "moe"}}))
     settings = build_settings("new", {"out": "x", "queries": 16}, str(recipe))
-    assert (settings.vision, settings.queries, settings.projector) == ("a", 16, "moe")
+    assert (settings.vision, settings.queries, settings.projector) == (["a"], 16, "moe")
 
 
 @pytest.mark.parametrize(
