@@ -161,7 +161,7 @@ def make_scene(seed: int, index: int, group: str = "seen") -> Scene:
             return scene
 
 
-def _outline(o: SceneObject, side: int) -> list[tuple[float, float]]:
+def outline(o: SceneObject, side: int) -> list[tuple[float, float]]:
     """Return the corners in pixels of any shape but the circle."""
     x, y, r = o.x * side, o.y * side, o.radius * side
     if o.shape == "square":
@@ -193,7 +193,7 @@ def draw_scene(scene: Scene, side: int = IMAGE_SIZE) -> Image.Image:
             box = [(o.x - o.radius), (o.y - o.radius), (o.x + o.radius), (o.y + o.radius)]
             pen.ellipse([v * side * scale for v in box], fill=o.rgb)
         else:
-            pen.polygon(_outline(o, side * scale), fill=o.rgb)
+            pen.polygon(outline(o, side * scale), fill=o.rgb)
     return image.reduce(scale)
 
 

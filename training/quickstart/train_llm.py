@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from blipren.training.data.sources import grounding
+from blipren.training.quickstart.grounded_scenes import object_box, scene_truth
 from blipren.training.quickstart.optimization import make_optimizer, save_half_precision, take_step
 from blipren.training.quickstart.scenes import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene, make_scene
 from blipren.training.quickstart.wording import NUMBERS, place_answer, plural, write_captions, write_questions
@@ -22,12 +24,22 @@ WIDTH = 128
 CAPTION_PROMPTS = ("Short caption:", "Short caption:", "Short caption:", "Caption:", "Describe the image:")
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 WORDS_PER_POSITION = 5  # at most, of the notes
+PLACE_WORDS = 8  # of a box: two tokens for each of its numbers
+FIRST_PLACE_TOKEN = 174  # bytes from here on are in no text
+PLACE_NOISE = 0.006  # shares of the side; a soft token is not exact either
 
 # Colours and shapes that no scene has: texts about them teach that any colour goes with any shape.
 MORE_COLOURS = tuple(
     "pink brown gray cyan golden silver beige teal maroon navy olive violet indigo crimson ivory bronze".split()
 )
 MORE_SHAPES = tuple("heart ring arrow hexagon moon cube cone leaf cloud bell key lamp boat tree house fish".split())
+
+
+class Note(NamedTuple):
+    """What one position before the prompt holds: words, and the box of an object as shares of the side."""
+
+    text: str
+    box: tuple[float, ...] | None = None
 
 
 class Cell(NamedTuple):
@@ -40,8 +52,8 @@ class Cell(NamedTuple):
 EMPTY_CELLS = [Cell(row, column) for row in range(3) for column in range(3)]
 
 
-def write_notes(scene: Scene, rng: random.Random, shuffled: float) -> list[str]:
-    """Return notes on a scene, one text for each position before the prompt.
+def write_notes(scene: Scene, rng: random.Random, shuffled: float) -> list[Note]:
+    """Return notes on a scene, one for each position before the prompt.
 
     The embeddings of the words of a position are summed. Each object is one position, " large red circle top left", as a
     soft token stands for an object or a region. The positions are mostly in reading order; some objects come twice, and
@@ -56,12 +68,27 @@ def write_notes(scene: Scene, rng: random.Random, shuffled: float) -> list[str]:
     most = rng.choice((1, 1, 1, 2))
     notes = []
     for o in objects:
-        notes += [f" {o.size} {o.colour} {o.shape} {place_answer(o)}"] * rng.randint(1, most)
+        notes += [Note(f" {o.size} {o.colour} {o.shape} {place_answer(o)}", object_box(o))] * rng.randint(1, most)
     taken = {(o.row, o.column) for o in objects}
     free = [f" {place_answer(cell)}" for cell in EMPTY_CELLS if (cell.row, cell.column) not in taken]
     for _ in range(rng.randrange(17 - len(notes))):
-        notes.insert(rng.randint(0, len(notes)), rng.choice((" nothing", " nothing" + rng.choice(free))))
+        notes.insert(rng.randint(0, len(notes)), Note(rng.choice((" nothing", " nothing" + rng.choice(free)))))
     return notes
+
+
+def place_words(tokenizer, box: tuple[float, ...], rng: random.Random) -> list[tuple[int, float]]:
+    """Return tokens and weights whose weighted embeddings say where a box is, to about a hundredth of the side.
+
+    Each of x1, y1, x2, y2 has eleven tokens that no text uses, for 0, 0.1, ..., 1. A number is the mean of the two around
+    it, weighted by nearness, since a soft token can mix embeddings but not write digits.
+    """
+    words = []
+    for axis, share in enumerate(box):
+        tenths = min(10.0, max(0.0, 10 * (share + rng.gauss(0, PLACE_NOISE))))
+        low = min(9, int(tenths))
+        for step, weight in ((low, low + 1 - tenths), (low + 1, tenths - low)):
+            words.append((tokenizer.convert_tokens_to_ids(chr(FIRST_PLACE_TOKEN + 11 * axis + step)), weight))
+    return words
 
 
 def rename(texts: list[str], scene: Scene, rng: random.Random) -> list[str]:
@@ -83,9 +110,11 @@ class Course:
     """Share of texts whose notes are in any order, since the order of queries is not known in advance."""
     crowded: bool = False
     """Most scenes have three objects, since these are the hard ones."""
+    boxes: bool = False
+    """Notes hold the box of their object, and there are questions about boxes and points."""
 
 
-def write_document(seed: int, index: int, course: Course) -> tuple[list[str], list[tuple[str, str]]]:
+def write_document(seed: int, index: int, course: Course) -> tuple[list[Note], list[tuple[str, str]]]:
     """Return one training text: notes on a scene, one a position, and prompts with answers about it."""
     rng = random.Random(f"{seed}/text/{index}")
     scene = make_scene(seed, index)
@@ -97,10 +126,16 @@ def write_document(seed: int, index: int, course: Course) -> tuple[list[str], li
     if rng.random() < 0.05:
         return [], pairs[:1]  # without notes no question has an answer
     form = rng.choice(("{}", "Question: {} Answer:"))
-    pairs += [(form.format(q), " " + a) for q, a in write_questions(scene, rng)]
+    questions = write_questions(scene, rng)
+    if course.boxes:
+        about_boxes = grounding.write_questions(scene_truth(scene, rng), (1, 1), grounding.KINDS)
+        pairs = pairs[:1]
+        questions = rng.sample(questions, 2) + rng.sample(about_boxes, 5)
+    pairs += [(form.format(q), " " + a) for q, a in questions]
     if rng.random() < 0.5:
-        texts = rename(notes + [t for pair in pairs for t in pair], scene, rng)
-        notes, texts = texts[: len(notes)], texts[len(notes) :]
+        texts = rename([note.text for note in notes] + [t for pair in pairs for t in pair], scene, rng)
+        notes = [note._replace(text=text) for note, text in zip(notes, texts)]
+        texts = texts[len(notes) :]
         pairs = list(zip(texts[::2], texts[1::2]))
     return notes, pairs
 
@@ -108,7 +143,7 @@ def write_document(seed: int, index: int, course: Course) -> tuple[list[str], li
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE in which every word of the scenes is one token."""
     documents = [write_document(seed, i, Course()) for i in range(1500)]
-    texts = ["".join(notes) + "".join(p + a for p, a in pairs) for notes, pairs in documents]
+    texts = ["".join(note.text for note in notes) + "".join(p + a for p, a in pairs) for notes, pairs in documents]
     shapes = [*SHAPES, *MORE_SHAPES, *(plural(s) for s in SHAPES), *(s + "s" for s in MORE_SHAPES)]
     words = [*COLOURS, *MORE_COLOURS, *shapes, *SIZES, *ROWS, *COLUMNS, *NUMBERS.values(), "yes", "no", "nothing"]
     texts += [f" {w}" for w in words for _ in range(200)]
@@ -139,17 +174,22 @@ def text_batch(tokenizer, seed: int, indices: range, course: Course) -> dict[str
     to itself, at positions that continue the notes.
 
     Returns:
-        `input_ids` [rows, length, words], whose embeddings are summed over words (-1 is none), `scale` [rows, length],
-        `position_ids` and `labels` [rows, length] (labels on answers only), and `attention_mask` [rows, 1, length,
+        `input_ids` [rows, length, words], whose embeddings are summed over words with `weights` (0 is none), `scale` [rows,
+        length], `position_ids` and `labels` [rows, length] (labels on answers only), and `attention_mask` [rows, 1, length,
         length], 0 where a position may attend.
     """
     documents = []
     for index in indices:
         notes, pairs = write_document(seed, index, course)
         answers = [(tokenizer.encode(p), tokenizer.encode(a) + [tokenizer.eos_token_id]) for p, a in pairs]
-        documents.append(([tokenizer.encode(note) for note in notes], answers))
+        words = [[(token, 1.0) for token in tokenizer.encode(note.text)] for note in notes]
+        if course.boxes:
+            rng = random.Random(f"{seed}/places/{index}")
+            words = [w + (place_words(tokenizer, n.box, rng) if n.box else []) for w, n in zip(words, notes)]
+        documents.append((words, answers))
     length = max(len(notes) + sum(len(p) + len(a) for p, a in answers) for notes, answers in documents)
-    ids = torch.full((len(documents), length, WORDS_PER_POSITION), -1)
+    ids = torch.zeros(len(documents), length, WORDS_PER_POSITION + course.boxes * PLACE_WORDS, dtype=torch.long)
+    weights = torch.zeros(ids.shape)
     labels = torch.full((len(documents), length), -100)
     scale = torch.ones(len(documents), length)
     positions = torch.zeros_like(labels)
@@ -157,7 +197,8 @@ def text_batch(tokenizer, seed: int, indices: range, course: Course) -> dict[str
     for row, (notes, answers) in enumerate(documents):
         end = len(notes)
         for place, note in enumerate(notes):
-            ids[row, place, : len(note)] = torch.tensor(note)
+            ids[row, place, : len(note)] = torch.tensor([token for token, _ in note])
+            weights[row, place, : len(note)] = torch.tensor([weight for _, weight in note])
         # the norm of a soft token varies
         scale[row, :end] = math.exp(random.Random(f"{seed}/scale/{indices[row]}").uniform(-0.3, 0.3))
         positions[row, :end] = torch.arange(end)
@@ -165,6 +206,7 @@ def text_batch(tokenizer, seed: int, indices: range, course: Course) -> dict[str
         for number, (prompt, answer) in enumerate(answers, start=1):
             start, end = end, end + len(prompt) + len(answer)
             ids[row, start:end, 0] = torch.tensor(prompt + answer)
+            weights[row, start:end, 0] = 1.0
             labels[row, start + len(prompt) : end] = torch.tensor(answer)
             positions[row, start:end] = torch.arange(len(notes), len(notes) + end - start)
             segments[row, start:end] = number
@@ -173,6 +215,7 @@ def text_batch(tokenizer, seed: int, indices: range, course: Course) -> dict[str
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
     return {
         "input_ids": ids,
+        "weights": weights,
         "scale": scale,
         "position_ids": positions,
         "labels": labels,
@@ -180,9 +223,9 @@ def text_batch(tokenizer, seed: int, indices: range, course: Course) -> dict[str
     }
 
 
-def embed_words(model: LlamaForCausalLM, input_ids: Tensor, scale: Tensor) -> Tensor:
-    """Return the embeddings of ids [rows, length, words], summed over words and scaled: [rows, length, width]."""
-    embeddings = model.get_input_embeddings()(input_ids.clamp(min=0)) * (input_ids >= 0)[..., None]
+def embed_words(model: LlamaForCausalLM, input_ids: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+    """Return the embeddings of ids [rows, length, words], summed with weights and scaled: [rows, length, width]."""
+    embeddings = model.get_input_embeddings()(input_ids) * weights[..., None]
     return embeddings.sum(dim=2) * scale[..., None]
 
 
@@ -214,7 +257,7 @@ def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, star
     for step in range(steps):
         texts = text_batch(tokenizer, seed, range(step * batch, (step + 1) * batch), course)
         labels = texts.pop("labels")[:, 1:]
-        embeddings = embed_words(model, texts.pop("input_ids"), texts.pop("scale"))
+        embeddings = embed_words(model, texts.pop("input_ids"), texts.pop("weights"), texts.pop("scale"))
         with torch.autocast("cpu", torch.bfloat16):
             output = model.model(inputs_embeds=embeddings, **texts, use_cache=False)
             states = output.last_hidden_state[:, :-1][labels != -100]

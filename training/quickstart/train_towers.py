@@ -42,8 +42,9 @@ def main() -> None:
     parser.add_argument("--glyphs", action="store_true", help="train the image tower on digits too")
     parser.add_argument("--shuffled", type=float, default=0.1)
     parser.add_argument("--crowded", action="store_true")
+    parser.add_argument("--boxes", action="store_true", help="notes hold boxes, and questions ask for them")
     args = parser.parse_args()
-    course = Course(args.shuffled, args.crowded)
+    course = Course(args.shuffled, args.crowded, args.boxes)
     print(json.dumps({k: str(v) for k, v in vars(args).items()}))
     if args.part in ("all", "vision"):
         train_vision(args.out / "vision", args.seed, args.vision_steps, args.batch, args.glyphs, args.start)

@@ -113,7 +113,7 @@ def _is_unique(scene: Scene, **attributes: str) -> bool:
     return sum(all(getattr(o, k) == v for k, v in attributes.items()) for o in scene.objects) == 1
 
 
-def _absent(scene: Scene, rng: random.Random, held_out: bool) -> tuple[str, str] | None:
+def absent_combination(scene: Scene, rng: random.Random, held_out: bool) -> tuple[str, str] | None:
     """Return a combination that the scene does not have. Half of them share a colour or shape with one of its objects."""
     present = {o.combination for o in scene.objects}
     candidates = [
@@ -169,7 +169,7 @@ def write_questions(
         colour, shape = rng.choice(objects).combination
         kinds["exists"] = [(f"Is there {article(colour)} {shape}?", "yes")]
     else:
-        colour, shape = _absent(scene, rng, held_out)
+        colour, shape = absent_combination(scene, rng, held_out)
         kinds["exists"] = [(f"Is there {article(colour)} {shape}?", "no")]
     picked = [rng.choice(pairs) for pairs in kinds.values() if pairs]
     return rng.sample(picked, min(count, len(picked)))

@@ -1,0 +1,105 @@
+"""Questions and answers about boxes and points, written by fixed templates.
+
+| kind | prompt | answer |
+| --- | --- | --- |
+| find | Find every red car. | `[x1, y1, x2, y2]` of each, from left to right, or: not in the picture |
+| refer | Find the man on the left. | `[x1, y1, x2, y2]` |
+| name | What is in [x1, y1, x2, y2]? | red car |
+| count | Count every red car. | 2 |
+| point | Point at every red car. | `[x, y]` of each, from left to right, or: not in the picture |
+| caption | Caption with boxes: | a man `[x1, y1, x2, y2]` on a horse `[x1, y1, x2, y2]` |
+
+Find, count and point speak of categories, of which the data names all objects; refer speaks of expressions, each of which
+means one object. A category is asked for in vain only where the data itself says that it is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from blipren.grounding_blipren import NOT_FOUND, write_place
+
+FIND, REFER, NAME = "Find every {}.", "Find the {}.", "What is in {}?"
+COUNT, POINT, CAPTION = "Count every {}.", "Point at every {}.", "Caption with boxes:"
+KINDS = ("find", "refer", "name", "count", "point", "caption")
+
+
+@dataclass(frozen=True)
+class GroundedObject:
+    """One thing in an image, in pixels of the upright image."""
+
+    category: str | None = None
+    box: tuple[float, float, float, float] | None = None
+    """x1, y1, x2, y2."""
+    point: tuple[float, float] | None = None
+    expressions: tuple[str, ...] = ()
+    """Texts that mean this object alone."""
+
+    def place(self) -> tuple[float, float]:
+        """Return the point that stands for the object: its own, or the middle of its box."""
+        if self.point:
+            return self.point
+        x1, y1, x2, y2 = self.box
+        return ((x1 + x2) / 2, (y1 + y2) / 2)
+
+
+@dataclass(frozen=True)
+class GroundedCaption:
+    """A caption and the boxes of its phrases, in the order of the caption: `(end of the phrase, boxes)`."""
+
+    text: str
+    phrases: tuple[tuple[int, tuple[tuple[float, float, float, float], ...]], ...]
+
+
+@dataclass
+class GroundTruth:
+    """All that a row says about places in its image."""
+
+    objects: list[GroundedObject] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    """Categories that are not in the picture."""
+    captions: list[GroundedCaption] = field(default_factory=list)
+
+    def categories(self) -> dict[str, list[GroundedObject]]:
+        """Return the objects of each category from left to right, and no object of those that are absent."""
+        found: dict[str, list[GroundedObject]] = {}
+        for thing in sorted(self.objects, key=lambda o: o.box or (*o.place(), 0, 0)):
+            if thing.category:
+                found.setdefault(thing.category, []).append(thing)
+        return found | {name: [] for name in self.absent}
+
+
+def write_questions(truth: GroundTruth, size: Sequence[int], kinds: Collection[str]) -> list[tuple[str, str]]:
+    """Return questions with their answers about an image of `size` (width, height): all that the templates give.
+
+    Args:
+        kinds: names of templates, of `KINDS`.
+    """
+    pairs = []
+    for name, things in truth.categories().items():
+        boxes = [write_place(thing.box, size) for thing in things if thing.box]
+        if "find" in kinds and len(boxes) == len(things):
+            pairs.append((FIND.format(name), ", ".join(boxes) or NOT_FOUND))
+        if "count" in kinds:
+            pairs.append((COUNT.format(name), str(len(things))))
+        if "point" in kinds:
+            points = [write_place(thing.place(), size) for thing in things]
+            pairs.append((POINT.format(name), ", ".join(points) or NOT_FOUND))
+    for thing in truth.objects:
+        if "refer" in kinds and thing.box:
+            pairs += [(REFER.format(words), write_place(thing.box, size)) for words in thing.expressions]
+        if "name" in kinds and thing.box and thing.category:
+            pairs.append((NAME.format(write_place(thing.box, size)), thing.category))
+    if "caption" in kinds:
+        pairs += [(CAPTION, write_grounded_caption(caption, size)) for caption in truth.captions]
+    return pairs
+
+
+def write_grounded_caption(caption: GroundedCaption, size: Sequence[int]) -> str:
+    """Return the caption with the boxes of each phrase behind it."""
+    parts, start = [], 0
+    for end, boxes in caption.phrases:
+        parts += [caption.text[start:end], " ", ", ".join(write_place(box, size) for box in boxes)]
+        start = end
+    return "".join([*parts, caption.text[start:]])
