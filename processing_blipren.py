@@ -8,6 +8,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .configuration_blipren import AUTO_MAP, copy_code_files, split_revision
+from .grounding_blipren import read_places, to_pixels
 from .image_blipren import check_image_sources, with_fast_resize
 from .pieces_blipren import with_pieces
 from .prompts_blipren import (
@@ -386,6 +387,26 @@ class BliprenProcessor(ProcessorMixin):
         """Decode generated ids, for the built-in pipeline."""
         kwargs.pop("clean_up_tokenization_spaces", None)
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def post_process_grounding(self, text: str, size: tuple[float, float]) -> dict:
+        """Return the boxes and points of an answer in pixels of the original image.
+
+        Args:
+            text: an answer, or any text with `[x1, y1, x2, y2]` and `[x, y]`.
+            size: width and height of the image, upright: `image.size` of `load_image`.
+
+        Returns:
+            `boxes` (`[x1, y1, x2, y2]` each) with their `labels`, `points` (`[x, y]`) with `point_labels`: a label is the
+            words in front, perhaps none. `malformed` is the number of groups in brackets that are neither.
+        """
+        found = read_places(text)
+        return {
+            "boxes": [to_pixels(box, size) for box in found.boxes],
+            "labels": found.labels,
+            "points": [to_pixels(point, size) for point in found.points],
+            "point_labels": found.point_labels,
+            "malformed": found.malformed,
+        }
 
     def to_dict(self) -> dict:
         output = super().to_dict()

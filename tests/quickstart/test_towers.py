@@ -55,18 +55,20 @@ def test_language_model_reads_notes():
         ([" nothing left", " large red star top left", " nothing"], "What color is the star?", "red"),
     ):
         words = [tokenizer.encode(note) for note in notes] + [[token] for token in tokenizer.encode(prompt)]
-        ids = torch.full((1, len(words), train_llm.WORDS_PER_POSITION), -1)
+        ids = torch.zeros(1, len(words), train_llm.WORDS_PER_POSITION, dtype=torch.long)
+        weights = torch.zeros(ids.shape)
         for place, tokens in enumerate(words):
             ids[0, place, : len(tokens)] = torch.tensor(tokens)
-        embeddings = train_llm.embed_words(model, ids, torch.ones(1, len(words)))
+            weights[0, place, : len(tokens)] = 1.0
+        embeddings = train_llm.embed_words(model, ids, weights, torch.ones(1, len(words)))
         output = model.generate(inputs_embeds=embeddings, max_new_tokens=5, do_sample=False)
         assert tokenizer.decode(output[0], skip_special_tokens=True).strip() == expected
 
 
 def test_towers_are_trained_on_nothing_held_out():
     for index in range(400):
-        notes, pairs = train_llm.write_document(0, index, Course(crowded=index % 2 == 0))
-        text = "".join(notes) + " ".join(prompt + answer for prompt, answer in pairs)
+        notes, pairs = train_llm.write_document(0, index, Course(crowded=index % 2 == 0, boxes=index % 3 == 0))
+        text = "".join(note.text for note in notes) + " ".join(prompt + answer for prompt, answer in pairs)
         for colour, shape in HELD_OUT_COMBINATIONS:
             assert f"{colour} {shape}" not in text
             assert f"{colour} {plural(shape)}" not in text
@@ -82,8 +84,8 @@ def test_answers_of_a_document_do_not_see_each_other():
     tokenizer = AutoTokenizer.from_pretrained(TOWERS / "llm")
     model = AutoModelForCausalLM.from_pretrained(TOWERS / "llm", dtype=torch.float32).eval()
     batch = train_llm.text_batch(tokenizer, 0, range(3), Course())
-    labels, ids, scale = (batch.pop(name) for name in ("labels", "input_ids", "scale"))
-    embeddings = train_llm.embed_words(model, ids, scale)
+    labels, ids, weights, scale = (batch.pop(name) for name in ("labels", "input_ids", "weights", "scale"))
+    embeddings = train_llm.embed_words(model, ids, weights, scale)
     with torch.no_grad():
         together = model(inputs_embeds=embeddings, **batch).logits
         for row in range(3):

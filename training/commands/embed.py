@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blipren.training.arguments import check_cache_folder, check_checkpoint, check_dataset
-from blipren.training.data.sources.settings import CaptionFilterSettings, SourceSettings
+from blipren.training.data.sources.settings import CaptionFilterSettings, GroundingSettings
 from blipren.training.errors import UsageError, UserError
 from blipren.training.settings import Settings, choice, positional
 
@@ -76,7 +76,7 @@ class EngineSettings(Settings):
 
 @dataclass(kw_only=True)
 class EmbedSettings(
-    EngineSettings, SimilaritySettings, CaptionFilterSettings, ConversationSettings, StorageSettings, SourceSettings
+    EngineSettings, SimilaritySettings, CaptionFilterSettings, ConversationSettings, StorageSettings, GroundingSettings
 ):
     """`blipren embed`: runs the frozen encoder once on every image and writes the feature cache."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from blipren.training.arguments import check_cache, check_checkpoint, check_dataset, check_files
-from blipren.training.data.sources.settings import SourceSettings
+from blipren.training.data.sources.settings import GroundingSettings
 from blipren.training.engine.settings import (
     CheckpointSettings,
     GeneratedCaptionSettings,
@@ -115,7 +115,7 @@ class BatchSettings(Settings):
 class TrainSettings(
     HardwareSettings,
     ScalingSettings,
-    SourceSettings,
+    GroundingSettings,
     ImageInputSettings,
     CheckpointSettings,
     GeneratedCaptionSettings,
@@ -147,6 +147,10 @@ class TrainSettings(
             raise UsageError("deepspeed goes with neither fsdp nor compile: leave one of them out")
         if self.train_vision and not self.online:
             raise UsageError("train_vision needs online: cached features are those of the frozen encoder")
+        if self.grounding and not self.online:
+            raise UsageError(
+                "grounding needs online; the questions of a cache are made by `blipren embed --grounding`"
+            )
         if self.augment and not self.online:
             raise UsageError("augment needs online; cached views are made by `blipren embed --views`")
 

@@ -12,7 +12,7 @@ from blipren.training.commands.caption import run as caption
 from blipren.training.data.batches.training_data import read_images
 from blipren.training.data.sources.images import ImageError, decode_image
 from blipren.training.data.sources.open_rows import open_rows
-from blipren.training.data.sources.settings import SourceSettings
+from blipren.training.data.sources.settings import GroundingSettings
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
 from blipren.training.evaluation.examples import open_split
@@ -89,7 +89,7 @@ def test_the_other_commands_reject_them_too(folder, tiny_model, tmp_path):
     assert set(readable) == {"good.png", "linked.png"}
     processor = load_checkpoint(str(tiny_model))[1]
     for follow in (False, True):
-        source = SourceSettings(validation_share=0.0, test_share=0.0, follow_links=follow)
+        source = GroundingSettings(validation_share=0.0, test_share=0.0, follow_links=follow)
         ids = {prepared.row.id for prepared in read_images(str(folder), processor, source)["train"]}
         assert ids == {"good.png", "linked.png"} | ({"photo_elsewhere.png"} if follow else set())
     with pytest.raises(UserError, match="pipe.jpg is a folder, pipe, socket or device"):

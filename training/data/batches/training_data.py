@@ -13,9 +13,10 @@ from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.prepare import PrepareConfig, Prepared, prepare_row
 from blipren.training.data.cache.tokens import TokenTable, build_table
 from blipren.training.data.cache.views import can_be_mirrored, cut_view
+from blipren.training.data.sources.boxes import category_names
 from blipren.training.data.sources.near_duplicates import NearIndex
-from blipren.training.data.sources.open_rows import open_rows
-from blipren.training.data.sources.settings import SourceSettings
+from blipren.training.data.sources.open_rows import grounding_options, open_rows
+from blipren.training.data.sources.settings import GroundingSettings
 from blipren.training.data.sources.splits import SPLITS
 from blipren.training.errors import UserError
 
@@ -91,6 +92,7 @@ class OnlineData:
             picture = prepared.row.load()
             if self.augment and seed is not None:
                 view = 1 + int(seeded_generator(*seed, VIEW, image).integers(1 << 30))
+                view = 0 if prepared.has_places else view
                 flip = can_be_mirrored([*prepared.answers, *prepared.prompts])
                 picture = cut_view(picture, view, prepared.image_hash, flip, 0.6, keep_size=False)
             pictures.append(picture)
@@ -115,16 +117,19 @@ def find_captions(texts: Iterable[tuple[Sequence[str | None], Sequence[str]]]) -
     return found
 
 
-def read_images(dataset: str, processor, source: SourceSettings) -> dict[str, list[Prepared]]:
+def read_images(dataset: str, processor, source: GroundingSettings) -> dict[str, list[Prepared]]:
     """Read the rows of a data set by split, filtered as `embed` filters them. Every image is decoded once.
 
     Training images that are nearly a held-out image are left out.
     """
-    rows = open_rows(dataset, **source.source_options())
+    rows = open_rows(dataset, **source.source_options(), **grounding_options(source))
     config = PrepareConfig(
         image_processor=processor.image_processor,
         validation_share=source.validation_share,
         test_share=source.test_share,
+        grounding=tuple(source.grounding),
+        bbox_format=source.bbox_format,
+        category_names=category_names(rows.features),
     )
     splits: dict[str, list[Prepared]] = {split: [] for split in SPLITS}
     rejected: Counter[str] = Counter()
@@ -148,7 +153,7 @@ def read_images(dataset: str, processor, source: SourceSettings) -> dict[str, li
 
 
 def open_online(
-    dataset: str, model, processor, source: SourceSettings, augment: bool
+    dataset: str, model, processor, source: GroundingSettings, augment: bool
 ) -> tuple[list[OnlineData], OnlineData | None]:
     """Open a data set of images for training. Returns its train split, and its validation split if there is one."""
     splits = read_images(dataset, processor, source)

@@ -79,7 +79,8 @@ def cache_fingerprint(s: EmbedSettings, source: Source, encoder: Encoder) -> dic
         },
         "source": {"dataset": source.fingerprint, "columns": source.columns.describe(), "limit": s.limit}
         | ({"follow_links": True} if s.follow_links else {})
-        | ({"max_tokens": s.max_tokens, "cut_turns": s.cut_turns} if source.has_conversations else {}),
+        | ({"max_tokens": s.max_tokens, "cut_turns": s.cut_turns} if source.has_conversations else {})
+        | ({"grounding": sorted(s.grounding), "bbox_format": s.bbox_format} if s.grounding else {}),
         "splits": {
             "validation_share": s.validation_share,
             "test_share": s.test_share,

@@ -22,8 +22,9 @@ from blipren.training.data.cache.summary import print_summary
 from blipren.training.data.cache.tokens import name_of_tokens
 from blipren.training.data.cache.writer.finish import finish_cache
 from blipren.training.data.cache.writer.units import CacheWriter
+from blipren.training.data.sources.boxes import category_names
 from blipren.training.data.sources.caption_filter import CaptionFilter, count_captions
-from blipren.training.data.sources.open_rows import open_rows
+from blipren.training.data.sources.open_rows import grounding_options, open_rows
 from blipren.training.data.sources.rows import Source
 from blipren.training.data.sources.splits import SPLITS
 from blipren.training.engine.loading import load_checkpoint
@@ -53,7 +54,7 @@ class EmbedJob:
     @classmethod
     def open(cls, s: EmbedSettings) -> EmbedJob:
         """Open data set and model. Raises `UserError`."""
-        source, samples = open_rows(s.dataset, seed=s.seed, **s.source_options()), None
+        source, samples = open_rows(s.dataset, seed=s.seed, **s.source_options(), **grounding_options(s)), None
         rules = CaptionFilter.from_settings(s)
         counts = None
         if rules.max_images_per_caption:
@@ -76,6 +77,9 @@ class EmbedJob:
             view_scale=s.view_scale,
             view_flip=s.view_flip,
             variable=encoder.variable,
+            grounding=tuple(s.grounding),
+            bbox_format=s.bbox_format,
+            category_names=category_names(source.features),
         )
         scorer = None
         if s.min_similarity is not None or s.keep_best is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,9 @@ from PIL import Image
 
 from blipren.training.data.cache.encoder import PIXEL_INPUTS
 from blipren.training.data.cache.views import can_be_mirrored, cut_view
-from blipren.training.data.sources.caption_filter import CaptionFilter, filter_texts
+from blipren.training.data.sources.boxes import read_ground_truth
+from blipren.training.data.sources.caption_filter import CaptionFilter, FilteredTexts, filter_texts
+from blipren.training.data.sources.grounding import write_questions
 from blipren.training.data.sources.images import ImageError
 from blipren.training.data.sources.near_duplicates import image_signature
 from blipren.training.data.sources.rows import Row
@@ -32,6 +35,11 @@ class PrepareConfig:
     view_scale: float = 0.6
     view_flip: bool = True
     variable: bool = False
+    grounding: tuple[str, ...] = ()
+    """Questions to make of boxes and points, of `grounding.KINDS`."""
+    bbox_format: str = "xywh"
+    category_names: Sequence[str] | None = None
+    """Names of categories that the data set writes as numbers."""
     encode: bool = True
     """False in a dry run, which makes no pixels."""
 
@@ -49,6 +57,8 @@ class Prepared:
     answers: list[str]
     kept: list[int]
     """Places of these texts among the row's own."""
+    has_places: bool = False
+    """Whether a text holds boxes, points or numbers of objects, which another view would make untrue."""
     scores: list[float | None] | None = None
     """Similarity of each of the row's own texts to the image, where the settings ask for it."""
 
@@ -79,7 +89,7 @@ def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[
         return None, [], [*rejected, rejection(row, "row", *row.rejected)]
     left = filter_texts(row.prompts, row.answers, config.rules, config.caption_counts)
     rejected += [rejection(row, "text", rule, value, text) for rule, value, text in left.rejected]
-    if not left.answers and not row.shown:
+    if not left.answers and not row.shown and not config.grounding:
         if row.conversation and not row.answers:
             why = ("conversation_only", "a conversation is trained on from a feature cache, made by `blipren embed`")
         else:
@@ -90,14 +100,35 @@ def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[
         image = row.load()
     except ImageError as error:
         return None, [], [*rejected, rejection(row, "row", error.reason, error.detail)]
+    grounded = 0
+    if config.grounding:
+        broken, grounded = _ask_about_places(row, left, config)
+        rejected += [rejection(row, "text", *problem) for problem in broken]
+        if not left.answers and not row.shown:
+            return None, [], [*rejected, rejection(row, "row", "no_caption", "no text, box or point in its columns")]
     split = row.split or split_by_hash(image_hash, config.validation_share, config.test_share)
     phash, thumb = image_signature(image)
-    prepared = Prepared(row, split, image_hash, phash, thumb, left.prompts, left.answers, left.kept)
+    prepared = Prepared(row, split, image_hash, phash, thumb, left.prompts, left.answers, left.kept, grounded > 0)
     flip = config.view_flip and row.can_be_mirrored and can_be_mirrored([*left.answers, *left.prompts])
     views = [
-        cut_view(image, view, image_hash, flip, config.view_scale, config.variable) for view in range(config.views)
+        cut_view(image, 0 if grounded else view, image_hash, flip, config.view_scale, config.variable)
+        for view in range(config.views)
     ]
     return prepared, views, rejected
+
+
+def _ask_about_places(row: Row, left: FilteredTexts, config: PrepareConfig) -> tuple[list[tuple[str, str]], int]:
+    """Add the questions about boxes and points to a row. Returns what was broken, and the number of questions."""
+    records = [record for record in (row.record, *row.merged_records) if record]
+    truth, broken = read_ground_truth(records, (row.width, row.height), config.bbox_format, config.category_names)
+    pairs = write_questions(truth, (row.width, row.height), config.grounding)
+    left.kept += range(len(row.answers), len(row.answers) + len(pairs))
+    for prompt, answer in pairs:
+        for texts in (row, left):
+            texts.prompts.append(prompt)
+            texts.answers.append(answer)
+    row.problems += broken
+    return broken, len(pairs)
 
 
 def _pixels(images: list[Image.Image], config: PrepareConfig) -> dict[str, torch.Tensor]:
@@ -110,8 +141,8 @@ def prepare_batch(rows: list[Row], config: PrepareConfig) -> PreparedBatch:
     kept, images, rejected = [], [], []
     texts = 0
     for row in rows:
-        texts += len(row.answers) + len(row.problems)
         prepared, views, lines = prepare_row(row, config)
+        texts += len(row.answers) + len(row.problems)
         rejected += lines
         if prepared is not None:
             kept.append(prepared)
@@ -134,7 +165,8 @@ def prepare_batch(rows: list[Row], config: PrepareConfig) -> PreparedBatch:
             if kept:
                 pixels = _pixels([view for views in images for view in views], config)
     for prepared in kept:  # the undecoded image is not sent back to the main process
-        prepared.row.image = prepared.row._data = None
+        prepared.row.image = prepared.row._data = prepared.row.record = None
+        prepared.row.merged_records = []
     return PreparedBatch(kept, pixels, rejected, len(rows), texts)
 
 

@@ -60,12 +60,14 @@ class GroundTruth:
     absent: list[str] = field(default_factory=list)
     """Categories that are not in the picture."""
     captions: list[GroundedCaption] = field(default_factory=list)
+    uncounted: set[str] = field(default_factory=set)
+    """Categories of which not all objects are known; they are neither found, counted nor pointed at."""
 
     def categories(self) -> dict[str, list[GroundedObject]]:
         """Return the objects of each category from left to right, and no object of those that are absent."""
         found: dict[str, list[GroundedObject]] = {}
         for thing in sorted(self.objects, key=lambda o: o.box or (*o.place(), 0, 0)):
-            if thing.category:
+            if thing.category and thing.category not in self.uncounted:
                 found.setdefault(thing.category, []).append(thing)
         return found | {name: [] for name in self.absent}
 
@@ -88,7 +90,8 @@ def write_questions(truth: GroundTruth, size: Sequence[int], kinds: Collection[s
             pairs.append((POINT.format(name), ", ".join(points) or NOT_FOUND))
     for thing in truth.objects:
         if "refer" in kinds and thing.box:
-            pairs += [(REFER.format(words), write_place(thing.box, size)) for words in thing.expressions]
+            box = write_place(thing.box, size)
+            pairs += [(REFER.format(words.removeprefix("the ")), box) for words in thing.expressions]
         if "name" in kinds and thing.box and thing.category:
             pairs.append((NAME.format(write_place(thing.box, size)), thing.category))
     if "caption" in kinds:

@@ -93,6 +93,8 @@ class MetadataFolder(Source):
                 row.record = parsed[0]
             if self.columns.id == self.columns.image and self._roots[number] != self.folder:
                 row.id = str(self._roots[number].relative_to(self.folder) / row.id)
+            if row.record is not None:
+                row.merged_records = parsed[1:]
             for record in parsed[1:]:
                 prompts, answers, problems = read_texts(record, self.columns)
                 row.prompts += prompts

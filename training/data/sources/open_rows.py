@@ -16,6 +16,7 @@ from blipren.training.data.sources.images import ImageError
 from blipren.training.data.sources.kept_columns import join_features
 from blipren.training.data.sources.metadata_folder import METADATA_FILES, MetadataFolder
 from blipren.training.data.sources.rows import Row, Source, hash_texts
+from blipren.training.data.sources.settings import GroundingSettings
 from blipren.training.data.sources.splits import normalize_split, split_by_hash
 from blipren.training.errors import UserError
 
@@ -82,6 +83,11 @@ def open_rows(
     if wanted is None:
         raise UserError(f"split {split!r} is none of train, validation, test")
     return SplitView(source, wanted, validation_share, test_share)
+
+
+def grounding_options(settings: GroundingSettings) -> dict[str, Any]:
+    """Return the keyword arguments of `open_rows` for rows with boxes and points; none if no questions are made of them."""
+    return {"keep_columns": True, "text_required": False} if settings.grounding else {}
 
 
 def _open_one(

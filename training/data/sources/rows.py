@@ -53,6 +53,8 @@ class Row:
     height: int | None = None
     record: dict[str, Any] | None = field(default=None, repr=False)
     """All columns of the data set, where `open_rows` was asked to keep them; images in them are undecoded."""
+    merged_records: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    """The same of further lines about the image."""
     _data: bytes | Image.Image | None = field(default=None, repr=False)
 
     def data(self) -> bytes | Image.Image:

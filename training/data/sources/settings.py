@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from blipren.training.data.sources.boxes import FORMATS
+from blipren.training.data.sources.grounding import KINDS
 from blipren.training.errors import UsageError
-from blipren.training.settings import Settings
+from blipren.training.settings import Settings, choice
 
 
 @dataclass(kw_only=True)
@@ -50,6 +52,23 @@ class SourceSettings(Settings):
     def source_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `open_rows` that these settings give."""
         return {name: getattr(self, name) for name in SOURCE_OPTIONS}
+
+
+@dataclass(kw_only=True)
+class GroundingSettings(SourceSettings):
+    """Boxes and points."""
+
+    grounding: list[str] = field(default_factory=list)
+    """Questions to make of the data set's boxes and points: find, refer, name, count, point, caption."""
+    bbox_format: str = choice(*FORMATS, default="xywh")
+    """Form of its boxes: xywh is COCO's (left, top, width, height), in pixels; with n in shares of the sides. A column
+    bbox_format says it row by row."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for kind in self.grounding:
+            if kind not in KINDS:
+                raise UsageError(f"grounding has {kind!r}; each must be one of {', '.join(KINDS)}")
 
 
 @dataclass(kw_only=True)
