@@ -24,7 +24,7 @@ from blipren.training.settings import Settings, field_docs, setting_groups
 FOLDER = Path(__file__).parent / "commands"
 RECIPES = Path(__file__).parent / "recipes"
 # the order of `blipren --help`; a command that is not named here comes behind them
-FIRST = ("quickstart", "new", "doctor", "embed", "align", "train", "evaluate", "compare", "caption")
+FIRST = ("quickstart", "new", "doctor", "embed", "align", "train", "evaluate", "compare", "caption", "chat")
 
 
 def command_names() -> list[str]:

@@ -1,0 +1,1 @@
+"""Conversations with a model: in the terminal and in the browser."""
