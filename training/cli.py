@@ -24,7 +24,9 @@ from blipren.training.settings import Settings, field_docs, setting_groups
 FOLDER = Path(__file__).parent / "commands"
 RECIPES = Path(__file__).parent / "recipes"
 # the order of `blipren --help`; a command that is not named here comes behind them
-FIRST = ("quickstart", "new", "doctor", "embed", "align", "train", "evaluate", "compare", "caption", "chat")
+FIRST = (
+    "quickstart", "new", "doctor", "embed", "align", "train", "dpo", "grpo", "evaluate", "compare", "caption", "chat",
+)  # fmt: skip
 
 
 def command_names() -> list[str]:

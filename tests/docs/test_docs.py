@@ -53,7 +53,7 @@ OTHER_PROGRAMS = {
     "pipx install": "needs a package index",
     "python scripts/download_": "needs the network: tests/scripts/test_downloads.py runs it on loopback",
     "BLIPREN_IMAGES=data transformers serve": "tests/remote_code/test_serve.py runs it",
-    "vllm serve": "needs vLLM: tests/vllm/prove.py runs it",
+    "vllm serve": "needs vLLM: tests/with_vllm/prove.py runs it",
     "lmms-eval": "needs the network: tests/evaluation runs the plugin",
     "pytest": "minutes, on request",
     "python tests/": "needs a package index",
@@ -63,6 +63,7 @@ SMALL = {
     "embed": ["--workers", "0"],
     "align": ["--max-steps", "2", "--batch-size", "8", "--eval-every", "2"],
     "train": ["--max-steps", "2", "--batch-size", "8", "--eval-every", "2", "--max-new-tokens", "6"],
+    "grpo": ["--max-steps", "1", "--batch-size", "2", "--num-generations", "2", "--max-completion-length", "4"],
     "evaluate": ["--limit", "4", "--resamples", "20", "--max-new-tokens", "6", "--attention-images", "1"],
     "caption": ["--max-new-tokens", "6"],
 }
@@ -120,7 +121,11 @@ def parse(line: str, monkeypatch) -> None:
 def run(line: str) -> None:
     """Run a line in this process, in place of an earlier result of the same name."""
     arguments = small_command(line)
-    out = arguments[{"embed": 3, "align": 3, "train": 3, "evaluate": 3, "new": 1, "convert": 2}.get(arguments[0], 0)]
+    out = arguments[
+        {"embed": 3, "align": 3, "train": 3, "dpo": 3, "grpo": 3, "evaluate": 3, "new": 1, "convert": 2}.get(
+            arguments[0], 0
+        )
+    ]
     if "--verify" not in arguments and "--dry-run" not in arguments and Path(out).is_dir():
         shutil.rmtree(out)
     assert cli.main(arguments) == 0, line

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import LLM_FAMILIES, random_image
 
-from blipren.training.objectives.experiments.sampling import sample_answers
+from blipren.training.objectives.sampling import sample_answers
 
 QUICK = ("llama", "opt")  # rotary and learned positions; the others on request
 PROMPTS = ["Short caption:", "What colour is the small ball in the picture ?"]

@@ -441,7 +441,7 @@ def test_shift_labels_replace_labels(tiny):
 
 
 def test_vllm_gets_the_model_without_head(pair, tmp_path):
-    """vLLM takes it from AutoModel, with attention of its own, and embeds placeholders (tests/vllm/prove.py runs it)."""
+    """vLLM takes it from AutoModel, with attention of its own, and embeds placeholders (tests/with_vllm/prove.py runs it)."""
     model, processor = pair()
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)

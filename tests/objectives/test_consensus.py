@@ -13,7 +13,7 @@ from blipren.training.objectives.experiments.consensus import (
     predicted_scores,
     replace_captions_by_consensus,
 )
-from blipren.training.objectives.experiments.self_critical import CiderReward
+from blipren.training.objectives.rewards.cider import CiderReward
 from blipren.training.stages.train import train
 
 REFERENCES = [

@@ -7,7 +7,7 @@ from pycocoevalcap.cider.cider_scorer import CiderScorer
 
 from blipren.training.errors import UsageError
 from blipren.training.evaluation.metrics.tokenizer import tokenize
-from blipren.training.objectives.experiments.self_critical import CiderReward
+from blipren.training.objectives.rewards.cider import CiderReward
 from blipren.training.stages.train import train
 from tests.stages.tools import events
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
-from blipren.training.commands.train import TrainSettings
+from blipren.training.settings import Settings
 from tests import tiny_models
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 180, 30)}
@@ -56,14 +56,15 @@ def make_model(folder: Path, vision: Path, llm: Path, **changes) -> Path:
     return folder
 
 
-def run_command(settings: TrainSettings, processes: int = 1, **popen) -> subprocess.Popen:
-    """`blipren train` with these settings in processes of its own; more than one under torchrun."""
+def run_command(settings: Settings, processes: int = 1, **popen) -> subprocess.Popen:
+    """The command of these settings in processes of its own; more than one under torchrun."""
+    name = type(settings).__module__.rpartition(".")[2]
     recipe = Path(settings.out).with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump({"train": dataclasses.asdict(settings)}))
+    recipe.write_text(yaml.safe_dump({name: dataclasses.asdict(settings)}))
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command += ["blipren.training.cli", "train", "--config", str(recipe)]
+    command += ["blipren.training.cli", name, "--config", str(recipe)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen

@@ -77,16 +77,26 @@ def set_precision(model, precision: str) -> None:
             model.parts()[part].float()
 
 
-def choose_layout(model, processor, settings, sources: Sequence) -> Layout:
+def choose_layout(
+    model,
+    processor,
+    settings,
+    sources: Sequence,
+    answers_per_image: int | None = None,
+    max_answer_tokens: int | None = None,
+    longest_completion: int = 0,
+) -> Layout:
     """Return how batches are laid out: shared prefixes, or padded rows where the language model cannot take them.
 
     Args:
-        settings: with `shared_prefix`, `row_tokens`, `answers_per_image`, `max_answer_tokens`.
+        settings: with `shared_prefix`, `row_tokens`.
+        answers_per_image, max_answer_tokens: of `Layout`.
+        longest_completion: most tokens of an answer that the model gives itself in training.
     """
     shared = settings.shared_prefix
     if shared:
         with dense_attention(model.parts()["llm"]):
-            reason = prefix.unsupported_reason(model, longest_row(model, processor, sources))
+            reason = prefix.unsupported_reason(model, longest_row(model, processor, sources, longest_completion))
         if reason is not None:
             shared = False
             print_line(
@@ -97,26 +107,31 @@ def choose_layout(model, processor, settings, sources: Sequence) -> Layout:
         pad_token_id=pad if pad is not None else 0,
         shared_prefix=shared,
         row_tokens=settings.row_tokens,
-        answers_per_image=settings.answers_per_image,
-        max_answer_tokens=settings.max_answer_tokens,
+        answers_per_image=answers_per_image,
+        max_answer_tokens=max_answer_tokens,
         multiple=8 if torch.cuda.is_available() else 1,
     )
 
 
-def longest_row(model, processor, sources: Sequence) -> int:
-    """Return the tokens of the longest prompt and answer together; 0 where attention has no window that could be shorter."""
+def longest_row(model, processor, sources: Sequence, longest_completion: int = 0) -> int:
+    """Return the tokens of the longest prompt and answer together; 0 where attention has no window that could be shorter.
+
+    Args:
+        longest_completion: most tokens of an answer that is not in the sources.
+    """
     if prefix.attention_window(model.config.text_config) is None:
         return 0
     prompts, longest = PromptEncoder(processor), 0
     for source in sources:
-        visual = max(source.visual_tokens(i) for i in range(len(source.texts)))
+        visual = max(source.visual_tokens(i) for i in range(len(source.ids)))
         texts = [p for p in source.texts.prompts if p is not None] + prompts.caption_prompts
         longest_prompt = max(
             sum(map(len, prompts.encode(prompt, system, visual)))
             for prompt in texts
             for system in prompts.system_prompts
         )
-        longest = max(longest, longest_prompt + int(np.diff(source.texts.starts).max()))
+        longest_answer = max(int(np.diff(source.texts.starts).max()), longest_completion)
+        longest = max(longest, longest_prompt + longest_answer)
     return longest
 
 

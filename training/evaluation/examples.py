@@ -77,7 +77,7 @@ def _split_of(row: Row, shares: tuple[float, float]) -> str:
         row._data = None
 
 
-def _facts(dataset: str) -> dict[str, dict[str, Any]]:
+def read_facts(dataset: str) -> dict[str, dict[str, Any]]:
     """Return what a local folder's metadata.jsonl says about each image beside its texts: id or file name -> columns."""
     found: dict[str, dict[str, Any]] = {}
     path, columns = Path(dataset), (*FACT_COLUMNS, *installed_judges())
@@ -160,6 +160,6 @@ def open_split(
     if name is None:
         sizes = ", ".join(f"{n} {c}" for n, c in counts.items()) or "no rows"
         raise UserError(f"{dataset}: split {split or 'test'!r} has no images; there are: {sizes}")
-    facts, seen = _facts(dataset), Counter()
+    facts, seen = read_facts(dataset), Counter()
     examples = [_example(row, facts, seen) for row in rows[name][:limit]]
     return Split(dataset, name, examples, counts, source.fingerprint)

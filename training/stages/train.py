@@ -158,7 +158,7 @@ def make_plan(settings: TrainSettings, sources: Sequence, processes: int) -> Bat
     """
     try:
         return BatchPlan(
-            sizes=tuple(len(source.texts) for source in sources),
+            sizes=tuple(len(source.ids) for source in sources),
             weights=tuple(source.weight for source in sources),
             seed=settings.seed,
             images_per_step=settings.batch_size,
@@ -197,7 +197,7 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
     set_precision(model, precision)
 
     plan, prompts = make_plan(settings, sources, processes), PromptEncoder(processor)
-    layout = choose_layout(model, processor, settings, sources)
+    layout = choose_layout(model, processor, settings, sources, settings.answers_per_image, settings.max_answer_tokens)
     steps = settings.max_steps or math.ceil(settings.epochs * plan.steps_per_epoch)
     run.claim(settings)
     if run.writes:

@@ -1,5 +1,7 @@
 """Sums between two log lines of a stage that trains through the language model, and the line itself."""
 
+import math
+
 import torch
 
 from blipren.training.engine.trainer.callbacks import clock_text
@@ -16,6 +18,7 @@ class LogWindow:
         self.nll: list[torch.Tensor] = []
         self.loss: list[torch.Tensor] = []
         self.experts: list[torch.Tensor] = []
+        self.metrics: dict[str, list[float]] = {}  # sum and weight
         self.counts = dict.fromkeys(("targets", "images", "tokens", "positions"), 0)
 
     def add(self, batch: dict, nll: torch.Tensor, loss: torch.Tensor, router_probs: torch.Tensor | None) -> None:
@@ -30,17 +33,33 @@ class LogWindow:
         self.counts["tokens"] += used.sum()
         self.counts["positions"] += used.numel()
 
+    def add_metrics(self, metrics: dict[str, float], weight: float) -> None:
+        """Add means that are averaged by weight. The names are the same on all processes; nan is left out."""
+        for name, value in metrics.items():
+            own = self.metrics.setdefault(name, [0.0, 0.0])
+            if not math.isnan(value):
+                own[0] += value * weight
+                own[1] += weight
+
     def drain(self, accelerator) -> dict:
-        """Return the sums over all processes since the last call; `experts` are shares of the routing weight."""
+        """Return the sums over all processes since the last call; `experts` are shares of the routing weight, `metrics`
+        means."""
         names = list(self.counts)
         values = [float(self.counts[n]) for n in names]
         values += [torch.stack(self.nll).sum().item(), torch.stack(self.loss).sum().item()]
+        values += [part for name in sorted(self.metrics) for part in self.metrics[name]]
         values += torch.stack(self.experts).sum(dim=0).tolist() if self.experts else []
         sums = torch.tensor(values, dtype=torch.float32, device=accelerator.device)
         sums = (accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums).tolist()
+        found, position = dict(zip([*names, "nll", "loss"], sums)), len(names) + 2
+        found["metrics"] = {}
+        for name in sorted(self.metrics):
+            total, weight = sums[position : position + 2]
+            position += 2
+            if weight:
+                found["metrics"][name] = total / weight
         self._clear()
-        found = dict(zip([*names, "nll", "loss"], sums))
-        loads = sums[len(names) + 2 :]
+        loads = sums[position:]
         return found | {"experts": [load / sum(loads) for load in loads]}
 
 

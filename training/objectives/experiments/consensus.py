@@ -13,8 +13,8 @@ from blipren.training.console import print_line
 from blipren.training.data.cache.tokens import build_table
 from blipren.training.errors import UserError
 from blipren.training.objectives.experiments.experiment import Experiment
-from blipren.training.objectives.experiments.self_critical import NGRAMS, SIGMA, CiderReward
 from blipren.training.objectives.experiments.settings import ConsensusSettings
+from blipren.training.objectives.rewards.cider import NGRAMS, SIGMA, CiderReward
 
 MOST_IMAGES = 5_000  # with five captions each, a matrix of captions x images is half a gigabyte; there are a few
 RIDGE = 0.3  # .1 to 1 are alike on flickr8k-mini

@@ -4,70 +4,18 @@ Rennie et al. 2017 (arXiv 1612.00563), with the mean of the other samples as bas
 Likelihood alone teaches the average caption, rare details included; the reward teaches what the references agree on.
 """
 
-import math
-from collections import Counter, defaultdict
-
 import torch
 from torch.nn import functional as F
 
 from blipren.training.data.batches.blocks import Block, PromptEncoder, Segment
 from blipren.training.data.batches.collate import collate_padded, collate_shared
 from blipren.training.data.batches.masks import dense_attention
-from blipren.training.evaluation.metrics.tokenizer import tokenize
 from blipren.training.objectives.experiments.experiment import Experiment
-from blipren.training.objectives.experiments.sampling import sample_answers
 from blipren.training.objectives.experiments.settings import SelfCriticalSettings
+from blipren.training.objectives.rewards.cider import CiderReward
+from blipren.training.objectives.sampling import sample_answers
 
-NGRAMS, SIGMA = 4, 6.0  # as coco-caption's CIDEr-D
 ENDED_ONLY = True  # a caption that does not end gets no reward, however good its beginning
-
-
-class CiderReward:
-    """CIDEr-D of one caption against its photo's references, document frequencies from all photos.
-
-    pycocoevalcap's scorer gives the same numbers, but weights every reference again at each call. Here that is done once,
-    since a run needs hundreds of thousands of rewards.
-    """
-
-    def __init__(self, references: dict[str, list[str]]):
-        flat = tokenize([text for texts in references.values() for text in texts], "python")
-        counted, position = {}, 0
-        for image, texts in references.items():
-            counted[image] = [self._count(text) for text in flat[position : position + len(texts)]]
-            position += len(texts)
-        self.frequency: Counter = Counter()
-        for counts in counted.values():
-            self.frequency.update({ngram for count in counts for ngram in count})
-        self.log_images = math.log(len(references))
-        self.references = {image: [self._weigh(c) for c in counts] for image, counts in counted.items()}
-
-    @staticmethod
-    def _count(text: str) -> Counter:
-        words = text.split()
-        return Counter(tuple(words[i : i + n]) for n in range(1, NGRAMS + 1) for i in range(len(words) - n + 1))
-
-    def _weigh(self, count: Counter) -> tuple[list[dict], list[float], int]:
-        """tf-idf vectors and their norms by n-gram order, and the number of bigrams, which CIDEr-D takes as length."""
-        vectors: list[dict] = [defaultdict(float) for _ in range(NGRAMS)]
-        for ngram, times in count.items():
-            vectors[len(ngram) - 1][ngram] = times * (self.log_images - math.log(max(1, self.frequency[ngram])))
-        norms = [math.sqrt(sum(v * v for v in vector.values())) for vector in vectors]
-        return vectors, norms, sum(times for ngram, times in count.items() if len(ngram) == 2)
-
-    def __call__(self, images: list[str], captions: list[str]) -> list[float]:
-        """The reward of each caption for its image, between 0 and 10."""
-        rewards = []
-        for image, text in zip(images, tokenize(captions, "python"), strict=True):
-            vectors, norms, length = self._weigh(self._count(text))
-            total = 0.0
-            for theirs, their_norms, their_length in self.references[image]:
-                penalty = math.exp(-((length - their_length) ** 2) / (2 * SIGMA**2))
-                for mine, other, norm, their_norm in zip(vectors, theirs, norms, their_norms):
-                    shared = sum(min(v, other[g]) * other[g] for g, v in mine.items() if g in other)
-                    if norm and their_norm:
-                        total += penalty * shared / (norm * their_norm)
-            rewards.append(10 * total / NGRAMS / len(self.references[image]))
-        return rewards
 
 
 class SelfCritical(Experiment):

@@ -1,6 +1,6 @@
 """Check, on request, that `vllm serve CHECKPOINT --trust-remote-code` gives the tokens of `generate`.
 
-    python tests/vllm/prove.py [--environment DIR] [--checkpoint DIR]
+    python tests/with_vllm/prove.py [--environment DIR] [--checkpoint DIR]
 
 It makes an environment of its own, since vLLM's CPU build needs an older transformers, and two tiny chat checkpoints
 unless one is given: one with the placeholder inside the vocabulary of the language model, one with it beyond. vLLM's
