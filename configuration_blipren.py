@@ -96,6 +96,9 @@ class BliprenQFormerConfig(PreTrainedConfig):
         num_pieces (`int`, defaults to 1): pieces of an image along the sequence. With more than one, a learned embedding
             of the piece (its scale and place) is added to its patches.
         patches_per_piece (`int`, *optional*): patches of a piece, where there are several.
+        patch_position_embeddings (`bool`, defaults to `False`): add a learned embedding of its place in the grid to each
+            patch. Encoders that were trained on what is in an image hold only roughly where it is.
+        num_patches (`int`, *optional*): patches of an image, for `patch_position_embeddings`.
         use_text (`bool`, defaults to `False`): build the text side (embeddings and text feed-forward) for stage 1.
         vocab_size, max_position_embeddings, pad_token_id (`int`): of the text side.
         decoder_start_token_id (`int`, *optional*): token that replaces the first one in image-grounded generation
@@ -130,6 +133,8 @@ class BliprenQFormerConfig(PreTrainedConfig):
         normalize_patches: bool = False,
         num_pieces: int = 1,
         patches_per_piece: int | None = None,
+        patch_position_embeddings: bool = False,
+        num_patches: int | None = None,
         use_text: bool = False,
         vocab_size: int = 30522,
         max_position_embeddings: int = 512,
@@ -143,6 +148,8 @@ class BliprenQFormerConfig(PreTrainedConfig):
             raise ValueError(
                 f"query_feed_forward is {query_feed_forward!r}; it must be 'every_layer' or 'after_cross_attention'"
             )
+        if patch_position_embeddings and num_patches is None:
+            raise ValueError("patch_position_embeddings needs num_patches, an equal number of patches of every image")
         if normalize_keys and not project_patches:
             raise ValueError("normalize_keys needs project_patches: the norm is as wide as the queries")
         if hidden_size % num_attention_heads:
@@ -177,6 +184,8 @@ class BliprenQFormerConfig(PreTrainedConfig):
         self.normalize_patches = normalize_patches
         self.num_pieces = num_pieces
         self.patches_per_piece = patches_per_piece
+        self.patch_position_embeddings = patch_position_embeddings
+        self.num_patches = num_patches
         self.use_text = use_text
         self.vocab_size = vocab_size
         self.max_position_embeddings = max_position_embeddings

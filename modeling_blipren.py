@@ -698,6 +698,8 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
                 **qformer_values,
             }
         qformer_values["encoder_hidden_size"] = setup.hidden_size
+        if qformer_values.get("patch_position_embeddings"):
+            qformer_values["num_patches"] = setup.num_patches
         if setup.num_pieces > 1:
             per_piece = measured.num_patches(vision_feature_select)
             qformer_values |= {"num_pieces": setup.num_pieces, "patches_per_piece": per_piece}

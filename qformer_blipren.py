@@ -214,9 +214,11 @@ class BliprenQFormer(PreTrainedModel):
             self.patch_norm = nn.LayerNorm(config.encoder_hidden_size, eps=1e-6)
         if config.project_patches:
             self.patch_projection = nn.Linear(config.encoder_hidden_size, config.hidden_size)
+        width = config.hidden_size if config.project_patches else config.encoder_hidden_size
         if config.num_pieces > 1:
-            width = config.hidden_size if config.project_patches else config.encoder_hidden_size
             self.piece_embeddings = nn.Embedding(config.num_pieces, width)
+        if config.patch_position_embeddings:
+            self.patch_position_embeddings = nn.Embedding(config.num_patches, width)
         if config.use_text:
             self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -299,6 +301,13 @@ class BliprenQFormer(PreTrainedModel):
                 patches = torch.arange(patch_features.shape[1], device=patch_features.device)
                 pieces = (patches // self.config.patches_per_piece).clamp(max=self.config.num_pieces - 1)
                 patch_features = patch_features + self.piece_embeddings(pieces)
+            if self.config.patch_position_embeddings:
+                if patch_features.shape[1] != self.config.num_patches:
+                    raise ValueError(
+                        f"images have {patch_features.shape[1]} patches, and the Q-Former has position embeddings for "
+                        f"{self.config.num_patches}: make it for this encoder and image size"
+                    )
+                patch_features = patch_features + self.patch_position_embeddings.weight
         if input_ids is not None:
             if input_ids.shape[1] > self.config.max_position_embeddings:
                 raise ValueError(

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blipren.training.arguments import check_checkpoint, check_dataset, check_files
-from blipren.training.data.sources.settings import SourceSettings
+from blipren.training.data.sources.grounding import KINDS
+from blipren.training.data.sources.settings import GroundingSettings
 from blipren.training.errors import UsageError
 from blipren.training.evaluation.settings import GenerationSettings
 from blipren.training.settings import Settings, choice, positional
 
-EVALUATION_TASKS = ("captioning", "vqa", "retrieval", "pope")
+EVALUATION_TASKS = ("captioning", "vqa", "retrieval", "pope", "refer")
 
 
 @dataclass(kw_only=True)
@@ -45,7 +46,7 @@ class ReportSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class EvaluateSettings(ReportSettings, MetricSettings, GenerationSettings, SourceSettings):
+class EvaluateSettings(ReportSettings, MetricSettings, GenerationSettings, GroundingSettings):
     """`blipren evaluate`: metrics, predictions and a report on a held-out split. The same command resumes a stopped run."""
 
     model: str = positional()
@@ -56,7 +57,7 @@ class EvaluateSettings(ReportSettings, MetricSettings, GenerationSettings, Sourc
     """Folder for metrics.json, predictions.jsonl, predictions.csv and report.html."""
     tasks: list[str] = field(default_factory=lambda: ["captioning"])
     """What to evaluate: captioning, vqa (the data set's questions), retrieval (an aligned checkpoint), pope (yes/no
-    questions about annotated objects)."""
+    questions about annotated objects), refer (boxes and points; --grounding chooses the questions, by default all)."""
     split: str | None = None
     """Split to evaluate on: train, validation or test; by default test, or validation if there is no test split."""
     limit: int | None = None
@@ -75,6 +76,10 @@ class EvaluateSettings(ReportSettings, MetricSettings, GenerationSettings, Sourc
         unknown = [task for task in self.tasks if task not in EVALUATION_TASKS]
         if unknown or not self.tasks:
             raise UsageError(f"tasks are {self.tasks}; each must be one of {', '.join(EVALUATION_TASKS)}")
+        if "refer" in self.tasks:
+            self.grounding = self.grounding or list(KINDS)
+        elif self.grounding:
+            raise UsageError("grounding chooses the questions of --tasks refer: add that task, or leave grounding out")
         if self.resamples < 1:
             raise UsageError(f"resamples is {self.resamples}; it must be at least 1")
         if self.predictions is not None and self.tasks != ["captioning"]:

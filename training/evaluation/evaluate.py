@@ -13,6 +13,7 @@ import torch
 
 from blipren.base_models_blipren import hash_weights, weight_files
 from blipren.training.commands.evaluate import EvaluateSettings
+from blipren.training.data.sources.open_rows import grounding_options
 from blipren.training.engine.device import choose_device
 from blipren.training.engine.loading import load_config
 from blipren.training.errors import UserError
@@ -28,6 +29,7 @@ from blipren.training.evaluation.inference import (
 )
 from blipren.training.evaluation.judges import find_judge, installed_judges
 from blipren.training.evaluation.metrics.pope import pope_questions, pope_scores
+from blipren.training.evaluation.refer import add_places, place_lines
 from blipren.training.evaluation.results import (
     Evaluation,
     add_answers,
@@ -52,7 +54,8 @@ def evaluate(settings: EvaluateSettings) -> None:
     """Run the command `evaluate`. Raises `UserError` for what the user can repair."""
     begin = time.perf_counter()
     _check_heads(settings)
-    split = open_split(settings.dataset, settings.split, settings.limit, **settings.source_options())
+    options = settings.source_options() | grounding_options(settings)
+    split = open_split(settings.dataset, settings.split, settings.limit, **options)
     _check_texts(settings, split)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +66,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     partial = out / "partial.jsonl"
     if settings.predictions is not None:
         add_captions(result, settings, read_predictions(settings.predictions, split), settings.meteor)
-    elif {"captioning", "vqa", "pope"} & set(settings.tasks):
+    elif {"captioning", "vqa", "pope", "refer"} & set(settings.tasks):
         model, processor = load_model(settings.model, settings.device)
         _evaluate_answers(settings, split, result, model, processor, partial)
     if "retrieval" in settings.tasks:
@@ -101,6 +104,9 @@ def _evaluate_answers(
         generation=settings.generate_options(),
         batch_size=settings.batch_size,
         seed=settings.seed,
+        grounding=tuple(settings.grounding),
+        bbox_format=settings.bbox_format,
+        category_names=split.category_names,
     )
     records = run_inference(model, processor, split, plan, partial, model_fingerprint(settings.model))
     result.records = {record["id"]: record for record in records}
@@ -114,6 +120,13 @@ def _evaluate_answers(
             _score_similarity(settings, result, model)
     if plan.questions:
         add_answers(result, settings)
+    if plan.grounding:
+        if not any("places" in record for record in records):
+            raise UserError(
+                f"{settings.dataset}: no image of split {split.name!r} has boxes or points for --tasks refer; see "
+                "docs/how-to/boxes.md for the columns, or choose other --tasks"
+            )
+        add_places(result, settings)
     if plan.image_use:
         first = [next(iter(e.questions)) for e in result.examples if e.questions and plan.questions]
         prompts = [settings.prompt] * plan.captions + first
@@ -318,6 +331,7 @@ def summary_lines(metrics: dict) -> list[str]:
                 if values is not None:
                     shown = ", ".join(f"{n} {values[way][n]:.3f}" for n in ("R@1", "R@5", "R@10"))
                     lines.append(f"{way}{kind and ', ' + kind.replace('_', ' ')}: {shown}")
+    lines += place_lines(metrics["refer"]) if "refer" in metrics else []
     for strategy, values in metrics.get("pope", {}).items():
         if isinstance(values, dict):
             lines.append(f"POPE {strategy}: accuracy {values['accuracy']:.3f}, F1 {values['F1']:.3f}")

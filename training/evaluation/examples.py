@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from blipren.training.data.sources.boxes import category_names
 from blipren.training.data.sources.images import ImageError
 from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.data.sources.rows import Row, Source
@@ -57,6 +58,8 @@ class Split:
     rows: Counter
     """Number of rows of each split of the data set; rejected rows are counted as `rejected`."""
     fingerprint: str
+    category_names: tuple[str, ...] | None = None
+    """Names of the categories of objects, where the data set numbers them and its columns are kept."""
 
     def describe(self) -> str:
         """Return which split it is and how many images it has, in words."""
@@ -162,4 +165,5 @@ def open_split(
         raise UserError(f"{dataset}: split {split or 'test'!r} has no images; there are: {sizes}")
     facts, seen = read_facts(dataset), Counter()
     examples = [_example(row, facts, seen) for row in rows[name][:limit]]
-    return Split(dataset, name, examples, counts, source.fingerprint)
+    names = category_names(source.features)
+    return Split(dataset, name, examples, counts, source.fingerprint, None if names is None else tuple(names))

@@ -24,6 +24,7 @@ from blipren.training.evaluation.features import PatchFeatures, encode_images
 from blipren.training.evaluation.generation import generate_answers
 from blipren.training.evaluation.image_use import answer_losses, other_images
 from blipren.training.evaluation.metrics.pope import PopeQuestion
+from blipren.training.evaluation.refer import ANSWER_TOKENS, place_questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class InferencePlan:
         captions: generate captions. questions: answer the data set's questions.
         image_use: compute losses with other images, a black one and none.
         prompt: caption prompt, None for the model's own. generation: keyword arguments of `generate`.
+        grounding: kinds of questions about boxes and points. bbox_format: form of the data set's boxes. category_names: its names of
+            numbered categories.
         chunk: number of images in a chunk.
     """
 
@@ -45,6 +48,9 @@ class InferencePlan:
     batch_size: int = 32
     chunk: int = 128
     seed: int = 0
+    grounding: tuple[str, ...] = ()
+    bbox_format: str = "xywh"
+    category_names: tuple[str, ...] | None = None
 
     def fingerprint(self, model_fingerprint: str, split: Split) -> str:
         """Return a hash of everything that the records depend on."""
@@ -134,6 +140,8 @@ def run_chunk(
             record["caption"] = caption
     if plan.questions:
         _answer_questions(model, processor, features, good, others, plan, records)
+    if plan.grounding:
+        _answer_about_places(model, processor, features, good, images, plan, records)
     if plan.image_use:
         _compute_losses(model, processor, features, good, others, black, plan, records)
     return rejected + records
@@ -163,6 +171,22 @@ def _answer_questions(
         answers = generate_answers(model, processor, of_others, first_questions, plan.batch_size, **plan.generation)
         for i, answer in zip(rows, answers):
             records[i]["answer_to_other_image"] = answer["text"]
+
+
+def _answer_about_places(
+    model, processor, features: PatchFeatures, examples: list[Example], images: list, plan: InferencePlan, records
+) -> None:
+    """Add to each record the questions about boxes and points, with their true answers and the model's."""
+    asked = [
+        (i, question)
+        for i, (example, image) in enumerate(zip(examples, images))
+        for question in place_questions(example, image, plan.grounding, plan.bbox_format, plan.category_names)
+    ]
+    rows, texts = [i for i, _ in asked], [question["question"] for _, question in asked]
+    options = plan.generation | {"max_new_tokens": max(ANSWER_TOKENS, plan.generation.get("max_new_tokens", 0))}
+    answers = generate_answers(model, processor, features[rows], texts, plan.batch_size, **options) if rows else []
+    for (i, question), answer in zip(asked, answers):
+        records[i].setdefault("places", []).append(question | {"text": answer["text"]})
 
 
 def _compute_losses(

@@ -16,11 +16,13 @@ from blipren.training.evaluation.examples import Example, Split
 from blipren.training.evaluation.image_use import image_use
 from blipren.training.evaluation.judges import find_judge
 from blipren.training.evaluation.metrics.bootstrap import Statistic, grouped_statistic, interval, mean_statistic
+from blipren.training.evaluation.metrics.boxes import PlaceAnswer
 from blipren.training.evaluation.metrics.captions import CaptionScores, score_captions
 from blipren.training.evaluation.metrics.hallucination import Hallucination, chair, judge_captions
 from blipren.training.evaluation.metrics.pope import PopeQuestion
 from blipren.training.evaluation.metrics.retrieval import RECALL_AT
 from blipren.training.evaluation.metrics.vqa import answer_table, vqa_scores
+from blipren.training.evaluation.refer import place_rows
 from blipren.training.files import write_atomically
 
 SIMILARITIES = ("CLIPScore", "RefCLIPScore", "SigLIPScore", "RefSigLIPScore")
@@ -36,6 +38,7 @@ class Evaluation:
         examples: the images that were evaluated, in order. captions: id -> caption.
         caption_scores, hallucination: None without captions.
         answers: (image id, question) -> answer, its scores and the people's answers.
+        places: answers about boxes and points.
         asked, said_yes: POPE's questions, and whether "yes" is likelier than "no" for each.
         ranks: image id -> its retrieval ranks: of its best ranked caption, and of the image for each of its captions.
         records: the records of the inference pass by image id.
@@ -47,6 +50,7 @@ class Evaluation:
     caption_scores: CaptionScores | None = None
     hallucination: Hallucination | None = None
     answers: dict[tuple[str, str], dict] = field(default_factory=dict)
+    places: list[PlaceAnswer] = field(default_factory=list)
     asked: list[PopeQuestion] = field(default_factory=list)
     said_yes: list[bool] = field(default_factory=list)
     ranks: dict[str, dict] = field(default_factory=dict)
@@ -271,6 +275,7 @@ def prediction_rows(result: Evaluation, prompt: str | None) -> list[dict]:
                         "soft": answer["soft"],
                     }
                 )
+    rows += place_rows(result.places)
     for question, yes in zip(result.asked, result.said_yes):
         words = {"caption": "yes" if yes else "no", "references": ["yes" if question.answer else "no"]}
         own = {"id": question.image, "prompt": question.text, **words}
@@ -293,8 +298,8 @@ def read_lines(path: Path) -> list:
 
 
 def is_caption(row: Mapping) -> bool:
-    """Whether a row of predictions.jsonl is a caption, and not an answer, a POPE question or ranks alone."""
-    return not {"exact", "pope"} & row.keys() and ("caption" in row or "image_to_text_rank" not in row)
+    """Whether a row of predictions.jsonl is a caption, and not an answer, a question of refer or POPE, or ranks alone."""
+    return not {"exact", "pope", "refer"} & row.keys() and ("caption" in row or "image_to_text_rank" not in row)
 
 
 def csv_text(rows: Sequence[Mapping]) -> str:

@@ -9,7 +9,7 @@ a bridge is ever trained on one.
 import json
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import cos, pi, sin
 from pathlib import Path
@@ -236,7 +236,9 @@ def iterate_rows(seed: int, splits: tuple[Split, ...] = DEFAULT_SPLITS) -> Itera
         offset += split.count
 
 
-def write_scenes(folder: Path, seed: int, splits: tuple[Split, ...] = DEFAULT_SPLITS) -> int:
+def write_scenes(
+    folder: Path, seed: int, splits: tuple[Split, ...] = DEFAULT_SPLITS, rows: Callable = iterate_rows
+) -> int:
     """Write an image folder with `metadata.jsonl` that `datasets.load_dataset` reads. Returns the number of images.
 
     The metadata comes last and is renamed when complete, so a folder that has it is complete.
@@ -245,7 +247,7 @@ def write_scenes(folder: Path, seed: int, splits: tuple[Split, ...] = DEFAULT_SP
     partial = folder / "metadata.jsonl.partial"
     count = 0
     with partial.open("w", encoding="utf-8") as file:
-        for row in iterate_rows(seed, splits):
+        for row in rows(seed, splits):
             draw_scene(Scene.from_json(row["scene"])).save(folder / row["file_name"], compress_level=1)
             file.write(json.dumps(row) + "\n")
             count += 1
