@@ -59,6 +59,15 @@ def test_vqa_and_choice():
     assert choice(rows("The cat", "dog", prompt="?", references=["a cat"])) == [1.0, 0.0]
 
 
+def test_box():
+    (box,) = build("box")
+    truth = "[0, 0, 100, 100], [500, 500, 600, 600]"
+    said = rows("[500, 500, 600, 600], [0, 0, 100, 100]", "[0, 0, 100, 100]", "no", prompt="?", references=[truth])
+    assert box(said) == [1.0, 0.5, 0.0]
+    assert box(rows("not in the picture", "[1, 2, 3, 4]", prompt="?", references=["not in the picture"])) == [1.0, 0.0]
+    assert box(rows("2", prompt="?", references=["2"])) == box(rows("[0, 0, 100, 100]", references=[truth])) == [None]
+
+
 def test_scene_and_hallucination_by_the_judge():
     scene = make_scene(0, 0)
     facts = {"a": {"scene": scene.to_json()}}

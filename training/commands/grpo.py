@@ -17,8 +17,8 @@ from blipren.training.engine.settings import (
 from blipren.training.errors import UsageError, UserError
 from blipren.training.settings import Settings, choice, positional
 
-CAPTION_REWARDS, QUESTION_REWARDS = {"cider", "scene", "hallucination"}, {"vqa", "choice"}
-REWARDS = ("cider", "vqa", "choice", "scene", "hallucination", "format", "length")
+CAPTION_REWARDS, QUESTION_REWARDS = {"cider", "scene", "hallucination"}, {"vqa", "choice", "box"}
+REWARDS = ("cider", "vqa", "choice", "box", "scene", "hallucination", "format", "length")
 
 
 @dataclass(kw_only=True)
@@ -26,8 +26,8 @@ class RewardSettings(Settings):
     """Rewards."""
 
     rewards: list[str] = field(default_factory=list)
-    """Rewards that are added: cider (captions, CIDEr-D), vqa (answers, VQA accuracy), choice (the right option), scene
-    (a caption that is true, for pictures whose content is known), hallucination (share of named objects that are
+    """Rewards that are added: cider (captions, CIDEr-D), vqa (answers, VQA accuracy), choice (the right option), box
+    (intersection over union of boxes, matched one to one), scene (a caption that is true, for pictures whose content is known), hallucination (share of named objects that are
     there), format (a pattern), length (at most so many words), or a function of yours as module:function."""
     reward_weights: list[float] = field(default_factory=list)
     """Weight of each reward; 1 by default."""

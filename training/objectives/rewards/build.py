@@ -8,6 +8,7 @@ from blipren.training.commands.grpo import RewardSettings
 from blipren.training.errors import UserError, one_line
 from blipren.training.evaluation.judges import find_judge, installed_judges
 from blipren.training.objectives.rewards.answers import choice, vqa
+from blipren.training.objectives.rewards.boxes import box
 from blipren.training.objectives.rewards.cider import CiderReward
 from blipren.training.objectives.rewards.form import LengthReward, PatternReward
 from blipren.training.objectives.rewards.pictures import hallucination, scene
@@ -115,7 +116,7 @@ def build_rewards(
             function = LengthReward(settings.length_limit)
         else:
             function = zero_if_cut(
-                {"vqa": vqa, "choice": choice, "scene": scene, "hallucination": hallucination}[name]
+                {"vqa": vqa, "choice": choice, "box": box, "scene": scene, "hallucination": hallucination}[name]
             )
         rewards.append(Reward(name, weight, function))
     return rewards
