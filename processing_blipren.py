@@ -181,12 +181,13 @@ class BliprenProcessor(ProcessorMixin):
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
         return self._render([{"role": "user", "content": content}], system)
 
-    def conversation_text(self, messages: list[dict], system: str | None = None) -> str:
+    def conversation_text(self, messages: list[dict], system: str | None = None, thinking: bool = False) -> str:
         """Render a conversation as text up to the next answer, with one placeholder an image.
 
         Args:
             messages: `role` and `content`, a text or a list of `{"type": "text", "text"}` and `{"type": "image"}`.
             system: system prompt for a conversation without one; the first of `system_prompts` by default.
+            thinking: let the answer begin with a trace of reasoning, where the chat template has a choice.
         """
         escaped = []
         for message in messages:
@@ -203,15 +204,16 @@ class BliprenProcessor(ProcessorMixin):
             else:
                 content = self.escape_special_tokens(content)
             escaped.append({"role": message["role"], "content": content})
-        return self._render(escaped, "" if messages[0]["role"] == "system" else system)
+        return self._render(escaped, "" if messages[0]["role"] == "system" else system, thinking)
 
-    def _render(self, messages: list[dict], system: str | None) -> str:
+    def _render(self, messages: list[dict], system: str | None, thinking: bool = False) -> str:
         """Render escaped messages up to the next answer, behind a system prompt if there is one."""
         if system is None:
             system = self.system_prompts[0] if self.system_prompts else ""
         if system:
             messages = [{"role": "system", "content": self.escape_special_tokens(system)}, *messages]
-        return self.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        options = {"enable_thinking": True} if thinking else {}
+        return self.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
 
     def encode_prompt(
         self, prompt: str | None = None, system: str | None = None, num_visual_tokens: list[int] | None = None
@@ -226,18 +228,18 @@ class BliprenProcessor(ProcessorMixin):
         return self._encode_text(self.prompt_text(prompt, system, len(counts)), counts)
 
     def encode_conversation(
-        self, messages: list[dict], num_visual_tokens: list[int], system: str | None = None
+        self, messages: list[dict], num_visual_tokens: list[int], system: str | None = None, thinking: bool = False
     ) -> list[int]:
         """Return the token ids of a conversation up to the next answer, the same in training and inference.
 
         Args:
-            messages, system: as in [`conversation_text`]. The last message is the user's.
+            messages, system, thinking: as in [`conversation_text`]. The last message is the user's.
             num_visual_tokens: number of placeholders of each image, in order.
 
         Raises:
             ValueError: the numbers of images in the messages and in `num_visual_tokens` differ.
         """
-        return self._encode_text(self.conversation_text(messages, system), num_visual_tokens)
+        return self._encode_text(self.conversation_text(messages, system, thinking), num_visual_tokens)
 
     def _encode_text(self, text: str, num_visual_tokens: list[int]) -> list[int]:
         """Return the token ids of a rendered text, each of its placeholders repeated for the visual tokens."""
@@ -254,6 +256,18 @@ class BliprenProcessor(ProcessorMixin):
             ValueError: when the answer is empty, or the tokenizer joins it with the end of the prompt.
         """
         return self.encode_answers([answer])[0]
+
+    def encode_trace(self, trace: str) -> list[int]:
+        """Return the token ids of a trace of reasoning in front of an answer, in `<think>` and `</think>`.
+
+        These two are the tokenizer's own tokens, where it has them.
+        """
+        if not {"<think>", "</think>"} <= self.tokenizer.get_vocab().keys():
+            return self.encode_answer(f"<think>\n{trace}\n</think>")[:-1]
+        keywords = {"add_special_tokens": False, "split_special_tokens": True}
+        inner = self.tokenizer(f"\n{trace}\n", **keywords).input_ids
+        begin, end = self.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        return [begin, *inner, end]
 
     def encode_answers(self, answers: list[str]) -> list[list[int]]:
         """Return the token ids of several answers, see [`encode_answer`]; faster than one at a time."""

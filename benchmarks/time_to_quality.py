@@ -58,7 +58,7 @@ class Notebook:
 
     def __init__(self, options: argparse.Namespace, model, processor, cache: Path, settings: TrainSettings):
         self.options, self.model, self.processor = options, model, processor
-        (self.text,), self.validation = open_caches(
+        (self.text,), (self.validation,) = open_caches(
             read_caches(settings.cache), model, processor
         )  # the same tokens as ours
         by_id = {p.row.id: p for p in read_images(options.dataset, processor, SourceSettings())["train"]}

@@ -99,6 +99,9 @@ class BatchSettings(Settings):
     """Answers drawn of each image in an epoch; all of them by default."""
     max_answer_tokens: int | None = None
     """Longer answers are cut; a cut one does not teach an end."""
+    traces: str = choice("learn", "mask", "drop", default="learn")
+    """Traces of reasoning in front of the answers of conversations (<think> ... </think>): learn them, mask them (they
+    are read and not learned), or drop them. Earlier answers are read without their trace."""
     shared_prefix: bool = True
     """All answers of an image in one row behind one prefix; --no-shared-prefix gives each a padded row of its own."""
     row_tokens: int | None = None

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -121,18 +120,8 @@ def longest_row(model, processor, sources: Sequence, longest_completion: int = 0
     """
     if prefix.attention_window(model.config.text_config) is None:
         return 0
-    prompts, longest = PromptEncoder(processor), 0
-    for source in sources:
-        visual = max(source.visual_tokens(i) for i in range(len(source.ids)))
-        texts = [p for p in source.texts.prompts if p is not None] + prompts.caption_prompts
-        longest_prompt = max(
-            sum(map(len, prompts.encode(prompt, system, visual)))
-            for prompt in texts
-            for system in prompts.system_prompts
-        )
-        longest_answer = max(int(np.diff(source.texts.starts).max()), longest_completion)
-        longest = max(longest, longest_prompt + longest_answer)
-    return longest
+    prompts = PromptEncoder(processor)
+    return max(source.longest_row(prompts) for source in sources) + longest_completion
 
 
 def set_attention(model, name: str, device: str) -> None:

@@ -57,6 +57,14 @@ class AnswerTrainer(StageTrainer):
         """Return inputs and mask of a batch, with nothing dropped."""
         return batch["inputs"], build_attention_mask(batch, self.model.parts()["llm"])
 
+    def zero_of_connector(self) -> torch.Tensor:
+        """Return 0 as a function of the connector: on every process, the same weights take part in a backward pass."""
+        config, device = self.model.config, self.args.device
+        features = self.model.get_image_features(
+            patch_features=torch.zeros(1, 1, config.vision_hidden_size, device=device), return_dict=True
+        )
+        return 0.0 * torch.cat(list(features.pooler_output)).float().sum()
+
     def log_values(self, logs: dict[str, float]) -> dict[str, float]:
         counts = self.window.drain(self.accelerator)
         seconds, step = self.clock.elapsed(), self.state.global_step
@@ -133,7 +141,13 @@ class AnswerTrainer(StageTrainer):
             UserError: no gradient reaches the connector, so that it would learn nothing from any image.
         """
         model = self.model
-        batch = self._prepare_inputs(self.train_dataset[0])
+        items = (self.train_dataset[number] for number in range(len(self.train_dataset)))
+        batch = next((batch for batch in items if batch["inputs"]), None)
+        if batch is None:
+            if self.settings.llm_tuning == "frozen":
+                raise UserError("no conversation has an image, and the language model is frozen: nothing would learn")
+            return
+        batch = self._prepare_inputs(batch)
         model.train()
         counts = self.count_step([batch]).to(self.args.device)
 

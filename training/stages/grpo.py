@@ -20,7 +20,7 @@ from blipren.training.data.batches.prompts import (
     PromptSource,
     completion_blocks,
 )
-from blipren.training.data.batches.training_data import open_caches, read_caches
+from blipren.training.data.batches.training_data import CachedData, open_caches, read_caches
 from blipren.training.engine.optimizer import Average
 from blipren.training.engine.run_folder import RunFolder
 from blipren.training.engine.trainer.log_window import token_log_line
@@ -256,7 +256,8 @@ def build_trainer(settings: GrpoSettings, run: RunFolder) -> GrpoTrainer:
 
     def open_sources(model, processor):
         train, held_out = open_caches(caches, model, processor)
-        sources = [PromptSource(data, settings.prompt_kinds()) for data in train]
+        sources = [PromptSource(data, settings.prompt_kinds()) for data in train if isinstance(data, CachedData)]
+        held_out = next((data for data in held_out if isinstance(data, CachedData)), None)
         for source in sources:
             if not source.ids:
                 kinds = " and ".join(sorted(settings.prompt_kinds()))
@@ -296,7 +297,7 @@ def build_trainer(settings: GrpoSettings, run: RunFolder) -> GrpoTrainer:
         facts=facts,
         layout=ready.layout,
         eval_prompts=EvalPromptBatches(validation, ready.prompts, settings.batch_size) if validation else None,
-        validation=EvalBatches(validation.data, ready.prompts, ready.layout, settings.batch_size)
+        validation=EvalBatches([validation.data], ready.prompts, ready.layout, settings.batch_size)
         if validation
         else None,
         reference=Average(ready.model, 0.0) if settings.beta else None,

@@ -19,6 +19,7 @@ from blipren.training.data.batches.blocks import PromptEncoder
 from blipren.training.data.batches.datasets import EvalBatches, TrainBatches
 from blipren.training.data.batches.masks import build_attention_mask
 from blipren.training.data.batches.plan import BatchPlan
+from blipren.training.data.batches.samples import CachedSamples
 from blipren.training.data.batches.training_data import open_caches, open_online, read_caches
 from blipren.training.engine import deepspeed as zero
 from blipren.training.engine.device import choose_device, choose_precision
@@ -76,6 +77,8 @@ class LikelihoodTrainer(AnswerTrainer):
             loss, router_probs = s.likelihood_weight * objective / tokens_in_step, outputs.router_probs
             if outputs.router_aux_loss is not None:
                 loss = loss + outputs.router_aux_loss * len(batch["ids"]) / images_in_step
+            if not batch["inputs"] and self.accelerator.num_processes > 1:
+                loss = loss + self.zero_of_connector()
         for experiment in self.experiments:
             if experiment.weight:
                 loss = loss + experiment.weight * experiment.loss(self, model, batch) / images_in_step
@@ -158,7 +161,7 @@ def make_plan(settings: TrainSettings, sources: Sequence, processes: int) -> Bat
     """
     try:
         return BatchPlan(
-            sizes=tuple(len(source.ids) for source in sources),
+            sizes=tuple(len(source) for source in sources),
             weights=tuple(source.weight for source in sources),
             seed=settings.seed,
             images_per_step=settings.batch_size,
@@ -186,7 +189,11 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
     if settings.online:
         sources, validation = open_online(settings.cache, model, processor, settings, settings.augment)
     else:
-        sources, validation = open_caches(caches, model, processor)
+        sources, validation = open_caches(caches, model, processor, settings.traces)
+    if experiments and any(isinstance(source, CachedSamples) for source in sources):
+        raise UserError(
+            "experiments learn from captions alone: train on a cache without conversations, or without them"
+        )
     for experiment in experiments:
         experiment.prepare(model, processor, sources)
     choose_trained(model, settings, settings.train_vision)
@@ -206,20 +213,20 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
             f"{steps} steps of {plan.images_per_epoch / plan.steps_per_epoch:.0f} images in {plan.micro_batches} "
             f"micro-batches, {plan.steps_per_epoch} an epoch of {plan.images_per_epoch:,} images; {precision} on "
             f"{device}, {processes} process{'es' if processes > 1 else ''}; validation on "
-            f"{len(validation.texts) if validation else 0} images; run folder {run.path}"
+            f"{sum(map(len, validation))} images; run folder {run.path}"
         )
 
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     if settings.compile:
         os.environ["ACCELERATE_DYNAMO_USE_DYNAMIC"] = "true"  # lengths differ from batch to batch
-    judge = settings.keep_best if validation is not None and settings.keep_best != "last" else None
+    judge = settings.keep_best if validation and settings.keep_best != "last" else None
     args = training_arguments(
         settings,
         run,
         max_steps=steps,
         accumulation=plan.micro_batches // processes,
-        eval_steps=(settings.eval_every or min(plan.steps_per_epoch, steps)) if validation is not None else None,
+        eval_steps=(settings.eval_every or min(plan.steps_per_epoch, steps)) if validation else None,
         use_cpu=device == "cpu" and not zero_config,  # DeepSpeed chooses the device, which is the same
         bf16=precision == "bf16" and not zero_config,
         fp16=precision == "fp16",
@@ -237,7 +244,7 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
     return LikelihoodTrainer(
         settings=settings,
         processor=processor,
-        validation=EvalBatches(validation, prompts, layout, settings.batch_size) if validation is not None else None,
+        validation=EvalBatches(validation, prompts, layout, settings.batch_size) if validation else None,
         experiments=experiments,
         half_precision=precision != "fp32",
         train_vision=settings.train_vision,

@@ -7,10 +7,13 @@ from torch.nn import functional as F
 
 from blipren.training.data.batches.datasets import EvalBatches
 from blipren.training.data.batches.masks import build_attention_mask, dense_attention
+from blipren.training.data.batches.samples import CachedSamples
+from blipren.training.data.batches.training_data import AnswersOfImages
 from blipren.training.engine.fsdp import is_sharded
 from blipren.training.engine.settings import GeneratedCaptionSettings
+from blipren.training.errors import UserError
 from blipren.training.evaluation.features import PatchFeatures
-from blipren.training.evaluation.generation import generate_answers
+from blipren.training.evaluation.generation import generate_answers, generate_batch
 from blipren.training.evaluation.metrics.captions import score_captions
 
 IMAGES_PER_BATCH = 32
@@ -27,8 +30,11 @@ class AnswerValidation:
 
     def __init__(self, trainer, processor, batches: EvalBatches, settings: GeneratedCaptionSettings):
         self.trainer, self.processor, self.batches, self.settings = trainer, processor, batches, settings
-        self.images = len(batches.data.texts)
-        self.samples = list(range(min(settings.generate_samples, self.images)))
+        self.images = len(batches.units)
+        captioned = [data for data in batches.data if isinstance(data, AnswersOfImages)]
+        self.captioned = captioned[0] if captioned else None
+        self.conversations = next((data for data in batches.data if isinstance(data, CachedSamples)), None)
+        self.samples = [] if self.captioned is None else self.captioned.units[: settings.generate_samples]
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -66,7 +72,7 @@ class AnswerValidation:
         model.eval()
         found: list[str] = []
         for start in range(0, len(images), IMAGES_PER_BATCH):
-            inputs = self.batches.data.inputs(list(images[start : start + IMAGES_PER_BATCH]), None)
+            inputs = self.captioned.inputs(list(images[start : start + IMAGES_PER_BATCH]), None)
             if "patch_features" not in inputs:
                 inputs = {k: v.to(device) for k, v in inputs.items()}
                 mask = inputs.get("pixel_attention_mask")
@@ -89,7 +95,9 @@ class AnswerValidation:
         """Return the CIDEr of generated captions, over every image that has captions."""
         accelerator = self.trainer.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
-        references = self.batches.data.references()
+        if self.captioned is None:
+            raise UserError("keep_best CIDEr needs captions in the validation split: give --keep-best loss")
+        references = self.captioned.references()
         if is_sharded(self.trainer.model):  # all processes generate together
             rank, world = 0, 1
         mine = sorted(references)[rank::world]
@@ -101,16 +109,54 @@ class AnswerValidation:
         references = {str(i): texts for i, texts in references.items()}
         return score_captions(made, references, tokenizer="python", meteor=False).corpus["CIDEr"]
 
+    def replies(self, samples: Sequence[int]) -> list[str]:
+        """Return a generated answer to the last turn of conversations of the validation split."""
+        model, data = self.trainer.model, self.conversations
+        contexts = [data.context(sample) for sample in samples]
+        images = [image for _, own in contexts for image in own]
+        inputs = (
+            {name: tensor.to(model.device) for name, tensor in data.inputs(images, None).items()} if images else {}
+        )
+        was_training = model.training
+        model.eval()
+        with dense_attention(model.parts()["llm"]):
+            made = generate_batch(
+                model,
+                self.processor,
+                [ids for ids, _ in contexts],
+                inputs,
+                max_new_tokens=self.settings.max_new_tokens,
+            )
+        model.train(was_training)
+        return [reply["text"] for reply in made]
+
     def log_samples(self, when: str) -> None:
-        """Write captions of the same few images to the log and the screen. `when`: before, during or after training."""
+        """Write captions of a few images, and answers in a few conversations, to the log and the screen.
+
+        Args:
+            when: before, during or after training.
+        """
         trainer = self.trainer
-        if not self.samples or not (trainer.args.should_save or is_sharded(trainer.model)):
+        if not self.settings.generate_samples or not (trainer.args.should_save or is_sharded(trainer.model)):
             return
-        captions = self.captions(self.samples)
-        if not trainer.args.should_save:
-            return
-        trainer.progress.print_line(f"captions {when} training:")
-        for image, text in zip(self.samples, captions):
-            name = self.batches.data.ids[image]
-            trainer.run_folder.log("sample", trainer.state.global_step, image=name, text=text, when=when)
-            trainer.progress.print_line(f"  {name}: {text}")
+        if len(self.samples):
+            captions = self.captions(self.samples)
+            if trainer.args.should_save:
+                trainer.progress.print_line(f"captions {when} training:")
+            for image, text in zip(self.samples, captions):
+                self._log_sample(
+                    when, f"  {self.captioned.ids[image]}: {text}", image=self.captioned.ids[image], text=text
+                )
+        if self.conversations is not None:
+            chosen = [unit[0] for unit in self.conversations.units[: self.settings.generate_samples]]
+            replies = self.replies(chosen)
+            if trainer.args.should_save:
+                trainer.progress.print_line(f"answers in conversations {when} training:")
+            for sample, text in zip(chosen, replies):
+                name, asked = self.conversations.names[sample], self.conversations.last_question(sample)
+                self._log_sample(when, f"  {name}: {asked} -> {text}", image=name, text=text, prompt=asked)
+
+    def _log_sample(self, when: str, line: str, **values: str) -> None:
+        if self.trainer.args.should_save:
+            self.trainer.run_folder.log("sample", self.trainer.state.global_step, **values, when=when)
+            self.trainer.progress.print_line(line)

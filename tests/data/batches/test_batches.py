@@ -13,6 +13,7 @@ from blipren.training.data.batches.datasets import EvalBatches, Layout, TrainBat
 from blipren.training.data.batches.draws import DRAW, seeded_generator
 from blipren.training.data.batches.packing import pack_by_capacity, pack_rows
 from blipren.training.data.batches.plan import BatchPlan
+from blipren.training.data.batches.training_data import AnswersOfImages
 from blipren.training.data.cache.tokens import build_table
 
 IMAGE, EOS, PAD, VOCABULARY, VISUAL = 3, 2, 0, 60, 4
@@ -36,12 +37,13 @@ class ToyProcessor:
         return [self.encode_answer(answer) for answer in answers]
 
 
-class ToyData:
+class ToyData(AnswersOfImages):
     def __init__(self, texts, width=8, patches=3, name="a"):
         prompts = [[q for q, _ in row] for row in texts]
         answers = [[a for _, a in row] for row in texts]
         self.texts = build_table(prompts, answers, ToyProcessor())
         self.ids = [f"{name}{i}" for i in range(len(texts))]
+        self.units = range(len(texts))
         self.features = torch.arange(len(texts)).float()[:, None, None].expand(-1, patches, width)
 
     def visual_tokens(self, image):
@@ -126,7 +128,7 @@ def test_every_answer_and_one_eos_each_are_targets_and_nothing_else():
     source, prompts = ToyData(texts), PromptEncoder(ToyProcessor())
     wanted = sorted(tuple(ToyProcessor().encode_answer(answer)) for row in texts for _, answer in row)
     for shared in (True, False):
-        data = EvalBatches(source, prompts, Layout(pad_token_id=PAD, shared_prefix=shared), 4)
+        data = EvalBatches([source], prompts, Layout(pad_token_id=PAD, shared_prefix=shared), 4)
         got, current = [], []
         for item in range(len(data)):
             for target in data[item]["targets"].tolist():
@@ -222,7 +224,7 @@ def loss_of(llm, batch, features):
 
 def loss_and_gradients(llm, shared):
     source, prompts = ToyData(toy_texts(5)), PromptEncoder(ToyProcessor())
-    batch = EvalBatches(source, prompts, Layout(pad_token_id=PAD, shared_prefix=shared), 5)[0]
+    batch = EvalBatches([source], prompts, Layout(pad_token_id=PAD, shared_prefix=shared), 5)[0]
     features = torch.randn(5, VISUAL, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     features.requires_grad_()
     llm.zero_grad()
@@ -277,7 +279,7 @@ def fresh_compiler():
 
 def test_flex_attention_compiled_and_with_hidden_words(fresh_compiler):
     llm, source, prompts = tiny_llm("Llama").float(), ToyData(toy_texts(5)), PromptEncoder(ToyProcessor())
-    batch = EvalBatches(source, prompts, Layout(pad_token_id=PAD), 5)[0]
+    batch = EvalBatches([source], prompts, Layout(pad_token_id=PAD), 5)[0]
     hidden = batch["is_answer"] & (
         torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(0)) < 0.5
     )
@@ -311,7 +313,7 @@ def test_first_token_behind_an_empty_prompt_is_predicted_by_the_last_image_token
     llm, source = tiny_llm("Llama"), ToyData([[(None, "rain"), (None, "")], [(None, "two cats")]])
     features = torch.randn(2, VISUAL, 32, dtype=torch.float64)
     losses = [
-        loss_of(llm, EvalBatches(source, PromptEncoder(NoPrompt()), layout, 2)[0], features).item()
+        loss_of(llm, EvalBatches([source], PromptEncoder(NoPrompt()), layout, 2)[0], features).item()
         for layout in (Layout(pad_token_id=PAD), Layout(pad_token_id=PAD, shared_prefix=False))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)

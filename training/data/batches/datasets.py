@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
-from blipren.training.data.batches.blocks import Block, PromptEncoder, build_blocks
+from blipren.training.data.batches.blocks import Block, PromptEncoder
 from blipren.training.data.batches.collate import collate_padded, collate_shared
 from blipren.training.data.batches.draws import DRAW, seeded_generator
 from blipren.training.data.batches.plan import BatchPlan
@@ -35,7 +35,9 @@ def join_inputs(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 def image_inputs(
     data: Sequence[TrainingData], order: list[tuple[int, int]], seed: tuple[int, ...] | None
 ) -> dict[str, torch.Tensor]:
-    """Return the model inputs of some `(cache, image)` pairs, in their order."""
+    """Return the model inputs of some `(cache, image)` pairs, in their order; none for texts alone."""
+    if not order:
+        return {}
     used = sorted({cache for cache, _ in order})
     places = {cache: [i for i, image in enumerate(order) if image[0] == cache] for cache in used}
     inputs = join_inputs(
@@ -69,28 +71,18 @@ class Layout:
         self,
         data: Sequence[TrainingData],
         prompts: PromptEncoder,
-        images: Iterable[tuple[int, int]],
+        units: Iterable[tuple[int, int]],
         seed: tuple[int, ...] | None,
     ) -> dict:
-        """Build the batch of some `(cache, image)` pairs: the tensors of the layout, model `inputs`, image `ids`.
+        """Build the batch of some `(cache, unit)` pairs: the tensors of the layout, model `inputs`, image `ids`.
 
         Args:
             seed: seed of everything that is drawn; None (validation) draws nothing.
         """
         blocks = []
-        for cache, image in images:
-            own = data[cache]
-            random = seeded_generator(*seed, DRAW, cache, image) if seed is not None else None
-            blocks += build_blocks(
-                (int(cache), int(image)),
-                own.texts.answers(image),
-                own.visual_tokens(image),
-                prompts,
-                random,
-                self.answers_per_image,
-                self.max_answer_tokens,
-                self.row_tokens,
-            )
+        for cache, unit in units:
+            random = seeded_generator(*seed, DRAW, cache, unit) if seed is not None else None
+            blocks += data[cache].blocks(int(unit), int(cache), prompts, random, self)
         batch = self.collate(blocks)
         order = batch.pop("images")
         batch["inputs"] = image_inputs(data, order, seed)
@@ -120,17 +112,18 @@ class TrainBatches(Dataset):
 
 
 class EvalBatches(Dataset):
-    """Batches of validation: every image with all its answers, in order. Nothing is drawn."""
+    """Batches of validation: every unit with all its answers, in order. Nothing is drawn."""
 
-    def __init__(self, data: TrainingData, prompts: PromptEncoder, layout: Layout, images_per_batch: int):
-        self.data, self.prompts, self.layout, self.images_per_batch = data, prompts, layout, images_per_batch
+    def __init__(self, data: Sequence[TrainingData], prompts: PromptEncoder, layout: Layout, units_per_batch: int):
+        self.data, self.prompts, self.layout, self.units_per_batch = data, prompts, layout, units_per_batch
+        self.units = [(number, unit) for number, own in enumerate(data) for unit in range(len(own))]
 
     def __len__(self) -> int:
-        return -(-len(self.data.texts) // self.images_per_batch)
+        return -(-len(self.units) // self.units_per_batch)
 
     def __getitem__(self, item: int) -> dict:
         if not 0 <= item < len(self):
             raise IndexError(item)
-        begin = item * self.images_per_batch
-        images = [(0, i) for i in range(begin, min(begin + self.images_per_batch, len(self.data.texts)))]
-        return self.layout.batch([self.data], self.prompts, images, None)
+        begin = item * self.units_per_batch
+        units = self.units[begin : begin + self.units_per_batch]
+        return self.layout.batch(self.data, self.prompts, units, None)

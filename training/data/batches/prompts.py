@@ -52,6 +52,13 @@ class PromptSource:
                 self.references.append(own)
         self.ids = [data.ids[image] for image in self.images]
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def longest_row(self, prompts: PromptEncoder) -> int:
+        """Return a bound of the tokens of the longest prompt and answer of the data together."""
+        return self.data.longest_row(prompts)
+
     def visual_tokens(self, image: int) -> int:
         return self.data.visual_tokens(self.images[image])
 

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from blipren.training.arguments import split_weights
+from blipren.training.data.batches.blocks import Block, PromptEncoder, build_blocks
 from blipren.training.data.batches.draws import VIEW, seeded_generator
+from blipren.training.data.batches.samples import CachedSamples
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.prepare import PrepareConfig, Prepared, prepare_row
 from blipren.training.data.cache.tokens import TokenTable, build_table
@@ -26,11 +28,28 @@ class TrainingData(Protocol):
 
     ids: Sequence[str]
     """Stable id of each image; messages name it."""
-    texts: TokenTable
-    """Prompts and answers of each image."""
+    weight: float
+    """How often an epoch takes each unit."""
+
+    def __len__(self) -> int:
+        """Number of units: images with their answers, or conversations about the same images."""
 
     def visual_tokens(self, image: int) -> int:
         """Number of placeholders of an image."""
+
+    def blocks(
+        self, unit: int, number: int, prompts: PromptEncoder, random: np.random.Generator | None, layout
+    ) -> list[Block]:
+        """Build the blocks of a unit.
+
+        Args:
+            number: of this data among those that are trained on.
+            random: draws prompts and answers; None (validation) draws nothing.
+            layout: a `Layout`, with the limits of a block.
+        """
+
+    def longest_row(self, prompts: PromptEncoder) -> int:
+        """Return a bound of the tokens of the longest prompt and answer together."""
 
     def inputs(self, images: list[int], seed: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
         """Return the model inputs of some images, such as `patch_features` `[images, patches, width]`.
@@ -41,13 +60,48 @@ class TrainingData(Protocol):
         """
 
 
-class CachedData:
+class AnswersOfImages:
+    """What cached and decoded images have in common: each unit is an image with its answers."""
+
+    texts: TokenTable
+    """Prompts and answers of each image."""
+    ids: Sequence[str]
+    units: Sequence[int]
+    """The images that have an answer."""
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def blocks(
+        self, unit: int, number: int, prompts: PromptEncoder, random: np.random.Generator | None, layout
+    ) -> list[Block]:
+        image = int(self.units[unit])
+        return build_blocks(
+            (number, image),
+            self.texts.answers(image),
+            self.visual_tokens(image),
+            prompts,
+            random,
+            layout.answers_per_image,
+            layout.max_answer_tokens,
+            layout.row_tokens,
+        )
+
+    def longest_row(self, prompts: PromptEncoder) -> int:
+        visual = max(self.visual_tokens(int(image)) for image in self.units)
+        texts = [p for p in self.texts.prompts if p is not None] + prompts.caption_prompts
+        longest = max(sum(map(len, prompts.encode(p, s, visual))) for p in texts for s in prompts.system_prompts)
+        return longest + int(np.diff(self.texts.starts).max())
+
+
+class CachedData(AnswersOfImages):
     """One split of a feature cache. Training draws one of the cached views of an image; validation takes the first."""
 
     def __init__(self, cache: FeatureCache, split: str, model, processor, weight: float = 1.0):
         self.cache, self.split, self.weight = cache, split, weight
         self.ids = cache.ids(split)
         self.texts = cache.tokens(split, processor)
+        self.units = np.flatnonzero(np.diff(self.texts.first))  # others are there for conversations
         # None: without a Q-Former, an image has as many visual tokens as patches
         self.per_image = model.config.num_visual_tokens if model.config.connector == "qformer" else cache.num_patches
         self.num_patches = None if self.per_image is not None else list(cache.split(split)["num_patches"])
@@ -68,7 +122,7 @@ class CachedData:
         return find_captions(zip(rows["prompts"], rows["answers"]))
 
 
-class OnlineData:
+class OnlineData(AnswersOfImages):
     """One split of a data set. Images are read, decoded and resized when a batch needs them."""
 
     weight = 1.0
@@ -81,6 +135,7 @@ class OnlineData:
         self.per_image = model.config.num_visual_tokens
         self.ids = [row.row.id for row in rows]
         self.texts = build_table([r.prompts for r in rows], [r.answers for r in rows], processor)
+        self.units = range(len(rows))
 
     def visual_tokens(self, image: int) -> int:
         return self.per_image
@@ -154,12 +209,12 @@ def read_images(dataset: str, processor, source: GroundingSettings) -> dict[str,
 
 def open_online(
     dataset: str, model, processor, source: GroundingSettings, augment: bool
-) -> tuple[list[OnlineData], OnlineData | None]:
+) -> tuple[list[OnlineData], list[OnlineData]]:
     """Open a data set of images for training. Returns its train split, and its validation split if there is one."""
     splits = read_images(dataset, processor, source)
     if not splits["train"]:
         raise UserError(f"{dataset} has no image in its train split")
-    validation = OnlineData(splits["validation"], model, processor, False) if splits["validation"] else None
+    validation = [OnlineData(splits["validation"], model, processor, False)] if splits["validation"] else []
     return [OnlineData(splits["train"], model, processor, augment)], validation
 
 
@@ -178,9 +233,9 @@ def read_caches(caches: str) -> list[tuple[FeatureCache, float]]:
     found = []
     for path, weight in split_weights(caches):
         cache = FeatureCache.open(path)
-        if not cache.num_rows("train"):
+        if not cache.num_rows("train") and not cache.num_samples("train"):
             raise UserError(f"cache {path} has no image in its train split: embed a dataset that has one")
-        for split in ("train", "validation"):
+        for split in ("train", "validation") if "samples" not in cache.info else ():
             if missing := cache.num_without_texts(split):
                 raise UserError(
                     f"cache {path} has neither caption nor answer for {missing:,} of the {cache.num_rows(split):,} "
@@ -190,9 +245,22 @@ def read_caches(caches: str) -> list[tuple[FeatureCache, float]]:
     return found
 
 
+def open_split(
+    cache: FeatureCache, split: str, model, processor, weight: float = 1.0, traces: str = "learn"
+) -> list[CachedData | CachedSamples]:
+    """Open what a split of a cache has: captions and answers to questions, conversations, or both."""
+    found: list[CachedData | CachedSamples] = []
+    if cache.num_rows(split):
+        data = CachedData(cache, split, model, processor, weight)
+        found += [data] if len(data) else []
+    if cache.num_samples(split):
+        found.append(CachedSamples(cache, split, model, processor, weight, traces=traces))
+    return found
+
+
 def open_caches(
-    caches: Sequence[tuple[FeatureCache, float]], model, processor
-) -> tuple[list[CachedData], CachedData | None]:
+    caches: Sequence[tuple[FeatureCache, float]], model, processor, traces: str = "learn"
+) -> tuple[list[CachedData | CachedSamples], list[CachedData | CachedSamples]]:
     """Open feature caches and their weights for training.
 
     Returns:
@@ -201,10 +269,10 @@ def open_caches(
     Raises:
         UserError: another encoder made a cache.
     """
-    train, validation = [], None
+    train: list[CachedData | CachedSamples] = []
+    validation: list[CachedData | CachedSamples] = []
     for cache, weight in caches:
         cache.check_model(model, processor)
-        train.append(CachedData(cache, "train", model, processor, weight))
-        if validation is None and cache.num_rows("validation"):
-            validation = CachedData(cache, "validation", model, processor)
+        train += open_split(cache, "train", model, processor, weight, traces)
+        validation = validation or open_split(cache, "validation", model, processor, traces=traces)
     return train, validation

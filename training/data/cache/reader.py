@@ -238,6 +238,14 @@ class FeatureCache:
         """Return the conversations of a split, in cache/samples/table.py's columns: id, images, messages, rejected."""
         return datasets.load_from_disk(str(self.folder / "samples" / split))
 
+    def all_ids(self) -> list[str]:
+        """Return the ids of all images, in the order that `samples` numbers them."""
+        return [name for split in SPLITS for name in datasets.load_from_disk(str(self.folder / split))["id"]]
+
+    def all_num_patches(self) -> list[int]:
+        """Return the numbers of patches of all images, in that order."""
+        return [n for split in SPLITS for n in datasets.load_from_disk(str(self.folder / split))["num_patches"]]
+
     def sample_tokens(self, split: str, processor: Any, traces: str = "learn") -> SampleTokens:
         """Return the token ids of the conversations of a split for a processor, built once like those of answers."""
         return load_or_build_sample_tokens(self, split, processor, traces)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,9 @@ COLUMNS = datasets.Features(
         "rejected": datasets.List(datasets.Value("int32")),
     }
 )
+
+
+_TRACE = re.compile(r"\s*<think>(.*?)</think>(?=.*\S)(.*)", re.DOTALL)
 
 
 @dataclass
@@ -78,32 +82,47 @@ def answer_text(message: dict[str, Any]) -> str:
     return "".join(part["text"] for part in message["content"])
 
 
+def split_trace(text: str) -> tuple[str | None, str]:
+    """Return the trace of reasoning in front of an answer, or None, and the answer."""
+    found = _TRACE.match(text)
+    return (found[1].strip(), found[2].strip()) if found and found[1].strip() else (None, text)
+
+
 def encode_sample(
-    processor: Any, messages: list[dict[str, Any]], system: str | None = None
+    processor: Any, messages: list[dict[str, Any]], system: str | None = None, traces: str = "learn"
 ) -> list[tuple[list[int], list[bool]]]:
     """Return the segments of a conversation: ids with one placeholder an image, and which of them are learned.
 
     Args:
         messages: as `cache/samples/table.py` has them.
         system: system prompt for a conversation without one.
+        traces: `learn`, `mask` or `drop` traces of reasoning. Later turns read an answer without its trace, as chat
+            templates of reasoning models have it.
     """
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    answers = processor.encode_answers([answer_text(messages[turn]) for turn in turns])
+    split = [split_trace(answer_text(messages[turn])) for turn in turns]
+    answers = processor.encode_answers([answer for _, answer in split])
+    history = list(messages)
+    for turn, (_, answer) in zip(turns, split):
+        history[turn] = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     segments: list[tuple[list[int], list[bool]]] = []
-    for turn, answer in zip(turns, answers):
-        before = messages[:turn]
+    for turn, (trace, _), answer in zip(turns, split, answers):
+        before = history[:turn]
         images = sum(part["type"] == "image" for message in before for part in message["content"])
-        prompt = processor.encode_conversation(before, [1] * images, system)
+        thinks = trace is not None and traces != "drop"
+        prompt = processor.encode_conversation(before, [1] * images, system, thinking=thinks)
+        thought = processor.encode_trace(trace) if thinks else []
+        flags = [traces == "learn"] * len(thought) + [True] * len(answer)
         if segments and prompt[: len(segments[-1][0])] == segments[-1][0]:
             ids, learned = segments[-1]
-            learned += [False] * (len(prompt) - len(ids)) + [True] * len(answer)
-            ids += prompt[len(ids) :] + answer
+            learned += [False] * (len(prompt) - len(ids)) + flags
+            ids += prompt[len(ids) :] + thought + answer
         else:
-            segments.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
+            segments.append((prompt + thought + answer, [False] * len(prompt) + flags))
     return segments
 
 
-def build_sample_tokens(samples: Iterable[dict[str, Any]], processor: Any) -> SampleTokens:
+def build_sample_tokens(samples: Iterable[dict[str, Any]], processor: Any, traces: str = "learn") -> SampleTokens:
     """Build the table of the conversations of a split.
 
     Raises:
@@ -114,9 +133,13 @@ def build_sample_tokens(samples: Iterable[dict[str, Any]], processor: Any) -> Sa
     for sample in samples:
         messages = messages_of(sample["messages"])
         try:
-            worse = [] if sample["rejected"] is None else processor.encode_answer(sample["rejected"])
+            worse = []
+            if sample["rejected"] is not None:
+                trace, answer = split_trace(sample["rejected"])
+                worse = processor.encode_trace(trace) if trace is not None and traces != "drop" else []
+                worse = worse + processor.encode_answer(answer)
             for system in systems:
-                segments = encode_sample(processor, messages, system)
+                segments = encode_sample(processor, messages, system, traces)
                 counts.append(len(segments))
                 for own, flags in segments:
                     lengths.append(len(own))
@@ -150,7 +173,7 @@ def load_or_build_sample_tokens(cache: FeatureCache, split: str, processor: Any,
     if not (folder / "table.json").exists():
         with CacheLock(cache.folder / "tokens"):
             if not (folder / "table.json").exists():  # another process may have built it meanwhile
-                _write(build_sample_tokens(cache.samples(split), processor), folder, split, name, fingerprint)
+                _write(build_sample_tokens(cache.samples(split), processor, traces), folder, split, name, fingerprint)
     record = json.loads((folder / "table.json").read_text())
     file = folder / record["shard"]["file"]
     if file_checksum(file) != record["shard"]["xxh3_128"]:
