@@ -58,7 +58,7 @@ class AnswerTrainer(StageTrainer):
         return batch["inputs"], build_attention_mask(batch, self.model.parts()["llm"])
 
     def zero_of_connector(self) -> torch.Tensor:
-        """Return 0 as a function of the connector: on every process, the same weights take part in a backward pass."""
+        """Return 0 as a function of the connector: the same weights take part in the backward pass of every batch."""
         config, device = self.model.config, self.args.device
         features = self.model.get_image_features(
             patch_features=torch.zeros(1, 1, config.vision_hidden_size, device=device), return_dict=True

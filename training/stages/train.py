@@ -77,7 +77,7 @@ class LikelihoodTrainer(AnswerTrainer):
             loss, router_probs = s.likelihood_weight * objective / tokens_in_step, outputs.router_probs
             if outputs.router_aux_loss is not None:
                 loss = loss + outputs.router_aux_loss * len(batch["ids"]) / images_in_step
-            if not batch["inputs"] and self.accelerator.num_processes > 1:
+            if not batch["inputs"] and model.training:  # texts alone
                 loss = loss + self.zero_of_connector()
         for experiment in self.experiments:
             if experiment.weight:

@@ -1,5 +1,7 @@
 """Batches: a pure function of rows, seed and step; little padding; equal in loss and gradients to padded rows."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,9 @@ from blipren.training.data.batches.datasets import EvalBatches, Layout, TrainBat
 from blipren.training.data.batches.draws import DRAW, seeded_generator
 from blipren.training.data.batches.packing import pack_by_capacity, pack_rows
 from blipren.training.data.batches.plan import BatchPlan
+from blipren.training.data.batches.samples import CachedSamples
 from blipren.training.data.batches.training_data import AnswersOfImages
+from blipren.training.data.cache.samples.tokens import build_sample_tokens
 from blipren.training.data.cache.tokens import build_table
 
 IMAGE, EOS, PAD, VOCABULARY, VISUAL = 3, 2, 0, 60, 4
@@ -29,6 +33,16 @@ class ToyProcessor:
     def encode_prompt(self, prompt=None, system=None, num_visual_tokens=()):
         system_ids = [] if system is None else self.encode_answer(system)[:-1]
         return [1, *system_ids, *[IMAGE] * num_visual_tokens[0], *self.encode_answer(prompt or "")[:-1]]
+
+    def encode_conversation(self, messages, num_visual_tokens, system=None, thinking=False):
+        """A token in front of each turn of the user, and answers with their end token."""
+        ids, images = [1, *([] if system is None else self.encode_answer(system)[:-1])], iter(num_visual_tokens)
+        for message in messages:
+            ids += [5] if message["role"] == "user" else []
+            for part in message["content"]:
+                text = [IMAGE] * next(images) if part["type"] == "image" else self.encode_answer(part["text"])
+                ids += text if part["type"] == "image" or message["role"] == "assistant" else text[:-1]
+        return ids
 
     def encode_answer(self, answer):
         return [4 + ord(c) % 50 for c in answer] + [EOS]
@@ -51,6 +65,42 @@ class ToyData(AnswersOfImages):
 
     def inputs(self, images, seed):
         return {"patch_features": self.features[images]}
+
+
+class ToySamples(CachedSamples):
+    """Conversations about images a0, a1, ...: turns in turn of user and assistant, `|` is an image."""
+
+    def __init__(self, conversations, pairs=False):
+        samples = []
+        for turns, _, rejected in conversations:
+            messages = []
+            for role, text in zip(["user", "assistant"] * len(turns), turns):
+                pieces = text.split("|")
+                parts = [{"type": "image"}] * (len(pieces) - 1) if role == "user" else []
+                parts.append({"type": "text", "text": "".join(pieces)})
+                messages.append({"role": role, "content": parts})
+            samples.append({"id": "s", "messages": json.dumps(messages), "rejected": rejected})
+        self.tokens = build_sample_tokens(samples, ToyProcessor())
+        self.images, self.pairs, self.weight = [tuple(images) for _, images, _ in conversations], pairs, 1.0
+        self.image_token_id, self.per_image = IMAGE, VISUAL
+        self.ids = [f"a{i}" for i in range(5)]
+        groups = {}
+        for sample, images in enumerate(self.images):
+            groups.setdefault(images or sample, []).append(sample)
+        self.units = list(groups.values())
+
+    def inputs(self, images, seed):
+        return {"patch_features": torch.tensor(images).float()[:, None, None].expand(-1, 3, 8)}
+
+
+CONVERSATIONS = [
+    (["|what?", "a dog", "and now?", "it runs"], [0], None),
+    (["|which colour?", "red"], [0], None),
+    (["||which is larger?", "the second", "sure?", "yes"], [1, 2], None),
+    (["|what?", "rain", "|and here?", "snow", "|and there?", "fog"], [3, 4, 1], None),
+    (["who are you?", "a model", "sure?", "yes"], [], None),
+    (["hello", "good day"], [], None),
+]
 
 
 def toy_texts(num_images, seed=0):
@@ -222,8 +272,8 @@ def loss_of(llm, batch, features):
     return F.cross_entropy(logits, batch["targets"], reduction="sum")
 
 
-def loss_and_gradients(llm, shared):
-    source, prompts = ToyData(toy_texts(5)), PromptEncoder(ToyProcessor())
+def loss_and_gradients(llm, shared, source=None):
+    source, prompts = source or ToyData(toy_texts(5)), PromptEncoder(ToyProcessor())
     batch = EvalBatches([source], prompts, Layout(pad_token_id=PAD, shared_prefix=shared), 5)[0]
     features = torch.randn(5, VISUAL, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     features.requires_grad_()
@@ -240,14 +290,75 @@ EAGER = ["Llama", "Gemma2", "Gemma3Text", "GPT2", "OPT"]  # transformers gives G
     "family, attention", [(f, "sdpa") for f in FAMILIES if f != "Gemma2"] + [(f, "eager") for f in EAGER]
 )
 def test_shared_prefix_equals_padded_rows(family, attention):
-    """In float64, but for the norms, rotations and softmaxes that several families always compute in float32."""
+    """In float64, but for the norms, rotations and softmaxes that several families always compute in float32.
+    Answers about images, and conversations about none, one and several."""
     llm = tiny_llm(family)
     llm.set_attn_implementation(attention)
-    (loss, gradients), (padded_loss, padded_gradients) = (loss_and_gradients(llm, s) for s in (True, False))
-    assert loss == pytest.approx(padded_loss, rel=1e-8)
-    largest = max(g.norm() for g in padded_gradients)  # key biases have no gradient but rounding
-    for ours, theirs in zip(gradients, padded_gradients, strict=True):
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-8 * largest
+    for source in (None, ToySamples(CONVERSATIONS)):
+        (loss, gradients), (padded_loss, padded_gradients) = (
+            loss_and_gradients(llm, shared, source) for shared in (True, False)
+        )
+        assert loss == pytest.approx(padded_loss, rel=1e-8)
+        largest = max(g.norm() for g in padded_gradients)  # key biases have no gradient but rounding
+        for ours, theirs in zip(gradients, padded_gradients, strict=True):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-8 * largest
+
+
+def test_conversations_about_the_same_images_share_them_and_see_nothing_of_each_other():
+    source, prompts = ToySamples(CONVERSATIONS), PromptEncoder(ToyProcessor())
+    assert len(source) == 5
+    blocks = source.blocks(0, 0, prompts, None, Layout(pad_token_id=PAD))
+    (block,) = blocks
+    assert block.images == [(0, 0)] and len(block.segments) == 2 and block.prefix.count(IMAGE) == VISUAL
+    encode = ToyProcessor().encode_answer
+    learned = [[t for t, flag in zip(s.ids, s.learned) if flag] for s in block.segments]
+    assert learned == [encode("a dog") + encode("it runs"), encode("red")]
+    (later,) = source.blocks(2, 0, prompts, None, Layout(pad_token_id=PAD))
+    assert later.images == [(0, 3)] and later.segments[0].images == ((0, 4), (0, 1))
+    assert later.segments[0].ids.count(IMAGE) == 2 * VISUAL
+    (text,) = source.blocks(3, 0, prompts, None, Layout(pad_token_id=PAD))
+    assert text.images == [] and text.prefix == [] and len(text.segments) == 1
+    drawn = {
+        len(b.segments)
+        for seed in range(20)
+        for b in source.blocks(
+            0, 0, prompts, np.random.default_rng(seed), Layout(pad_token_id=PAD, answers_per_image=1)
+        )
+    }
+    assert drawn == {1}
+
+
+def test_answers_of_conversations_are_cut_one_by_one():
+    source, prompts = ToySamples(CONVERSATIONS), PromptEncoder(ToyProcessor())
+    (block,) = source.blocks(0, 0, prompts, None, Layout(pad_token_id=PAD, max_answer_tokens=3))
+    segment = block.segments[0]
+    encode = ToyProcessor().encode_answer
+    assert [t for t, flag in zip(segment.ids, segment.learned) if flag] == encode("a dog")[:3] + encode("it runs")[:3]
+    assert segment.ids[-1] == encode("it runs")[2] and EOS in segment.ids  # the first answer is read as a whole
+
+
+def test_preferences_are_two_answers_to_one_prompt():
+    rows = [(["|what?", "a dog", "sure?", "yes it is"], [0], "no"), (["|which?", "red"], [0], "blue")]
+    source, prompts = ToySamples(rows, pairs=True), PromptEncoder(ToyProcessor())
+    (block,) = source.blocks(0, 0, prompts, None, Layout(pad_token_id=PAD))
+    encode = ToyProcessor().encode_answer
+    assert [s.last_answer()[1] for s in block.segments] == list(map(encode, ("yes it is", "no", "red", "blue")))
+    assert block.segments[0].last_answer()[0] == block.segments[1].last_answer()[0]
+    assert [sum(s.learned) for s in block.segments] == [len(s.last_answer()[1]) for s in block.segments]
+
+
+def test_batches_of_texts_alone_and_of_both_kinds():
+    texts, answers = ToySamples(CONVERSATIONS[4:]), ToyData(toy_texts(5))
+    prompts, layout = PromptEncoder(ToyProcessor()), Layout(pad_token_id=PAD)
+    batch = EvalBatches([texts], prompts, layout, 2)[0]
+    assert batch["inputs"] == {} and batch["ids"] == [] and len(batch["targets"])
+    p = plan(sizes=(5, 5), weights=(1.0, 2.0), images_per_step=15, micro_batches=1)
+    both = TrainBatches([answers, ToySamples(CONVERSATIONS)], prompts, p, layout, steps=1)[0]
+    assert (
+        (both["input_ids"] == IMAGE).sum()
+        == VISUAL * len(both["ids"])
+        == VISUAL * len(both["inputs"]["patch_features"])
+    )
 
 
 FLEXIBLE = ["Llama", "Qwen3", "Gemma2", "GPTNeoX", "SmolLM3"]
