@@ -260,14 +260,15 @@ class BliprenProcessor(ProcessorMixin):
     def encode_trace(self, trace: str) -> list[int]:
         """Return the token ids of a trace of reasoning in front of an answer, in `<think>` and `</think>`.
 
-        These two are the tokenizer's own tokens, where it has them.
+        These two are the tokenizer's own tokens, where it has them. An empty line is behind them.
         """
-        if not {"<think>", "</think>"} <= self.tokenizer.get_vocab().keys():
-            return self.encode_answer(f"<think>\n{trace}\n</think>")[:-1]
         keywords = {"add_special_tokens": False, "split_special_tokens": True}
+        space = self.tokenizer("\n\n", **keywords).input_ids
+        if not {"<think>", "</think>"} <= self.tokenizer.get_vocab().keys():
+            return self.encode_answer(f"<think>\n{trace}\n</think>")[:-1] + space
         inner = self.tokenizer(f"\n{trace}\n", **keywords).input_ids
         begin, end = self.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-        return [begin, *inner, end]
+        return [begin, *inner, end, *space]
 
     def encode_answers(self, answers: list[str]) -> list[list[int]]:
         """Return the token ids of several answers, see [`encode_answer`]; faster than one at a time."""

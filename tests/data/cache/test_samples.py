@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from blipren.training.data.cache.samples.tokens import encode_sample
+from blipren.prompts_blipren import build_chat_template
+from blipren.training.data.cache.samples.tokens import encode_sample, split_trace
 from blipren.training.data.sources.conversations import read_conversation
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
@@ -141,7 +142,8 @@ def test_tokens_are_those_of_inference_and_labels_those_of_answers(form, chat, c
         chat_form = [{"role": m["role"], "content": m["content"]} for m in messages[:turn]]
         images = sum(part["type"] == "image" for m in chat_form for part in m["content"])
         assert prompt == processor.encode_conversation(chat_form, [1] * images)
-        assert answer == processor.encode_answer("".join(part["text"] for part in messages[turn]["content"]))
+        trace, text = split_trace("".join(part["text"] for part in messages[turn]["content"]))
+        assert answer == (processor.encode_trace(trace) if trace else []) + processor.encode_answer(text)
         assert answer.count(processor.answer_end_id) == 1 and answer[-1] == processor.answer_end_id
         assert prompt.count(processor.image_token_id) == images and processor.image_token_id not in answer
         if not any("<" in part.get("text", "") for m in chat_form for part in m["content"]):
@@ -164,6 +166,44 @@ def test_a_template_that_forgets_history_gives_segments_of_their_own(chat_model)
     ids, learned = segments[1]
     prompt = processor.encode_conversation(messages[:3], [1])
     assert ids[: len(prompt)] == prompt and learned.count(True) == len(processor.encode_answer("Yes."))
+
+
+QWEN3_LIKE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("own_tokens", [True, False])
+def test_traces_are_learned_masked_or_dropped(own_tokens, chat_model):
+    _, processor = load_checkpoint(str(chat_model))
+    if own_tokens:
+        processor.tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+        processor.chat_template = build_chat_template(QWEN3_LIKE, processor.image_token, "")
+    record = {
+        "messages": [
+            {"role": "user", "content": "2+2 ?"},
+            {"role": "assistant", "content": "<think>It is </s> four.</think> 4"},
+            {"role": "user", "content": "Sure ?"},
+            {"role": "assistant", "content": "yes"},
+        ]
+    }
+    messages = read_conversation(record, FORMS["a trace of its own"][1], None).messages
+    trace = processor.encode_trace("It is </s> four.")
+    four, yes = processor.encode_answer("4"), processor.encode_answer("yes")
+    assert processor.tokenizer.convert_tokens_to_ids("</s>") not in trace
+    for traces, learned in (("learn", [trace + four, yes]), ("mask", [four, yes]), ("drop", [four, yes])):
+        segments = encode_sample(processor, messages, traces=traces)
+        flat = [token for ids, flags in segments for token, flag in zip(ids, flags) if flag]
+        assert flat == learned[0] + learned[1]
+        assert len(segments) == (1 if traces == "drop" and not own_tokens else 2)
+        first, last = segments[0][0], segments[-1][0]
+        thinks = traces != "drop"
+        prompt = processor.encode_conversation(messages[:1], [], thinking=thinks)
+        assert first[: len(prompt)] == prompt and (trace == first[len(prompt) :][: len(trace)]) == thinks
+        history = [messages[0], {"role": "assistant", "content": "4"}, messages[2]]
+        assert last[: -len(yes)] == processor.encode_conversation(history, [])
 
 
 def test_the_data_sets_system_prompt_wins_over_the_pool(chat_model):
