@@ -168,7 +168,7 @@ def test_human_captions_come_out_of_the_command(shared_data, tmp_path):
 
 
 def test_wrong_use_is_named(colours, seeing, tmp_path, capsys):
-    with pytest.raises(UsageError, match="each must be one of captioning, vqa, retrieval, pope"):
+    with pytest.raises(UsageError, match="each must be one of captioning, vqa, choice, retrieval, pope"):
         EvaluateSettings(model="m", dataset="d", out="o", tasks=["caption"])
     with pytest.raises(UsageError, match="go with --tasks captioning alone"):
         EvaluateSettings(model="m", dataset="d", out="o", tasks=["vqa"], predictions="p")

@@ -10,7 +10,7 @@ from blipren.training.errors import UsageError
 from blipren.training.evaluation.settings import GenerationSettings
 from blipren.training.settings import Settings, choice, positional
 
-EVALUATION_TASKS = ("captioning", "vqa", "retrieval", "pope", "refer")
+EVALUATION_TASKS = ("captioning", "vqa", "choice", "retrieval", "pope", "refer")
 
 
 @dataclass(kw_only=True)
@@ -56,7 +56,8 @@ class EvaluateSettings(ReportSettings, MetricSettings, GenerationSettings, Groun
     out: str = positional()
     """Folder for metrics.json, predictions.jsonl, predictions.csv and report.html."""
     tasks: list[str] = field(default_factory=lambda: ["captioning"])
-    """What to evaluate: captioning, vqa (the data set's questions), retrieval (an aligned checkpoint), pope (yes/no
+    """What to evaluate: captioning, vqa (the data set's questions, and those of conversations, each in its context), choice
+    (questions with choices, by likelihood and by generation), retrieval (an aligned checkpoint), pope (yes/no
     questions about annotated objects), refer (boxes and points; --grounding chooses the questions, by default all)."""
     split: str | None = None
     """Split to evaluate on: train, validation or test; by default test, or validation if there is no test split."""

@@ -17,6 +17,7 @@ from blipren.training.data.sources.open_rows import grounding_options
 from blipren.training.engine.device import choose_device
 from blipren.training.engine.loading import load_config
 from blipren.training.errors import UserError
+from blipren.training.evaluation.conversations import ask_conversations, conversation_metrics, conversation_rows
 from blipren.training.evaluation.examples import Split, open_split
 from blipren.training.evaluation.features import PatchFeatures, encode_images
 from blipren.training.evaluation.generation import load_model
@@ -66,9 +67,19 @@ def evaluate(settings: EvaluateSettings) -> None:
     partial = out / "partial.jsonl"
     if settings.predictions is not None:
         add_captions(result, settings, read_predictions(settings.predictions, split), settings.meteor)
-    elif {"captioning", "vqa", "pope", "refer"} & set(settings.tasks):
+    elif {"captioning", "vqa", "choice", "pope", "refer"} & set(settings.tasks):
         model, processor = load_model(settings.model, settings.device)
-        _evaluate_answers(settings, split, result, model, processor, partial)
+        conversations = [example for example in split.examples if example.row.conversation is not None]
+        rest = {"captioning", "pope", "refer"} | ({"vqa"} if len(conversations) < len(split.examples) else set())
+        alone = not rest & set(settings.tasks)
+        if not alone:
+            _evaluate_answers(settings, split, result, model, processor, partial)
+        if conversations and {"vqa", "choice"} & set(settings.tasks):
+            result.asked_in_context, rejected = ask_conversations(
+                model, processor, conversations, settings, "choice" in settings.tasks
+            )
+            result.metrics |= conversation_metrics(result.asked_in_context, settings)
+            result.records |= {record["id"]: record for record in rejected} if alone else {}
     if "retrieval" in settings.tasks:
         similarities = _evaluate_retrieval(settings, split, result)
     if settings.before is not None:
@@ -79,7 +90,7 @@ def evaluate(settings: EvaluateSettings) -> None:
         result.metrics["before"] = before.metrics
     result.metrics["seconds"] = round(time.perf_counter() - begin, 2)
     prompt = settings.prompt if settings.prompt is not None or processor is None else processor.prompts[0]
-    write_predictions(out, prediction_rows(result, prompt))
+    write_predictions(out, prediction_rows(result, prompt) + conversation_rows(result.asked_in_context))
     write_atomically(out / "metrics.json", json.dumps(result.metrics, indent=1, ensure_ascii=False) + "\n")
     print("\n".join(summary_lines(result.metrics)))
     if settings.report:
@@ -246,11 +257,13 @@ def _check_heads(settings: EvaluateSettings) -> None:
 def _check_texts(settings: EvaluateSettings, split: Split) -> None:
     """Raise `UserError` if the split lacks the captions or questions of a task."""
     has_references = any(e.references for e in split.examples)
-    has_questions = any(e.questions for e in split.examples)
+    has_conversations = any(e.row.conversation is not None for e in split.examples)
+    has_questions = has_conversations or any(e.questions for e in split.examples)
     for task, has_texts, texts in (
         ("captioning", has_references, "captions"),
         ("retrieval", has_references, "captions"),
         ("vqa", has_questions, "questions"),
+        ("choice", has_conversations, "questions with choices"),
     ):
         if task in settings.tasks and not has_texts:
             others = "vqa" if has_questions else "captioning"
@@ -323,6 +336,13 @@ def summary_lines(metrics: dict) -> list[str]:
         vqa = metrics["vqa"]
         lines.append(
             f"vqa: accuracy {vqa['accuracy']:.4f}, soft score {vqa['soft_score']:.4f} ({vqa['questions']} questions)"
+        )
+    if "choice" in metrics:
+        choice = metrics["choice"]
+        low, high = choice["intervals"]["accuracy_likelihood"]
+        lines.append(
+            f"choice: accuracy by likelihood {choice['accuracy_likelihood']:.4f} ({low:.4f} to {high:.4f}), by generation "
+            f"{choice['accuracy_generation']:.4f}, chance {choice['chance']:.4f} ({choice['questions']} questions)"
         )
     if "retrieval" in metrics:
         for way in ("image_to_text", "text_to_image"):

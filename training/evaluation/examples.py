@@ -12,10 +12,10 @@ from typing import Any
 from PIL import Image
 
 from blipren.training.data.sources.boxes import category_names
-from blipren.training.data.sources.images import ImageError
+from blipren.training.data.sources.images import ImageError, content_hash, image_bytes
 from blipren.training.data.sources.open_rows import open_rows
 from blipren.training.data.sources.rows import Row, Source
-from blipren.training.data.sources.splits import normalize_split, split_by_hash
+from blipren.training.data.sources.splits import SPLITS, normalize_split, split_by_hash
 from blipren.training.errors import UserError
 from blipren.training.evaluation.judges import installed_judges
 
@@ -68,16 +68,25 @@ class Split:
 
 
 def _split_of(row: Row, shares: tuple[float, float]) -> str:
-    if row.rejected is not None:
+    if row.rejected is not None or row.conversation_error is not None:
         return "rejected"
     if row.split is not None:
         return row.split
     try:
+        if row.conversation is not None:
+            return _split_of_conversation(row, shares)
         return split_by_hash(row.image_hash(), *shares)
     except ImageError:
         return "rejected"  # without a readable image there is no split
     finally:
         row._data = None
+
+
+def _split_of_conversation(row: Row, shares: tuple[float, float]) -> str:
+    """Return the split of a conversation: any held-out image holds it out. Raises `ImageError`."""
+    keys = [content_hash(image_bytes(cell, row.folder)) for cell in row.conversation.images]
+    keys = keys or [content_hash(json.dumps(row.conversation.messages, ensure_ascii=False).encode())]
+    return max((split_by_hash(key, *shares) for key in keys), key=SPLITS.index)
 
 
 def read_facts(dataset: str) -> dict[str, dict[str, Any]]:

@@ -43,21 +43,35 @@ def answer_losses(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        ids, mask = pad_right([rows[i][0] + rows[i][1] for i in chosen], pad_id(model, processor))
         inputs = {} if features is None else features[chosen].model_inputs(model.device)
-        # token t is predicted at position t - 1; only those logits are computed
-        spans = [(row, len(rows[i][0]), len(rows[i][1])) for row, i in enumerate(chosen)]
-        at = torch.cat([row * ids.shape[1] + torch.arange(p - 1, p + n - 1) for row, p, n in spans])
-        logits = model(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            logits_at=at.to(model.device),
-            **inputs,
-        ).logits
-        losses = F.cross_entropy(logits.float().cpu(), ids.flatten()[at + 1], reduction="none")
-        for i, own in zip(chosen, losses.split([n for _, _, n in spans])):
-            results[i] = (float(own.sum()), len(own))
+        pad = pad_id(model, processor)
+        for i, loss in zip(chosen, token_losses(model, [rows[i] for i in chosen], pad, inputs)):
+            results[i] = loss
     return results
+
+
+@torch.no_grad()
+def token_losses(
+    model, rows: Sequence[tuple[list[int], list[int]]], pad_token_id: int, inputs: dict[str, torch.Tensor]
+) -> list[tuple[float, int]]:
+    """Compute the summed negative log-likelihood (nats) and number of tokens of one batch of answers.
+
+    Args:
+        rows: `(prompt ids, answer ids)`.
+        inputs: of the images of all prompts, in order.
+    """
+    ids, mask = pad_right([prompt + answer for prompt, answer in rows], pad_token_id)
+    # token t is predicted at position t - 1; only those logits are computed
+    spans = [(row, len(prompt), len(answer)) for row, (prompt, answer) in enumerate(rows)]
+    at = torch.cat([row * ids.shape[1] + torch.arange(p - 1, p + n - 1) for row, p, n in spans])
+    logits = model(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        logits_at=at.to(model.device),
+        **inputs,
+    ).logits
+    losses = F.cross_entropy(logits.float().cpu(), ids.flatten()[at + 1], reduction="none")
+    return [(float(own.sum()), len(own)) for own in losses.split([n for _, _, n in spans])]
 
 
 def other_images(count: int, seed: int) -> list[int]:

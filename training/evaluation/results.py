@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blipren.training.evaluation.conversations import Asked
 from blipren.training.evaluation.examples import Example, Split
 from blipren.training.evaluation.image_use import image_use
 from blipren.training.evaluation.judges import find_judge
@@ -42,6 +43,7 @@ class Evaluation:
         asked, said_yes: POPE's questions, and whether "yes" is likelier than "no" for each.
         ranks: image id -> its retrieval ranks: of its best ranked caption, and of the image for each of its captions.
         records: the records of the inference pass by image id.
+        asked_in_context: the questions of conversations with their answers.
     """
 
     metrics: dict = field(default_factory=dict)
@@ -55,6 +57,7 @@ class Evaluation:
     said_yes: list[bool] = field(default_factory=list)
     ranks: dict[str, dict] = field(default_factory=dict)
     records: dict[str, dict] = field(default_factory=dict)
+    asked_in_context: list[Asked] = field(default_factory=list)
 
 
 def split_counts(split: Split, records: Sequence[Mapping]) -> dict:
@@ -65,6 +68,7 @@ def split_counts(split: Split, records: Sequence[Mapping]) -> dict:
         "images": len(split.examples) - rejected.total(),
         "references": sum(len(example.references) for example in split.examples),
         "questions": sum(len(example.questions) for example in split.examples),
+        "conversations": sum(example.row.conversation is not None for example in split.examples),
         "rejected": dict(rejected),
         "rows": dict(split.rows),
     }

@@ -15,6 +15,7 @@ import torch
 
 from blipren.training.data.sources.images import ImageError
 from blipren.training.evaluation.attention import Explanation, explain, query_statistics
+from blipren.training.evaluation.conversations import conversation_items
 from blipren.training.evaluation.metrics.hallucination import COCO_WORDS, singular
 from blipren.training.evaluation.report.pictures import image_url, map_bytes, sample_grid
 from blipren.training.evaluation.results import PER_IMAGE, SIMILARITIES, Evaluation
@@ -89,6 +90,11 @@ def headline_tiles(metrics: dict) -> list[dict]:
         tiles[-1]["note"] = f"by {found['truth']}"
     if "vqa" in metrics:
         tiles.append(_tile("question accuracy", metrics["vqa"], "accuracy", None, 1.0))
+    if "choice" in metrics:
+        choice = metrics["choice"]
+        for name in ("likelihood", "generation"):
+            tiles.append(_tile(f"choices, by {name}", choice, f"accuracy_{name}", None, 1.0))
+            tiles[-1]["note"] = f"chance {choice['chance']:.3f}"
     for way, label in (("image_to_text", "image → text R@1"), ("text_to_image", "text → image R@1")):
         if "retrieval" in metrics:
             tile = {"name": label, "value": metrics["retrieval"][way]["R@1"], "full": 1.0}
@@ -214,10 +220,10 @@ def explain_images(result: Evaluation, model, processor, settings) -> tuple[list
 
     The images are spread evenly over the split and do not depend on scores, so that two reports show the same ones.
     """
-    examples, shown = result.examples, []
+    examples, shown = [example for example in result.examples if example.row.image is not None], []
     count = min(settings.attention_images, len(examples))
     for position in (k * len(examples) // count for k in range(count)):
-        example = result.examples[position]
+        example = examples[position]
         prompt, text = settings.prompt, result.captions.get(example.id, {}).get("text")
         if text is None and example.questions:
             prompt = next(iter(example.questions))
@@ -324,6 +330,8 @@ def report_data(result: Evaluation, settings, model=None, processor=None, before
             "queries": queries,
             "retrieval": retrieval_item(result, similarities),
             "vqa": metrics.get("vqa"),
+            "choice": metrics.get("choice"),
+            "conversations": conversation_items(result.asked_in_context, settings.report_images),
             "pope": metrics.get("pope"),
             "routing": metrics.get("routing"),
             "curves": curves,

@@ -234,6 +234,11 @@ function answers() {
     const rows = Object.entries(data.vqa.by_question_type).slice(0, 14).map(([name, v]) => [name + " …", number(v.questions), fixed(v.accuracy)]);
     section("vqa", "Questions", make("div", { class: "card" }, table(["question", "asked", "accuracy"], rows)));
   }
+  if (data.conversations.length) {
+    const rows = data.conversations.map((c) => [make("span", { style: { whiteSpace: "pre-wrap" } }, c.context),
+      c.right ? c.answer : make("mark", {}, c.answer || "(empty)"), c.reference]);
+    section("conversations", "Conversations", make("div", { class: "card" }, table(["conversation", "answer", "reference"], rows)));
+  }
   if (data.pope) {
     const rows = Object.entries(data.pope).filter(([, v]) => v.accuracy !== undefined)
       .map(([name, v]) => [name, ...["accuracy", "precision", "recall", "F1", "yes_share"].map((k) => fixed(v[k])), number(v.questions)]);
