@@ -26,6 +26,7 @@ RECIPES = Path(__file__).parent / "recipes"
 # the order of `blipren --help`; a command that is not named here comes behind them
 FIRST = (
     "quickstart", "new", "doctor", "embed", "align", "train", "dpo", "grpo", "evaluate", "compare", "caption", "chat",
+    "demo",
 )  # fmt: skip
 
 

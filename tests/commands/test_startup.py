@@ -94,6 +94,7 @@ def test_wrong_use(line, message):
         ("caption nothing photo.jpg", "no checkpoint at nothing"),
         ("caption user/name photo.jpg", "there is no file photo.jpg"),
         ("chat nothing", "no checkpoint at nothing"),
+        ("demo nothing", "no checkpoint at nothing"),
         ("convert nothing out", "no checkpoint at nothing"),
         ("import ./nothing out", "there is no folder ./nothing"),
         ("push nothing user/name", "nothing is not a folder"),

@@ -33,6 +33,7 @@ PARSED = {
     "blipren doctor": "tests/test_readme.py and tests/doctor run it",
     "blipren push": "needs a Hub: tests/test_readme.py and tests/hub/test_publish.py run it against one on loopback",
     "blipren chat": "reads lines of a user: tests/conversation runs it",
+    "blipren demo": "serves a page until it is stopped: tests/demo looks at it in a browser",
     "blipren import": "needs weights of others: tests/hub/test_import_weights.py imports small ones",
     "blipren new model --config flickr8k-mini": "tests/commands/test_recipes.py runs this recipe at small size",
     "blipren embed model flickr8k-mini": "the same recipe",

@@ -9,6 +9,7 @@ from transformers import ConvNextImageProcessor, ViTImageProcessor
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.evaluation.attention import (
     Grid,
+    answer_maps,
     explain,
     feature_norms,
     grid_of,
@@ -128,6 +129,26 @@ def test_words_are_drawn_from_the_bright_patch(tmp_path):
     assert maps.shape == (len(ids), 8, 8) and all(p < 0 for p in log_probabilities)
     lit = [m for m in maps if m.max() > 0]
     assert lit and all(divmod(int(m.argmax()), 8) == (5, 3) for m in lit)
+
+
+def test_a_word_about_two_images_has_a_map_in_each(tmp_path):
+    model, processor = brightness_model(tmp_path, "vit", 64, 8, {})
+    photos = [dark_photo((64, 64), (24, 40, 32, 48)), dark_photo((64, 64), (48, 8, 56, 16))]
+    features = encode_images(model, processor, photos, keep_pixels=True)
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which ?"}]}
+    ]
+    before = processor.encode_conversation(messages, features.visual_tokens(model.config))
+    ids = processor.encode_answer("A dog runs .")[:-1]
+    maps, log_probabilities = answer_maps(model, features, before, ids)
+    assert [m.shape for m in maps] == [(len(ids), 8, 8)] * 2
+    largest = torch.stack(maps).amax(dim=(0, 2, 3))
+    assert ((largest == 0) | torch.isclose(largest, torch.ones(()))).all() and largest.max() == 1
+    for own, place in zip(maps, [(5, 3), (1, 6)]):
+        lit = [m for m in own if m.max() > 0]
+        assert lit and all(divmod(int(m.argmax()), 8) == place for m in lit)
+    few, (log_probability,) = answer_maps(model, features, before, ids, [2])
+    assert torch.equal(few[1][0], maps[1][2]) and log_probability == pytest.approx(log_probabilities[2], abs=1e-5)
 
 
 def test_gradient_is_that_of_the_word(tmp_path):

@@ -121,51 +121,73 @@ def query_maps(model, features: PatchFeatures, row: int = 0) -> torch.Tensor | N
     return torch.stack([grid.maps(layer[0].float().mean(dim=0)) for layer in attentions]).cpu()
 
 
-def _prefixes(model, processor, features: PatchFeatures, row: int, prompt, answer_ids: Sequence[int]):
-    count = features[[row]].visual_tokens(model.config)
-    before = list(processor.encode_prompt(prompt, num_visual_tokens=count))
-    ids, mask = pad_right([before + list(answer_ids)], 0)
-    return ids.to(model.device), mask.to(model.device), len(before)
-
-
 def token_maps(
     model, processor, features: PatchFeatures, row: int, prompt: str | None, answer_ids: Sequence[int]
 ) -> tuple[torch.Tensor, list[float]]:
-    """Compute the gradient-weighted map of an image for each token of an answer.
+    """Compute the gradient-weighted map of an image for each token of an answer, see [`answer_maps`].
 
     Args:
-        features: with `pixels` if the encoder's grid differs between images. row: the image.
-        answer_ids: tokens of the answer, as `processor.encode_answer` gives them.
+        row: the image. prompt: what the answer answers.
 
     Returns:
-        Maps [tokens, height, width], each scaled to a maximum of 1 (all zero if nothing is positive), and the
-        log-probability of each token.
+        Maps [tokens, height, width] and the log-probability of each token.
     """
-    ids, mask, start = _prefixes(model, processor, features, row, prompt, answer_ids)
-    grid = grid_of(model.config, features.pixels, row)
+    own = features[[row]]
+    before = processor.encode_prompt(prompt, num_visual_tokens=own.visual_tokens(model.config))
+    maps, log_probabilities = answer_maps(model, own, before, answer_ids)
+    return maps[0], log_probabilities
+
+
+def answer_maps(
+    model,
+    features: PatchFeatures,
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    tokens: Sequence[int] | None = None,
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Compute the gradient-weighted maps of all images of a prompt for tokens of its answer.
+
+    Args:
+        features: of the images, in the order of their placeholders; with `pixels` if the encoder's grid differs between
+            images.
+        prompt_ids: tokens of the prompt, with placeholders. answer_ids: tokens of the answer, as
+            `processor.encode_answer` gives them.
+        tokens: places of the tokens in the answer; all by default.
+
+    Returns:
+        For each image maps [tokens, height, width], scaled so that the maximum of a token over all images is 1 (all zero
+        if nothing is positive), and the log-probability of each token.
+    """
+    tokens = range(len(answer_ids)) if tokens is None else tokens
+    ids, mask = (part.to(model.device) for part in pad_right([[*prompt_ids, *answer_ids]], 0))
+    grids = [grid_of(model.config, features.pixels, row) for row in range(len(features))]
     with torch.enable_grad():
-        inputs = features[[row]].model_inputs(model.device)
+        inputs = features.model_inputs(model.device)
         # all parameters are frozen; the gradient is taken with respect to the patch features
         inputs["patch_features"] = inputs["patch_features"].float().requires_grad_(True)
         image = model.get_image_features(**inputs, output_attentions=model.config.connector == "qformer")
-        at = torch.arange(start - 1, start - 1 + len(answer_ids), device=model.device)
-        logits = model(input_ids=ids, attention_mask=mask, mm_encoder_outputs={"image": image}, logits_at=at).logits
-        chosen = logits.float().log_softmax(dim=-1).gather(1, ids[0, start:, None])[:, 0]  # [tokens]
-        maps = []
+        at = torch.tensor(tokens, device=model.device) + len(prompt_ids)
+        logits = model(
+            input_ids=ids, attention_mask=mask, mm_encoder_outputs={"image": image}, logits_at=at - 1
+        ).logits
+        chosen = logits.float().log_softmax(dim=-1).gather(1, ids[0, at, None])[:, 0]  # [tokens]
+        maps: list[list[torch.Tensor]] = [[] for _ in grids]
         for token, log_probability in enumerate(chosen):
             again = token + 1 < len(chosen)
             if image.cross_attentions is not None:
                 gradients = torch.autograd.grad(log_probability, image.cross_attentions, retain_graph=again)
                 weighted = [(g * a).clamp(min=0) for g, a in zip(gradients, image.cross_attentions)]
-                relevance = torch.stack([w[0].float().mean(dim=0).sum(dim=0) for w in weighted]).sum(
-                    dim=0
-                )  # [patches]
+                relevance = torch.stack([w.float().mean(dim=1).sum(dim=1) for w in weighted]).sum(dim=0)
             else:
                 (gradient,) = torch.autograd.grad(log_probability, inputs["patch_features"], retain_graph=again)
-                relevance = (gradient * inputs["patch_features"])[0].float().sum(dim=-1).clamp(min=0)
-            relevance = grid.maps(relevance.detach())
-            maps.append(relevance / relevance.max().clamp(min=1e-12))
-    return torch.stack(maps).cpu(), chosen.detach().cpu().tolist()
+                relevance = (gradient * inputs["patch_features"]).float().sum(dim=-1).clamp(min=0)
+            own = [
+                grid.maps(values) for grid, values in zip(grids, relevance.detach())
+            ]  # relevance: [images, patches]
+            largest = torch.stack([values.max() for values in own]).max().clamp(min=1e-12)
+            for found, values in zip(maps, own):
+                found.append(values / largest)
+    return [torch.stack(found).cpu() for found in maps], chosen.detach().cpu().tolist()
 
 
 def word_maps(tokens: Sequence[str], maps: torch.Tensor) -> tuple[list[str], torch.Tensor]:
