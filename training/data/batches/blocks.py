@@ -19,6 +19,8 @@ class Segment:
     """Of each token, whether it belongs to an answer."""
     images: tuple[tuple[int, int], ...] = ()
     """(cache, image) of the placeholders in it; those of the prefix are the block's."""
+    sample: int = -1
+    """Row of its conversation in the table of samples; -1 for answers about an image."""
 
     @classmethod
     def of_answer(cls, prompt: list[int], answer: list[int]) -> "Segment":

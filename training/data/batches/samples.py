@@ -98,14 +98,12 @@ class CachedSamples:
                 prompt, chosen = segments[-1].last_answer()
                 segments = [Segment.of_answer(prompt, answer) for answer in (chosen, self.tokens.rejected(sample))]
             for segment in segments:
-                self._add_segment(blocks, segment, self.images[sample], number, layout)
+                self._add_segment(blocks, segment, sample, number, layout)
         return blocks
 
-    def _add_segment(
-        self, blocks: list[Block], segment: Segment, images: tuple[int, ...], number: int, layout
-    ) -> None:
+    def _add_segment(self, blocks: list[Block], segment: Segment, sample: int, number: int, layout) -> None:
         """Add a segment with one placeholder an image to the block of its prefix, which may be a new one."""
-        ids, learned = segment.ids, segment.learned
+        ids, learned, images = segment.ids, segment.learned, self.images[sample]
         if layout.max_answer_tokens is not None:
             ids, learned = cut_answers(ids, learned, layout.max_answer_tokens)
         first = learned.index(True)
@@ -115,7 +113,7 @@ class CachedSamples:
         prefix = self.expand(ids[:shared], images)
         rest = ids[shared:]
         flags = [flag for flag, n in zip(learned[shared:], self._repeats(rest, behind)) for _ in range(n)]
-        segment = Segment(self.expand(rest, behind), flags, tuple((number, image) for image in behind))
+        segment = Segment(self.expand(rest, behind), flags, tuple((number, image) for image in behind), sample)
         own = [(number, image) for image in images[:count]]
         block = next((b for b in reversed(blocks) if b.prefix == prefix and b.images == own), None)
         if block is None or (layout.row_tokens and len(block) + len(segment) > layout.row_tokens):
