@@ -39,7 +39,7 @@ class BliprenPreTrainedModel(PreTrainedModel):
     config: BliprenConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["BliprenQFormerLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -163,6 +163,26 @@ class BliprenPreTrainedModel(PreTrainedModel):
             ValueError: with two encoders, without the images of the second.
         """
         return self._encode(pixel_values, pixel_attention_mask, spatial_shapes, second_pixel_values)[1]
+
+    def encode_videos(
+        self, pixel_values_videos: torch.Tensor, second_pixel_values_videos: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute patch features `(num_videos, num_frames * num_patches, vision_hidden)`, frame by frame.
+
+        Args:
+            pixel_values_videos: `(num_videos, num_frames, ...)`, each frame as in `encode_images`.
+            second_pixel_values_videos: the same for the second encoder.
+
+        Raises:
+            ValueError: this model takes no videos.
+        """
+        if self.config.num_frames is None:
+            raise ValueError("this model takes no videos: make one with `blipren new --frames 8`")
+        second = second_pixel_values_videos
+        features = self.encode_images(
+            pixel_values_videos.flatten(0, 1), second_pixel_values=second.flatten(0, 1) if second is not None else None
+        )
+        return features.unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
 
     def _encode(
         self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, second_pixel_values=None, **options

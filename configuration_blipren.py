@@ -99,6 +99,10 @@ class BliprenQFormerConfig(PreTrainedConfig):
         patch_position_embeddings (`bool`, defaults to `False`): add a learned embedding of its place in the grid to each
             patch. Encoders that were trained on what is in an image hold only roughly where it is.
         num_patches (`int`, *optional*): patches of an image, for `patch_position_embeddings`.
+        time_embedding (`str`, *optional*): for videos whose frames are read together: `"sinusoidal"` or `"learned"`, added
+            to the patches of a frame by its place among the frames.
+        num_frames (`int`, *optional*): frames of a video, for the learned time embedding.
+        patches_per_frame (`int`, *optional*): patches of a frame, over all of its pieces.
         use_text (`bool`, defaults to `False`): build the text side (embeddings and text feed-forward) for stage 1.
         vocab_size, max_position_embeddings, pad_token_id (`int`): of the text side.
         decoder_start_token_id (`int`, *optional*): token that replaces the first one in image-grounded generation
@@ -135,6 +139,9 @@ class BliprenQFormerConfig(PreTrainedConfig):
         patches_per_piece: int | None = None,
         patch_position_embeddings: bool = False,
         num_patches: int | None = None,
+        time_embedding: str | None = None,
+        num_frames: int | None = None,
+        patches_per_frame: int | None = None,
         use_text: bool = False,
         vocab_size: int = 30522,
         max_position_embeddings: int = 512,
@@ -186,6 +193,11 @@ class BliprenQFormerConfig(PreTrainedConfig):
         self.patches_per_piece = patches_per_piece
         self.patch_position_embeddings = patch_position_embeddings
         self.num_patches = num_patches
+        if time_embedding not in (None, "sinusoidal", "learned"):
+            raise ValueError(f"time_embedding is {time_embedding!r}; it must be 'sinusoidal' or 'learned'")
+        self.time_embedding = time_embedding
+        self.num_frames = num_frames
+        self.patches_per_frame = patches_per_frame
         self.use_text = use_text
         self.vocab_size = vocab_size
         self.max_position_embeddings = max_position_embeddings
@@ -231,6 +243,10 @@ class BliprenConfig(PreTrainedConfig):
         vision_tiles (`int`, *optional*): instead of scales: an overview and at most so many tiles, along the sequence.
         second_vision_config (`PreTrainedConfig` or `dict`, *optional*): config of a second vision encoder, whose patch
             features are interpolated to the grid of the first and concatenated to its own.
+        num_frames (`int`, *optional*): frames of a video, for a model that takes videos.
+        frame_tokens (`bool`, defaults to `False`): the Q-Former reads each frame for itself, and a video has as many visual
+            tokens a frame as an image; otherwise it reads all frames at once.
+        video_token_id (`int`, *optional*): id of the placeholder of a video in `input_ids`.
         second_num_prefix_tokens, second_vision_grid: as `num_prefix_tokens` and `vision_grid`, of the second encoder.
         image_token_id (`int`): id of the placeholder in `input_ids` that image features replace.
         num_visual_tokens (`int`, *optional*): visual tokens an image; `None` if images differ.
@@ -287,6 +303,9 @@ class BliprenConfig(PreTrainedConfig):
         second_vision_config=None,
         second_num_prefix_tokens: int = 0,
         second_vision_grid: list[int] | None = None,
+        num_frames: int | None = None,
+        frame_tokens: bool = False,
+        video_token_id: int | None = None,
         image_token_id: int | None = None,
         num_visual_tokens: int | None = None,
         image_text_hidden_size: int = 256,
@@ -355,6 +374,9 @@ class BliprenConfig(PreTrainedConfig):
         self.vision_join = vision_join
         self.vision_tiles = vision_tiles
         check_pieces(self.vision_scales, vision_tiles)
+        self.num_frames = num_frames
+        self.frame_tokens = frame_tokens
+        self.video_token_id = video_token_id
         self.second_num_prefix_tokens = second_num_prefix_tokens
         self.second_vision_grid = second_vision_grid
         # an id beyond the vocabulary is always free, and the model never embeds the placeholder
@@ -379,6 +401,22 @@ class BliprenConfig(PreTrainedConfig):
     def pieces_are_a_sequence(self) -> bool:
         """Whether the patches of an image's pieces stand one behind the other."""
         return self.vision_tiles is not None or (len(self.vision_scales) > 1 and self.vision_join == "sequence")
+
+    @property
+    def patches_per_frame(self) -> int | None:
+        """Patch features of an image, or of a frame of a video; `None` if images differ."""
+        if self.vision_grid is None or self.vision_tiles is not None:
+            return None
+        prefix = self.num_prefix_tokens if self.vision_feature_select == "full" else 0
+        pieces = count_pieces(self.vision_scales, None) if self.pieces_are_a_sequence else 1
+        return pieces * (self.vision_grid[0] * self.vision_grid[1] + prefix)
+
+    def count_visual_tokens(self, num_patches: int) -> int:
+        """Return the visual tokens of an image, or of a video, with this many patch features."""
+        if self.connector == "patches":
+            return num_patches
+        frames = num_patches // self.patches_per_frame if self.frame_tokens else 1
+        return frames * self.qformer_config.num_query_tokens
 
     @property
     def connector_hidden_size(self) -> int:

@@ -91,7 +91,7 @@ def check_image_sources(images) -> None:
     Raises:
         ValueError: for a path or address.
     """
-    if os.environ.get("BLIPREN_IMAGES", "any") == "any":
+    if os.environ.get("BLIPREN_IMAGES", "any") == "any" or images is None:
         return
     for image in images if isinstance(images, (list, tuple)) else [images]:
         if isinstance(image, (list, tuple)):

@@ -29,7 +29,7 @@ from .base_blipren import BliprenPreTrainedModel
 from .base_models_blipren import base_model_reference, load_base_code
 from .configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_revision
 from .projector_blipren import BliprenMlp, BliprenMoeProjector, build_projector
-from .prompts_blipren import end_of_answer_id, pick_image_token
+from .prompts_blipren import end_of_answer_id, pick_image_token, pick_video_token
 from .qformer_blipren import BliprenQFormer
 from .qformer_weights_blipren import copy_bert_weights
 from .vision_blipren import load_vision_setup, used_parameters
@@ -121,7 +121,6 @@ class BliprenImageFeaturesMixin:
             ValueError: with none or both of images and patch features, with patch features of another width, or with a
                 prompt for a Q-Former that does not read it, or without one for a Q-Former that does.
         """
-        parts = self.base_model
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
@@ -131,7 +130,7 @@ class BliprenImageFeaturesMixin:
         vision_outputs = {}
         if patch_features is None:
             options = {"output_hidden_states": True} if output_hidden_states else {}
-            if output_attentions and parts.vision_tower.config._attn_implementation == "eager":
+            if output_attentions and self.base_model.vision_tower.config._attn_implementation == "eager":
                 options["output_attentions"] = True
             vision_outputs, patch_features = self._encode(
                 pixel_values, pixel_attention_mask, spatial_shapes, second_pixel_values, **options
@@ -142,40 +141,72 @@ class BliprenImageFeaturesMixin:
                 f"patch_features have shape {tuple(patch_features.shape)}, and the model takes (num_images, num_patches, "
                 f"{self.config.vision_hidden_size}): they come from another vision encoder or layer"
             )
+        connected = self._connect(
+            patch_features, patch_attention_mask, qformer_input_ids, qformer_attention_mask, output_attentions
+        )
+        return BliprenImageFeatures(
+            patch_features,
+            *connected,
+            vision_outputs.get("hidden_states") if output_hidden_states else None,
+            vision_outputs.get("attentions") if output_attentions else None,
+        )
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor | None = None,
+        second_pixel_values_videos: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BliprenImageFeatures:
+        """Compute the features of videos as [`get_image_features`] does those of images.
+
+        Args:
+            pixel_values_videos, second_pixel_values_videos: see [`encode_videos`].
+            patch_features: `(num_videos, num_frames * num_patches, vision_hidden)`, instead of them.
+        """
+        if patch_features is None:
+            patch_features = self.encode_videos(pixel_values_videos, second_pixel_values_videos)
+        return self.get_image_features(
+            patch_features=patch_features, output_attentions=output_attentions, return_dict=True, **kwargs
+        )
+
+    def _connect(self, patch_features, mask, qformer_input_ids, qformer_attention_mask, output_attentions):
+        """Return the image features of each image or video, router outputs and the Q-Former's cross-attention."""
+        parts, per_frame = self.base_model, self.config.patches_per_frame
         hidden_states = patch_features.to(next(parts.projector.parameters()).dtype)
+        num_frames = None
+        if self.config.frame_tokens and parts.qformer is not None and hidden_states.shape[1] > per_frame:
+            # each frame for itself; frames that are padding attend to anything, and are left out below
+            there = torch.ones(hidden_states.shape[:2], device=hidden_states.device) if mask is None else mask
+            num_frames = (there.sum(dim=1) // per_frame).tolist()
+            hidden_states = hidden_states.unflatten(1, (-1, per_frame)).flatten(0, 1)
+            mask = None
         cross_attentions = None
         if parts.qformer is not None:
             if self.config.qformer_reads_prompt != (qformer_input_ids is not None):
                 verb = "needs" if self.config.qformer_reads_prompt else "does not take"
                 raise ValueError(f"this model {verb} qformer_input_ids: use the inputs that its processor returns")
             outputs = parts.qformer(
-                hidden_states,
-                patch_attention_mask,
-                qformer_input_ids,
-                qformer_attention_mask,
-                output_attentions=output_attentions,
+                hidden_states, mask, qformer_input_ids, qformer_attention_mask, output_attentions=output_attentions
             )
             states, cross_attentions = outputs.query_states, outputs.cross_attentions
         else:
             states = hidden_states
         router_probs = aux_loss = None
         if isinstance(parts.projector, BliprenMoeProjector):
-            image_features, router_probs, aux_loss = parts.projector(states, hidden_states, patch_attention_mask)
+            image_features, router_probs, aux_loss = parts.projector(states, hidden_states, mask)
         else:
             image_features = parts.projector(states)
-        if parts.qformer is None and patch_attention_mask is not None:
-            per_image = [features[mask.bool()] for features, mask in zip(image_features, patch_attention_mask)]
+        if num_frames is not None:
+            videos = image_features.unflatten(0, (len(num_frames), -1))  # [videos, frames, queries, D]
+            per_image = [video[: int(count)].flatten(0, 1) for video, count in zip(videos, num_frames)]
+        elif parts.qformer is None and mask is not None:
+            per_image = [features[own.bool()] for features, own in zip(image_features, mask)]
         else:
             per_image = list(image_features)
-        return BliprenImageFeatures(
-            patch_features,
-            per_image,
-            router_probs,
-            aux_loss,
-            cross_attentions,
-            vision_outputs.get("hidden_states") if output_hidden_states else None,
-            vision_outputs.get("attentions") if output_attentions else None,
-        )
+        return per_image, router_probs, aux_loss, cross_attentions
 
 
 class BliprenTextEmbedding(nn.Module):
@@ -221,6 +252,8 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         second_pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        second_pixel_values_videos: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
@@ -233,14 +266,9 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         if self.training and not torch.compiler.is_compiling():
             self._keep_frozen_in_eval()
-        image_mask = input_ids == self.config.image_token_id if input_ids is not None else None
-        if inputs_embeds is None:
-            # the id of the placeholder may lie beyond the vocabulary, so it is not embedded
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(image_mask, 0))
-
-        image = (mm_encoder_outputs or {}).get("image")
-        if image is None and (pixel_values is not None or patch_features is not None):
-            image = self.get_image_features(
+        given = dict(mm_encoder_outputs or {})
+        if given.get("image") is None and (pixel_values is not None or patch_features is not None):
+            given["image"] = self.get_image_features(
                 pixel_values,
                 pixel_attention_mask,
                 spatial_shapes,
@@ -251,16 +279,31 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
                 qformer_attention_mask,
                 return_dict=True,
             )
-        image_features = None
-        if image is not None:
-            image_features = torch.cat(list(image.pooler_output), dim=0)  # [tokens of all images, D]
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            if image_mask is None:
-                image_mask = self._find_placeholders(inputs_embeds)
-            self._check_token_count(image_mask, image_features.shape[0])
-            inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), image_features)
-        elif image_mask is not None and input_ids.shape[1] > 1:
-            self._check_token_count(image_mask, 0)
+        if given.get("video") is None and pixel_values_videos is not None:
+            given["video"] = self.get_video_features(pixel_values_videos, second_pixel_values_videos, return_dict=True)
+        ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        masks = {
+            kind: input_ids == token for kind, token in ids.items() if token is not None and input_ids is not None
+        }
+        if inputs_embeds is None:
+            # the ids of placeholders may lie beyond the vocabulary, so they are not embedded
+            embedded = input_ids
+            for mask in masks.values():
+                embedded = embedded.masked_fill(mask, 0)
+            inputs_embeds = self.get_input_embeddings()(embedded)
+        image, image_features = given.get("image"), None
+        for kind in ("image", "video"):
+            if given.get(kind) is not None:
+                features = torch.cat(list(given[kind].pooler_output), dim=0)  # [tokens of all images or videos, D]
+                features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+                mask = masks.get(kind)
+                if mask is None:
+                    mask = self._find_placeholders(inputs_embeds, ids[kind])
+                self._check_token_count(mask, features.shape[0], kind)
+                inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
+                image_features = features if image_features is None else image_features
+            elif kind in masks and input_ids.shape[1] > 1:
+                self._check_token_count(masks[kind], 0, kind)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -280,25 +323,26 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
             router_aux_loss=image.get("router_aux_loss") if image is not None else None,
         )
 
-    def _find_placeholders(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def _find_placeholders(self, inputs_embeds: torch.Tensor, token_id: int) -> torch.Tensor:
         """Return the mask `(batch, length)` of the placeholder's embedding, as models of transformers do."""
         embeddings = self.get_input_embeddings()
-        if self.config.image_token_id >= embeddings.weight.shape[0]:
+        if token_id >= embeddings.weight.shape[0]:
             raise ValueError(
                 "images with inputs_embeds need a placeholder inside the vocabulary, and this model's lies beyond it: "
                 "pass input_ids instead"
             )
-        token = torch.tensor(self.config.image_token_id, device=embeddings.weight.device)
+        token = torch.tensor(token_id, device=embeddings.weight.device)
         return (inputs_embeds == embeddings(token).to(inputs_embeds)).all(dim=-1)
 
     @staticmethod
-    def _check_token_count(image_mask: torch.Tensor, num_features: int) -> None:
+    def _check_token_count(mask: torch.Tensor, num_features: int, kind: str) -> None:
         if torch.compiler.is_compiling():
             return  # a condition that depends on data would break the graph
-        num_tokens = int(image_mask.sum())
+        num_tokens = int(mask.sum())
         if num_tokens != num_features:
             raise ValueError(
-                f"Image features and image tokens do not match, tokens: {num_tokens}, features: {num_features}"
+                f"{kind.capitalize()} features and {kind} tokens do not match, tokens: {num_tokens}, features: "
+                f"{num_features}"
             )
 
 
@@ -433,6 +477,8 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         second_pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        second_pixel_values_videos: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
@@ -446,6 +492,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         Args:
             input_ids: `(batch, length)`, with the placeholder where image features go.
             pixel_values: images of the whole batch in order, see [`encode_images`].
+            pixel_values_videos, second_pixel_values_videos: videos of the whole batch in order, see [`encode_videos`].
             attention_mask: `(batch, length)`, or a 4-D mask that the language model uses unchanged.
             past_key_values: key-value cache of the language model; `cache` is its name from transformers 5.24 on.
             labels: `(batch, length)`, -100 where there is no loss; image tokens and padding never have one.
@@ -460,7 +507,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             num_items_in_batch: divisor of the summed loss: number of label tokens of the global batch; by default of this
                 batch.
             patch_features, patch_attention_mask, qformer_input_ids, qformer_attention_mask: see [`get_image_features`].
-            mm_encoder_outputs: `{"image": BliprenImageFeatures}`, instead of images.
+            mm_encoder_outputs: `{"image": BliprenImageFeatures, "video": ...}`, instead of images and videos.
 
         Raises:
             ValueError: when image tokens and image features differ in number, or arguments exclude each other.
@@ -476,6 +523,8 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
             second_pixel_values=second_pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            second_pixel_values_videos=second_pixel_values_videos,
             patch_features=patch_features,
             patch_attention_mask=patch_attention_mask,
             qformer_input_ids=qformer_input_ids,
@@ -489,6 +538,8 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             labels = labels.to(hidden_states.device)
             if input_ids is not None:
                 labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
+                if self.config.video_token_id is not None:
+                    labels = labels.masked_fill(input_ids == self.config.video_token_id, -100)
             if attention_mask is not None and attention_mask.dim() == 2:
                 labels = labels.masked_fill(attention_mask == 0, -100)
             # tokens < n predict n
@@ -539,13 +590,21 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
-        """Generate as in transformers; image features are computed once, from `pixel_values` or `patch_features`.
+        """Generate as in transformers; image and video features are computed once.
 
         An `assistant_model` may be a language model with the same tokenizer, or a model of this class.
 
         Raises:
-            ValueError: when an assistant that reads images has another number of visual tokens.
+            ValueError: when an assistant that reads images has another number of visual tokens, or is given a video.
         """
+        video_kwargs = {
+            key: kwargs.pop(key) for key in ("pixel_values_videos", "second_pixel_values_videos") if key in kwargs
+        }
+        if video_kwargs.get("pixel_values_videos") is not None:
+            if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
+                raise ValueError("assisted generation takes images and no videos: leave the assistant out")
+            features = self.get_video_features(**video_kwargs, return_dict=True)
+            kwargs["mm_encoder_outputs"] = {"video": features} | (kwargs.get("mm_encoder_outputs") or {})
         image_kwargs = {
             key: kwargs.pop(key)
             for key in (
@@ -562,7 +621,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         }
         if any(image_kwargs.get(key) is not None for key in ("pixel_values", "patch_features")):
             features = self.get_image_features(**image_kwargs, return_dict=True)
-            kwargs["mm_encoder_outputs"] = {"image": features}
+            kwargs["mm_encoder_outputs"] = {"image": features} | (kwargs.get("mm_encoder_outputs") or {})
             assistant = kwargs.get("assistant_model")
             if assistant is not None and reads_images(assistant):
                 counts = [len(image) for image in features.pooler_output]
@@ -605,8 +664,10 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         if kwargs.get("mm_encoder_outputs") and ids is not None:
             # a single token behind the prefill is a generated one
             is_prompt = ids.shape[1] > 1 or kwargs.get("is_first_iteration")
-            has_images = is_prompt and bool((ids == self.config.image_token_id).any())
-            inputs["mm_encoder_outputs"] = kwargs["mm_encoder_outputs"] if has_images else None
+            tokens = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+            outputs = kwargs["mm_encoder_outputs"]
+            shown = is_prompt and any(bool((ids == tokens[kind]).any()) for kind in tokens if kind in outputs)
+            inputs["mm_encoder_outputs"] = outputs if shown else None
         return inputs
 
     @classmethod
@@ -626,6 +687,9 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         scales: list[int] | None = None,
         scale_join: str = "channels",
         tiles: int | None = None,
+        frames: int | None = None,
+        frame_tokens: bool = False,
+        time_embedding: str = "sinusoidal",
         image_processor_options: dict | None = None,
         match_embedding_scale: bool = True,
         dtype: str | torch.dtype = "auto",
@@ -643,6 +707,8 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             projector_options: fields of [`BliprenConfig`] for the projector, such as `{"projector_hidden_size": 512}`.
             vision_feature_layer, vision_feature_select: see [`BliprenConfig`].
             scales, scale_join, tiles: `vision_scales`, `vision_join`, `vision_tiles` of [`BliprenConfig`].
+            frames, frame_tokens: `num_frames` and `frame_tokens` of [`BliprenConfig`].
+            time_embedding: of a Q-Former that reads all frames at once: `"sinusoidal"` or `"learned"`.
             image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`; those of a second
                 encoder's under `second`.
             match_embedding_scale: scale image features to the root mean square of the language model's embeddings;
@@ -703,6 +769,14 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         if setup.num_pieces > 1:
             per_piece = measured.num_patches(vision_feature_select)
             qformer_values |= {"num_pieces": setup.num_pieces, "patches_per_piece": per_piece}
+        if frames is not None:
+            if setup.num_patches is None:
+                raise ValueError(
+                    "videos need as many patches of each frame: no tiles, and an encoder with a fixed grid"
+                )
+            if not frame_tokens:
+                qformer_values |= {"time_embedding": time_embedding, "num_frames": frames}
+                qformer_values |= {"patches_per_frame": setup.num_patches}
         causal_lm, info = AutoModelForCausalLM.from_pretrained(
             llm, revision=llm_revision, dtype=dtype, output_loading_info=True, **hub_kwargs
         )
@@ -742,6 +816,9 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             second_vision_config=second.config if second else None,
             second_num_prefix_tokens=second.shape.num_prefix_tokens if second else 0,
             second_vision_grid=list(second.shape.grid) if second else None,
+            num_frames=frames,
+            frame_tokens=frame_tokens,
+            video_token_id=pick_video_token(tokenizer)[1] if frames is not None else None,
             image_token_id=pick_image_token(tokenizer)[1],
             num_visual_tokens=num_queries if connector == "qformer" else setup.num_patches,
             base_models={**references, "llm": base_model_reference(llm, llm_revision, **hub_kwargs)},

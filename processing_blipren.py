@@ -18,7 +18,9 @@ from .prompts_blipren import (
     build_chat_template,
     end_of_answer_id,
     pick_image_token,
+    pick_video_token,
 )
+from .video_blipren import BliprenVideoProcessor, as_videos, holds_videos, read_frames
 from .vision_blipren import load_vision_setup
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # folder of a checkpoint
@@ -36,6 +38,9 @@ class BliprenProcessor(ProcessorMixin):
         tokenizer: tokenizer of the language model; it pads on the left.
         chat_template (`str`, *optional*): Jinja template that places images, see [`build_chat_template`].
         image_token (`str`): placeholder of an image.
+        video_token (`str`, *optional*): placeholder of a video, of a model that takes videos.
+        frames_per_video (`int`, *optional*): frames of a video; `None` for a model that takes none.
+        num_video_tokens (`int`, *optional*): placeholders a video.
         num_visual_tokens (`int`, *optional*): placeholders an image; `None` if images differ (NaFlex, tiles).
         answer_end (`str`): token that ends an answer.
         answer_start (`str`): text between prompt and answer: a space for plain prompts, nothing for chats and for the
@@ -57,6 +62,9 @@ class BliprenProcessor(ProcessorMixin):
         chat_template=None,
         image_token: str = IMAGE_TOKEN,
         num_visual_tokens: int | None = 32,
+        video_token: str | None = None,
+        frames_per_video: int | None = None,
+        num_video_tokens: int | None = None,
         answer_end: str | None = None,
         answer_start: str = " ",
         prompts: list[str] | None = None,
@@ -68,6 +76,10 @@ class BliprenProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.num_visual_tokens = num_visual_tokens
+        self.video_token = video_token
+        self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if video_token is not None else None
+        self.frames_per_video = frames_per_video
+        self.num_video_tokens = num_video_tokens
         self.answer_end = answer_end if answer_end is not None else tokenizer.eos_token
         self.answer_start = answer_start
         self.prompts = prompts or [DEFAULT_PROMPT]
@@ -97,6 +109,8 @@ class BliprenProcessor(ProcessorMixin):
         scales: list[int] | None = None,
         scale_join: str = "channels",
         tiles: int | None = None,
+        frames: int | None = None,
+        frame_tokens: bool = False,
         image_processor_options: dict | None = None,
         prompts: list[str] | None = None,
         system_prompts: list[str] | None = None,
@@ -106,7 +120,8 @@ class BliprenProcessor(ProcessorMixin):
 
         Args:
             vision, llm: Hub ids (perhaps `id@revision`) or folders.
-            connector, num_queries, vision_feature_layer, vision_feature_select, scales, scale_join, tiles: as for the model.
+            connector, num_queries, vision_feature_layer, vision_feature_select, scales, scale_join, tiles, frames, frame_tokens:
+                as for the model.
             image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`.
             prompts: caption prompts; by default "Short caption:", or a sentence for chat models.
             system_prompts: system prompts, for chat models.
@@ -140,6 +155,10 @@ class BliprenProcessor(ProcessorMixin):
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)  # masks do not depend on its id
         chat = tokenizer.chat_template
         image_token, _ = pick_image_token(tokenizer)
+        video_token = pick_video_token(tokenizer)[0] if frames is not None else None
+        num_video_tokens = num_visual_tokens
+        if frames is not None and (frame_tokens or connector == "patches"):
+            num_video_tokens = frames * num_visual_tokens
         tokenizer.chat_template = None  # the processor has one that places images
         answer_start = "" if chat or prompts == [""] else " "
         if system_prompts and not chat:
@@ -147,8 +166,11 @@ class BliprenProcessor(ProcessorMixin):
         return cls(
             setup.image_processor,
             tokenizer,
-            chat_template=build_chat_template(chat, image_token, answer_start),
+            chat_template=build_chat_template(chat, image_token, answer_start, video_token),
             image_token=image_token,
+            video_token=video_token,
+            frames_per_video=frames,
+            num_video_tokens=num_video_tokens if frames is not None else None,
             num_visual_tokens=num_visual_tokens,
             answer_end=tokenizer.convert_ids_to_tokens(end),
             answer_start=answer_start,
@@ -169,16 +191,24 @@ class BliprenProcessor(ProcessorMixin):
                 text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
 
-    def prompt_text(self, prompt: str | None = None, system: str | None = None, num_images: int = 1) -> str:
+    @property
+    def video_processor(self) -> BliprenVideoProcessor:
+        """Video processor: the frames of a video through the image processor."""
+        return BliprenVideoProcessor(self.frames_per_video, self.image_processor)
+
+    def prompt_text(
+        self, prompt: str | None = None, system: str | None = None, num_images: int = 1, num_videos: int = 0
+    ) -> str:
         """Render a prompt as text up to the answer, with one placeholder an image and without a space at the end.
 
         Args:
             prompt: caption prompt or question; the first of `prompts` by default.
             system: system prompt; the first of `system_prompts` by default, `""` for none.
-            num_images: number of images in front of the prompt.
+            num_images, num_videos: number of images, and of videos behind them, in front of the prompt.
         """
         prompt = self.prompts[0] if prompt is None else self.escape_special_tokens(prompt.strip())
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+        content = [{"type": "image"}] * num_images + [{"type": "video"}] * num_videos
+        content.append({"type": "text", "text": prompt})
         return self._render([{"role": "user", "content": content}], system)
 
     def conversation_text(self, messages: list[dict], system: str | None = None, thinking: bool = False) -> str:
@@ -348,13 +378,19 @@ class BliprenProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Put text without the placeholder into the prompt layout of training; use the caption prompt without text.
 
+        Videos become their sampled frames.
+
         Raises:
-            ValueError: for videos or audio, an image by path or address where only `data:` is allowed, or numbers of
-                texts and images that do not fit.
+            ValueError: for audio, videos that this model does not take, an image by path or address where only `data:` is
+                allowed, or numbers of texts and images that do not fit.
+            VideoError: a video cannot be used.
         """
-        for name, value in (("videos", videos), ("audio", audio)):
+        for name, value in (("videos", None if self.frames_per_video else videos), ("audio", audio)):
             if value is not None:
-                raise ValueError(f"{name} were given to the processor, and this model reads images and text only")
+                kinds = "images, videos and text" if self.frames_per_video else "images and text"
+                raise ValueError(f"{name} were given to the processor, and this model reads {kinds} only")
+        if videos is not None:
+            return self._prepare_videos(images, text, videos, **kwargs)
         single = isinstance(text, str)
         if images is not None:
             check_image_sources(images)
@@ -384,6 +420,43 @@ class BliprenProcessor(ProcessorMixin):
             texts = [text] if isinstance(text, str) else list(text)
             text = [self._strip_duplicate_bos(t) for t in texts] if given else texts
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _prepare_videos(self, images, text, videos, **kwargs):
+        """Return images, texts and the sampled frames of videos; a text without placeholders has its videos in front."""
+        if self.qformer_reads_prompt:
+            raise ValueError("a Q-Former that reads the prompt takes images only")
+        check_image_sources(videos)
+        if isinstance(videos, (list, tuple)) and videos and all(v == [] or holds_videos(v) for v in videos):
+            groups = [list(group) for group in videos]  # the videos of each text
+        elif isinstance(text, str):
+            groups = [as_videos(videos)]
+        else:
+            groups = [[video] for video in as_videos(videos)]
+        texts = [None] * len(groups) if text is None else [text] if isinstance(text, str) else list(text)
+        if not any(isinstance(t, str) and (self.video_token in t or self.image_token in t) for t in texts):
+            pictures = [[] for _ in texts]
+            if images is not None:
+                listed = images if isinstance(images, (list, tuple)) else [images]
+                pictures = [list(one) if isinstance(one, (list, tuple)) else [one] for one in listed]
+            if not len(texts) == len(groups) == len(pictures):
+                raise ValueError(
+                    f"{len(texts)} texts, {len(groups)} groups of videos, {len(pictures)} of images: give a list for each text"
+                )
+            texts = [
+                self.prompt_text(t, num_images=len(p), num_videos=len(g)) if p or g else t
+                for t, p, g in zip(texts, pictures, groups)
+            ]
+        if isinstance(images, (list, tuple)) and all(isinstance(one, (list, tuple)) and not one for one in images):
+            images = None
+        check_image_sources(images)
+        texts = [self._strip_duplicate_bos(t) for t in texts]
+        frames = [read_frames(video, self.frames_per_video) for group in groups for video in group]
+        images, texts, _, _ = super().prepare_inputs_layout(images=images, text=texts, **kwargs)
+        return images, texts, frames, None
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+        """Return the placeholder of a video, repeated for each of its visual tokens."""
+        return self.video_token * self.num_video_tokens
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """Return the placeholder, repeated for each visual token of the image."""
@@ -433,6 +506,8 @@ class BliprenProcessor(ProcessorMixin):
         copy_code_files(folder)
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(folder / QFORMER_TOKENIZER)
+        if self.frames_per_video is not None:
+            self.video_processor.save_pretrained(folder)
         kind, auto_class = type(self), self._auto_class
         # the code is written already; transformers would also write the auto_map of tokenizer and image processor
         kind._auto_class = None

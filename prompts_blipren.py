@@ -5,6 +5,7 @@ import re
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 IMAGE_TOKEN = "<image>"
+VIDEO_TOKEN = "<video>"
 DEFAULT_PROMPT = "Short caption:"
 DEFAULT_CHAT_PROMPT = "Write a short caption for this image."
 # Jinja in front of every chat template: a part of a message that would be ignored is an error
@@ -25,7 +26,7 @@ _TEMPLATE_HEAD = """{%- if enable_thinking is not defined -%}{%- set enable_thin
   {%- else -%}
     {%- set content = namespace(text='') -%}
     {%- for part in message['content'] -%}
-      {%- if part['type'] in ('image', 'image_url') -%}{%- set content.text = content.text + 'IMAGE_TOKEN' -%}
+      {%- if part['type'] in ('image', 'image_url') -%}{%- set content.text = content.text + 'IMAGE_TOKEN' -%}VIDEO_PART
       {%- else -%}{%- set content.text = content.text + part['text'] -%}{%- endif -%}
     {%- endfor -%}
     {%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}
@@ -33,6 +34,8 @@ _TEMPLATE_HEAD = """{%- if enable_thinking is not defined -%}{%- set enable_thin
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
+_VIDEO_PART = """
+      {%- elif part['type'] in ('video', 'video_url') -%}{%- set content.text = content.text + 'VIDEO_TOKEN' -%}"""
 # for language models without a template: prompt, space, answer, end token
 _PLAIN_TEMPLATE = """{%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
@@ -41,15 +44,23 @@ _PLAIN_TEMPLATE = """{%- for message in messages -%}
 {%- endfor -%}"""
 
 
-def build_chat_template(text_template: str | None, image_token: str, answer_start: str = " ") -> str:
+def build_chat_template(
+    text_template: str | None, image_token: str, answer_start: str = " ", video_token: str | None = None
+) -> str:
     """Return a Jinja template that places images and then renders as the language model's own template does.
 
     Args:
         text_template: template of the language model; `None` for a model without one.
         image_token: placeholder of an image.
         answer_start: text between prompt and answer, where the language model has no template.
+        video_token: placeholder of a video, of a model that takes videos.
     """
     head = CHECK_PARTS + _TEMPLATE_HEAD.replace("IMAGE_TOKEN", image_token)
+    video = "" if video_token is None else _VIDEO_PART.replace("VIDEO_TOKEN", video_token)
+    head = head.replace("VIDEO_PART", video)
+    if video_token is not None:
+        head = head.replace("'image_url', 'text'", "'image_url', 'video', 'video_url', 'text'")
+        head = head.replace("reads images and text", "reads images, videos and text")
     return head + (text_template or _PLAIN_TEMPLATE.replace("ANSWER_START", answer_start))
 
 
@@ -59,13 +70,23 @@ def pick_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     It is a token that the tokenizer reserves for images or for later use. If there is none, `<image>` is added to the
     tokenizer, with the id of a spare embedding row or one beyond the vocabulary; the model never embeds it.
     """
+    return _pick_token(tokenizer, r"<\|?image(_pad)?\|?>", IMAGE_TOKEN, [])
+
+
+def pick_video_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """Return the placeholder of a video and its id, found as that of an image and another one."""
+    image_token, _ = pick_image_token(tokenizer)
+    return _pick_token(tokenizer, r"<\|?video(_pad)?\|?>", VIDEO_TOKEN, [image_token])
+
+
+def _pick_token(tokenizer, own: str, new: str, taken: list[str]) -> tuple[str, int]:
     added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-    for pattern in (r"<\|?image(_pad)?\|?>", r"<\|?reserved_special_token_\d+\|?>", r"<\|?(unused|extra_id_)\d+\|?>"):
+    for pattern in (own, r"<\|?reserved_special_token_\d+\|?>", r"<\|?(unused|extra_id_)\d+\|?>"):
         for token, index in sorted(added.items(), key=lambda item: item[1]):
-            if re.fullmatch(pattern, token):
+            if re.fullmatch(pattern, token) and token not in taken:
                 return token, index
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return IMAGE_TOKEN, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    tokenizer.add_tokens([AddedToken(new, special=True, normalized=False)], special_tokens=True)
+    return new, tokenizer.convert_tokens_to_ids(new)
 
 
 def end_of_answer_id(tokenizer: PreTrainedTokenizerBase, generation_eos: list[int]) -> int:
@@ -105,4 +126,5 @@ __all__ = [
     "build_chat_template",
     "end_of_answer_id",
     "pick_image_token",
+    "pick_video_token",
 ]

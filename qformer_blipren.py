@@ -219,6 +219,8 @@ class BliprenQFormer(PreTrainedModel):
             self.piece_embeddings = nn.Embedding(config.num_pieces, width)
         if config.patch_position_embeddings:
             self.patch_position_embeddings = nn.Embedding(config.num_patches, width)
+        if config.time_embedding == "learned":
+            self.time_embeddings = nn.Embedding(config.num_frames, width)
         if config.use_text:
             self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -246,6 +248,14 @@ class BliprenQFormer(PreTrainedModel):
             if not layer.shares_feed_forward:
                 modules += [layer.text_feed_forward, layer.text_feed_forward_norm]
         return [parameter for module in modules for parameter in module.parameters()]
+
+    def _embed_time(self, frames: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the embedding `(n, width)` of frames by their place; the sinusoids are those of the Transformer."""
+        if self.config.time_embedding == "learned":
+            return self.time_embeddings(frames)
+        half = torch.arange(0, like.shape[-1], 2, device=like.device, dtype=torch.float32)
+        angles = frames[:, None] / 10000 ** (half / like.shape[-1])
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : like.shape[-1]].to(like.dtype)
 
     def get_input_embeddings(self) -> nn.Module | None:
         return self.word_embeddings if self.config.use_text else None
@@ -299,15 +309,21 @@ class BliprenQFormer(PreTrainedModel):
                 patch_features = self.patch_projection(patch_features)
             if self.config.num_pieces > 1:
                 patches = torch.arange(patch_features.shape[1], device=patch_features.device)
-                pieces = (patches // self.config.patches_per_piece).clamp(max=self.config.num_pieces - 1)
+                pieces = patches // self.config.patches_per_piece % self.config.num_pieces
                 patch_features = patch_features + self.piece_embeddings(pieces)
             if self.config.patch_position_embeddings:
-                if patch_features.shape[1] != self.config.num_patches:
+                frames, rest = divmod(patch_features.shape[1], self.config.num_patches)
+                if rest:
                     raise ValueError(
                         f"images have {patch_features.shape[1]} patches, and the Q-Former has position embeddings for "
                         f"{self.config.num_patches}: make it for this encoder and image size"
                     )
-                patch_features = patch_features + self.patch_position_embeddings.weight
+                patch_features = patch_features + self.patch_position_embeddings.weight.repeat(frames, 1)
+            if self.config.time_embedding is not None:
+                patches = torch.arange(patch_features.shape[1], device=patch_features.device)
+                patch_features = patch_features + self._embed_time(
+                    patches // self.config.patches_per_frame, patch_features
+                )
         if input_ids is not None:
             if input_ids.shape[1] > self.config.max_position_embeddings:
                 raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import BertTokenizerFast, DistilBertConfig, DistilBertModel
 
 import blipren
@@ -78,6 +79,18 @@ def stand_ins(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """The same pictures as animations: each turns black."""
+    folder = draw_dataset(tmp_path_factory.mktemp("recipe-clips") / "clips", images=42)
+    for file in folder.glob("*.png"):
+        with Image.open(file) as picture:
+            picture.save(file.with_suffix(".gif"), save_all=True, append_images=[Image.new("RGB", (32, 32))])
+    metadata = folder / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace(".png", ".gif"))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return draw_dataset(tmp_path_factory.mktemp("recipe-data") / "shapes", images=42)
 
@@ -97,9 +110,10 @@ def recipe_settings(command, recipe, flags):
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in (*OWN_TESTS, *FLICKR)])
-def test_recipe_runs_two_steps(recipe, stand_ins, pictures, tmp_path):
+def test_recipe_runs_two_steps(recipe, stand_ins, pictures, clips, tmp_path):
     sections = load_recipe(recipe)
     wanted = sections["new"]
+    pictures = clips if "frames" in wanted else pictures
     model, cache, out = (str(tmp_path / name) for name in ("model", "cache", "out"))
     vision = wanted["vision"] if isinstance(wanted["vision"], list) else [wanted["vision"]]
     flags = {"out": model, "vision": [stand_ins(name) for name in vision], "llm": stand_ins(wanted["llm"])}

@@ -20,6 +20,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast, Blip2Config, Blip2ForImageTextRetrieval
 
 from blipren.training import cli
+from blipren.training.quickstart.clips import write_clips
 from blipren.training.quickstart.scenes import Scene, Split, draw_scene, iterate_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +188,7 @@ def prepared(tmp_path_factory):
     for name in ("tars", "livis/tars", "cc3m/tars"):
         write_tar(folder / name)
     torch.manual_seed(0)
+    write_clips(folder / "clips", 0, {"train": 12, "validation": 3, "test": 3})
     write_bert(folder / "bert")
     write_blip2(folder / "blip2-itm-vit-g")
     with pytest.MonkeyPatch.context() as patch:

@@ -54,6 +54,12 @@ class VisionSettings(Settings):
     """Scales averaged down onto one grid and concatenated along the width (S2), or all patches one behind the other."""
     tiles: int | None = None
     """Instead of scales: an overview and the grid of at most so many tiles that fits the image's shape best."""
+    frames: int | None = None
+    """Take videos too: so many frames, sampled evenly by time."""
+    frame_tokens: bool = False
+    """The Q-Former reads each frame for itself and gives --queries tokens a frame, instead of --queries for all frames."""
+    time_embedding: str = choice("sinusoidal", "learned", default="sinusoidal")
+    """How a Q-Former that reads all frames at once knows their order."""
     image_processor: dict = field(default_factory=dict)
     """Image processor settings by name, such as {do_center_crop: false, size: {height: 224, width: 224}}; those of a
     second encoder under second."""
@@ -107,6 +113,8 @@ class NewSettings(CheckpointSettings, PromptSettings, VisionSettings, ConnectorS
             raise UsageError(f"vision names {len(self.vision)} encoders; a model has one or two")
         if self.scales[0] != 1 or any(b <= a for a, b in zip(self.scales, self.scales[1:])):
             raise UsageError(f"scales are {self.scales}; they must ascend from 1, such as 1 2 or 1 2 3")
+        if self.frames is not None and (self.frames < 1 or self.tiles is not None):
+            raise UsageError(f"frames is {self.frames}; it must be at least 1, and goes with no tiles")
         if self.tiles is not None and (self.tiles < 2 or self.scales != [1]):
             raise UsageError(f"tiles is {self.tiles}; it must be at least 2, and goes with no scale but 1")
 
@@ -116,6 +124,7 @@ def describe_pieces(config) -> str:
     words = f" at scales {', '.join(map(str, config.vision_scales))}" if len(config.vision_scales) > 1 else ""
     words += f", joined along the {config.vision_join}" if words else ""
     words += f", an overview and at most {config.vision_tiles} tiles" if config.vision_tiles else ""
+    words += f", {config.num_frames} frames of a video" if config.num_frames else ""
     words += " of two encoders" if config.second_vision_config is not None else ""
     return words + (f": features {config.vision_hidden_size} wide" if words else "")
 
@@ -159,6 +168,8 @@ def run(settings: NewSettings) -> None:
         "scales": settings.scales,
         "scale_join": settings.scale_join,
         "tiles": settings.tiles,
+        "frames": settings.frames,
+        "frame_tokens": settings.frame_tokens,
         "image_processor_options": settings.image_processor,
     }
     bert = None if aligned is not None else settings.qformer_init
@@ -169,6 +180,7 @@ def run(settings: NewSettings) -> None:
             settings.llm,
             **shared,
             projector=settings.projector,
+            time_embedding=settings.time_embedding,
             projector_options=settings.projector_options,
             qformer=text_side | settings.qformer,
             qformer_init=bert,
@@ -202,7 +214,8 @@ def run(settings: NewSettings) -> None:
     print(
         f"{model.describe_trainable()}\n"
         f"patch grid {grid}{describe_pieces(model.config)}, {model.config.num_prefix_tokens} prefix tokens left out, "
-        f"{model.config.num_visual_tokens or 'as many as patches'} visual tokens an image\n"
+        f"{model.config.num_visual_tokens or 'as many as patches'} visual tokens an image"
+        f"{f', {processor.num_video_tokens} a video' if processor.frames_per_video else ''}\n"
         f"prompt: {processor.prompt_text()!r}\n"
         f"checkpoint: {out} ({size / 2**20:.1f} MiB). Next: blipren doctor {out}"
     )

@@ -65,6 +65,8 @@ class AlignedQFormer:
             "scales": config.vision_scales,
             "scale_join": config.vision_join,
             "tiles": config.vision_tiles,
+            "frames": config.num_frames,
+            "frame_tokens": config.frame_tokens,
         }
         for field in dataclasses.fields(settings):
             if field.name in theirs:

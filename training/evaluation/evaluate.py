@@ -113,6 +113,7 @@ def _evaluate_answers(
         image_use=settings.probe,
         prompt=settings.prompt,
         generation=settings.generate_options(),
+        num_frames=model.config.num_frames if split.examples[0].row.video else None,
         batch_size=settings.batch_size,
         seed=settings.seed,
         grounding=tuple(settings.grounding),

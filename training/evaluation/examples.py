@@ -41,11 +41,18 @@ class Example:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> Image.Image:
-        """Return the image as upright RGB. Raises `ImageError`."""
+        """Return the image, or the middle frame of the video, as upright RGB. Raises `ImageError`."""
         try:
             return self.row.load()
         finally:
             self.row._data = None  # the encoded images of a whole split do not fit into memory
+
+    def load_frames(self, num_frames: int) -> list[Image.Image]:
+        """Return frames of the video, sampled evenly by time. Raises `ImageError`."""
+        try:
+            return self.row.load_frames(num_frames)
+        finally:
+            self.row._data = None
 
 
 @dataclass

@@ -33,11 +33,8 @@ class PatchFeatures:
 
     def visual_tokens(self, config) -> list[int]:
         """Return the number of visual tokens of each image after the connector."""
-        if config.connector == "qformer":
-            return [config.num_visual_tokens] * len(self)
-        if self.mask is None:
-            return [self.patches.shape[1]] * len(self)
-        return self.mask.sum(dim=1).tolist()
+        counts = [self.patches.shape[1]] * len(self) if self.mask is None else self.mask.sum(dim=1).tolist()
+        return [config.count_visual_tokens(count) for count in counts]
 
     def model_inputs(self, device) -> dict[str, torch.Tensor]:
         """Return the keyword arguments of the model that give it these images."""
@@ -49,15 +46,24 @@ class PatchFeatures:
 
 @torch.no_grad()
 def encode_images(
-    model, processor, images: Sequence[Image.Image], batch_size: int = 32, keep_pixels: bool = False
+    model,
+    processor,
+    images: Sequence[Image.Image] | Sequence[list[Image.Image]],
+    batch_size: int = 32,
+    keep_pixels: bool = False,
 ) -> PatchFeatures:
-    """Run images through the image processor and the frozen vision encoder.
+    """Run images, or the sampled frames of videos, through the image processor and the frozen vision encoder.
 
     Args:
         keep_pixels: keep the image processor's output too.
     """
     parts, pixels = [], []
     batch_size = max(1, batch_size // count_pieces(model.config.vision_scales, model.config.vision_tiles))
+    if images and isinstance(images[0], list):
+        num_frames = len(images[0])
+        frames = [frame for video in images for frame in video]
+        features = encode_images(model, processor, frames, batch_size)
+        return PatchFeatures(features.patches.unflatten(0, (-1, num_frames)).flatten(1, 2))
     for start in range(0, len(images), batch_size):
         inputs = processor.image_processor(images=list(images[start : start + batch_size]), return_tensors="pt")
         parts.append(model.encode_images(**{name: value.to(model.device) for name, value in inputs.items()}).cpu())

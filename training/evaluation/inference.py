@@ -37,6 +37,7 @@ class InferencePlan:
         prompt: caption prompt, None for the model's own. generation: keyword arguments of `generate`.
         grounding: kinds of questions about boxes and points. bbox_format: form of the data set's boxes. category_names: its names of
             numbered categories.
+        num_frames: frames of a video; None where the data set holds images.
         chunk: number of images in a chunk.
     """
 
@@ -45,6 +46,7 @@ class InferencePlan:
     image_use: bool = True
     prompt: str | None = None
     generation: dict = dataclasses.field(default_factory=dict)
+    num_frames: int | None = None
     batch_size: int = 32
     chunk: int = 128
     seed: int = 0
@@ -87,12 +89,18 @@ def read_partial(path: Path, fingerprint: str) -> dict[str, dict]:
     return records
 
 
-def load_images(examples: Sequence[Example]) -> tuple[list[Example], list[Image.Image], list[dict]]:
-    """Return the examples whose image can be read, their images, and a record with the reason for each of the others."""
+def load_images(
+    examples: Sequence[Example], num_frames: int | None = None
+) -> tuple[list[Example], list[Image.Image] | list[list[Image.Image]], list[dict]]:
+    """Return the examples whose image can be read, their images, and a record with the reason for each of the others.
+
+    Args:
+        num_frames: give so many frames of each video, in place of the middle one.
+    """
     good, images, rejected = [], [], []
     for example in examples:
         try:
-            images.append(example.load())
+            images.append(example.load() if num_frames is None else example.load_frames(num_frames))
             good.append(example)
         except ImageError as error:
             rejected.append({"id": example.id, "rejected": [error.reason, error.detail]})
@@ -122,7 +130,7 @@ def run_chunk(
     model, processor, examples: list[Example], plan: InferencePlan, black: PatchFeatures | None
 ) -> list[dict]:
     """Return the records of the images of one chunk. `black` are the patch features of a black image."""
-    good, images, rejected = load_images(examples)
+    good, images, rejected = load_images(examples, plan.num_frames)
     if not good:
         return rejected
     features = encode_images(model, processor, images, plan.batch_size)
@@ -213,9 +221,10 @@ def _compute_losses(
             records[i].setdefault("losses", {})[condition] = [round(loss, 6), tokens]
 
 
-def encode_black_image(model, processor) -> PatchFeatures:
-    """Return the patch features of a black image."""
-    return encode_images(model, processor, [Image.new("RGB", (320, 240))])
+def encode_black_image(model, processor, num_frames: int | None = None) -> PatchFeatures:
+    """Return the patch features of a black image, or of a video of `num_frames` such frames."""
+    black = Image.new("RGB", (320, 240))
+    return encode_images(model, processor, [black if num_frames is None else [black] * num_frames])
 
 
 def run_inference(
@@ -240,7 +249,7 @@ def run_inference(
     temporary.replace(path)
     if done:
         print(f"resuming after {len(done):,} images that are already done ({path})")
-    black = encode_black_image(model, processor) if plan.image_use else None
+    black = encode_black_image(model, processor, plan.num_frames) if plan.image_use else None
     with tqdm(total=len(split.examples), initial=len(done), unit="image", desc=f"evaluate {split.name}") as bar:
         with path.open("a", encoding="utf-8") as file:
             for part in parts:
@@ -261,7 +270,7 @@ def answers_without_image(
 ) -> dict[str, dict[str | None, str]]:
     """Return the answers to a black image and to no image: condition (`black`, `none`) -> prompt -> text."""
     distinct = list(dict.fromkeys(prompts))
-    black = encode_black_image(model, processor)[[0] * len(distinct)]
+    black = encode_black_image(model, processor, plan.num_frames)[[0] * len(distinct)]
     result = {}
     for condition, given in (("black", black), ("none", None)):
         answers = generate_answers(model, processor, given, distinct, plan.batch_size, **plan.generation)

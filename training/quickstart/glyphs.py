@@ -3,9 +3,12 @@
 import random
 from dataclasses import dataclass
 from math import dist
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from blipren.training.quickstart.wording import NUMBERS, place, place_answer
 
 _ROWS = {  # each digit as seven rows of five points
     0: "01110 10001 10011 10101 11001 10001 01110",
@@ -57,3 +60,64 @@ def draw_glyphs(image: Image.Image, glyphs: tuple[Glyph, ...]) -> Image.Image:
             if low[0] <= high[0] and low[1] <= high[1]:
                 pen.rectangle((*low, *high), fill=g.rgb)
     return image
+
+
+# ---- pictures with small digits, and their texts --------------------------------------------------------------------
+
+PICTURE_SIDE = 384  # four times the side that the image tower sees
+SMALL = 10 / PICTURE_SIDE  # height of a digit: ten pixels of the picture, two and a half of the tower's
+
+
+class Cell(NamedTuple):
+    """A cell of the 3 x 3 grid."""
+
+    row: int
+    column: int
+
+
+@dataclass(frozen=True)
+class DigitPicture:
+    """One to three small digits, each in a cell of a 3 x 3 grid, in reading order; `cells` are their rows and columns."""
+
+    glyphs: tuple[Glyph, ...]
+    cells: tuple[Cell, ...]
+    ground: tuple[int, int, int]
+
+
+def make_digit_picture(seed: int, index: int) -> DigitPicture:
+    """Return picture number `index` of a seed."""
+    rng = random.Random(f"{seed}/digits/{index}")
+    level = rng.randint(165, 195)
+    ground = tuple(level + rng.randint(-8, 8) for _ in range(3))
+    cells = sorted(
+        rng.sample([Cell(row, column) for row in range(3) for column in range(3)], rng.choice((1, 2, 2, 3, 3)))
+    )
+    glyphs = tuple(
+        Glyph(
+            rng.randrange(10),
+            (cell.column + rng.uniform(0.1, 0.9)) / 3,
+            (cell.row + rng.uniform(0.1, 0.9)) / 3,
+            SMALL,
+            random_ink(rng, ground),
+        )
+        for cell in cells
+    )
+    return DigitPicture(glyphs, tuple(cells), ground)
+
+
+def draw_digit_picture(picture: DigitPicture, side: int = PICTURE_SIDE) -> Image.Image:
+    """Draw a picture; the digits are drawn twice as large and averaged."""
+    return draw_glyphs(Image.new("RGB", (2 * side, 2 * side), picture.ground), picture.glyphs).reduce(2)
+
+
+def digit_notes(picture: DigitPicture) -> list[str]:
+    """Return what soft tokens may say of a picture: " 7 top left" for each digit."""
+    return [f" {g.digit} {place_answer(cell)}" for g, cell in zip(picture.glyphs, picture.cells)]
+
+
+def write_digit_texts(picture: DigitPicture) -> tuple[str, list[tuple[str, str]]]:
+    """Return the caption, and questions with answers: which digit is at each place, and how many there are."""
+    named = [(g.digit, place(cell)) for g, cell in zip(picture.glyphs, picture.cells)]
+    caption = ", ".join(f"{digit} {where}" for digit, where in named)
+    questions = [(f"Which digit is {where}?", str(digit)) for digit, where in named]
+    return caption, [*questions, ("How many digits are there?", NUMBERS[len(named)])]

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blipren.training.data.sources import grounding
+from blipren.training.quickstart.clips import clip_notes, make_clip, write_clip_texts
+from blipren.training.quickstart.glyphs import digit_notes, make_digit_picture, write_digit_texts
 from blipren.training.quickstart.grounded_scenes import object_box, scene_truth
 from blipren.training.quickstart.optimization import make_optimizer, save_half_precision, take_step
 from blipren.training.quickstart.scenes import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene, make_scene
@@ -23,7 +25,7 @@ from blipren.training.quickstart.wording import NUMBERS, place_answer, plural, w
 WIDTH = 128
 CAPTION_PROMPTS = ("Short caption:", "Short caption:", "Short caption:", "Caption:", "Describe the image:")
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
-WORDS_PER_POSITION = 5  # at most, of the notes
+WORDS_PER_POSITION = 6  # at most, of the notes
 PLACE_WORDS = 8  # of a box: two tokens for each of its numbers
 FIRST_PLACE_TOKEN = 174  # bytes from here on are in no text
 PLACE_NOISE = 0.006  # shares of the side; a soft token is not exact either
@@ -112,11 +114,15 @@ class Course:
     """Most scenes have three objects, since these are the hard ones."""
     boxes: bool = False
     """Notes hold the box of their object, and there are questions about boxes and points."""
+    glyphs: bool = False
+    """Four of five texts are about small digits, or about clips."""
 
 
 def write_document(seed: int, index: int, course: Course) -> tuple[list[Note], list[tuple[str, str]]]:
     """Return one training text: notes on a scene, one a position, and prompts with answers about it."""
     rng = random.Random(f"{seed}/text/{index}")
+    if course.glyphs and index % 5:
+        return write_glyph_document(seed, index, rng)
     scene = make_scene(seed, index)
     for number in range(2 if course.crowded else 0):
         if len(scene.objects) < 3:
@@ -138,6 +144,22 @@ def write_document(seed: int, index: int, course: Course) -> tuple[list[Note], l
         texts = texts[len(notes) :]
         pairs = list(zip(texts[::2], texts[1::2]))
     return notes, pairs
+
+
+def write_glyph_document(seed: int, index: int, rng: random.Random) -> tuple[list[Note], list[tuple[str, str]]]:
+    """Return a text about a picture of small digits or a clip: notes in any order, prompts with answers."""
+    if index % 2:
+        picture = make_digit_picture(seed, index)
+        notes, (caption, questions) = digit_notes(picture), write_digit_texts(picture)
+    else:
+        clip = make_clip(seed, index // 2)
+        notes, (caption, questions) = clip_notes(clip), write_clip_texts(clip)
+    notes = [note for note in notes for _ in range(rng.choice((1, 1, 2)))]
+    notes += [" nothing"] * rng.randrange(17 - len(notes))
+    rng.shuffle(notes)
+    form = rng.choice(("{}", "Question: {} Answer:"))
+    pairs = [(rng.choice(CAPTION_PROMPTS), " " + caption)] + [(form.format(q), " " + a) for q, a in questions]
+    return [Note(note) for note in notes], pairs
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:

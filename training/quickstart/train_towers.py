@@ -7,11 +7,14 @@
         --seed 2 --llm-steps 8000 --shuffled 0.7 --crowded
     cp -r first/vision training/quickstart/towers/
     python -m blipren.training.quickstart.train_towers --part vision --glyphs --start training/quickstart/towers/vision \
-        --out glyphs --seed 0 --vision-steps 5000
+        --out glyphs --seed 0 --vision-steps 3500
     cp -r glyphs/vision training/quickstart/towers/glyphs-vision
+    python -m blipren.training.quickstart.train_towers --part llm --glyphs --start training/quickstart/towers/llm \
+        --out glyphs --seed 3 --llm-steps 2000 --shuffled 0.7 --crowded
+    cp -r glyphs/llm training/quickstart/towers/glyphs-llm
 
-write `vision/` (a SigLIP image tower), `glyphs-vision/` (the same, which also reads digits) and `llm/` (a Llama with its tokenizer), in float16, in about 70 minutes on one
-core. The language model is trained in three runs: on notes in the order in which a caption names the objects, then on
+write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in about 70 minutes on one core,
+and variants of both for the worlds glyphs and clips, which also know digits, directions and order. The language model is trained in three runs: on notes in the order in which a caption names the objects, then on
 notes in any order, then mostly on scenes of three objects, whose words the model of the second run still confused. Neither
 tower is trained on a held-out combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of
 the group "seen" only, the language model on text about such scenes and never on an image.
@@ -39,12 +42,12 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=4000)
     parser.add_argument("--llm-steps", type=int, default=4500)
     parser.add_argument("--start", type=Path, help="tower to continue from")
-    parser.add_argument("--glyphs", action="store_true", help="train the image tower on digits too")
+    parser.add_argument("--glyphs", action="store_true", help="train the tower on digits too, and on clips")
     parser.add_argument("--shuffled", type=float, default=0.1)
     parser.add_argument("--crowded", action="store_true")
     parser.add_argument("--boxes", action="store_true", help="notes hold boxes, and questions ask for them")
     args = parser.parse_args()
-    course = Course(args.shuffled, args.crowded, args.boxes)
+    course = Course(args.shuffled, args.crowded, args.boxes, args.glyphs)
     print(json.dumps({k: str(v) for k, v in vars(args).items()}))
     if args.part in ("all", "vision"):
         train_vision(args.out / "vision", args.seed, args.vision_steps, args.batch, args.glyphs, args.start)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
+from blipren.training.commands.train import TrainSettings
 from blipren.training.data.batches.training_data import open_caches, open_online
-from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.errors import UserError
 from tests.data.tools import make_model, run_embed
 from tests.tiny_models import make_vision
@@ -44,7 +44,9 @@ def test_cached_features_are_those_of_the_model(
     assert stated in capsys.readouterr().out
     model, processor = (c.from_pretrained(folder) for c in (BliprenForConditionalGeneration, BliprenProcessor))
     (cached,), _ = open_caches([(cache, 1.0)], model, processor)
-    (online,), _ = open_online(str(photo_folder), model, processor, SourceSettings(), augment=False)
+    (online,), _ = open_online(
+        str(photo_folder), model, processor, TrainSettings(model="m", cache="c", out="o"), augment=False
+    )
     assert cached.ids == online.ids and cached.visual_tokens(0) == online.visual_tokens(0) == 4
     ids, mask = torch.tensor([processor.encode_prompt()] * 3), torch.ones(3, len(processor.encode_prompt()))
     with torch.no_grad():

@@ -103,7 +103,9 @@ class CachedData(AnswersOfImages):
         self.texts = cache.tokens(split, processor)
         self.units = np.flatnonzero(np.diff(self.texts.first))  # others are there for conversations
         # None: without a Q-Former, an image has as many visual tokens as patches
-        self.per_image = model.config.num_visual_tokens if model.config.connector == "qformer" else cache.num_patches
+        self.per_image = cache.num_patches and model.config.count_visual_tokens(cache.num_patches)
+        if self.per_image is None and model.config.connector == "qformer":
+            self.per_image = model.config.num_visual_tokens
         self.num_patches = None if self.per_image is not None else list(cache.split(split)["num_patches"])
 
     def visual_tokens(self, image: int) -> int:
@@ -178,6 +180,10 @@ def read_images(dataset: str, processor, source: GroundingSettings) -> dict[str,
     Training images that are nearly a held-out image are left out.
     """
     rows = open_rows(dataset, **source.source_options(), **grounding_options(source))
+    if rows.columns.video:
+        raise UserError(
+            f"{dataset} holds videos: online training takes images, so embed it into a feature cache first"
+        )
     config = PrepareConfig(
         image_processor=processor.image_processor,
         validation_share=source.validation_share,

@@ -47,15 +47,24 @@ class Encoder:
         self.pieces = count_pieces(model.config.vision_scales, model.config.vision_tiles)
 
     def measure(self) -> int:
-        """Return the number of patches of an image, measured on a blank one."""
+        """Return the number of patches of an image, or of a frame, measured on a blank one."""
         blank = self.image_processor(images=[Image.new("RGB", (320, 240))], return_tensors="pt")
         return self({name: blank[name] for name in PIXEL_INPUTS if name in blank})[0].shape[1]
 
     @torch.inference_mode()
-    def __call__(self, pixels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return features `[images, num_patches, width]` and a mask `[images, num_patches]` or None, on the device."""
+    def __call__(
+        self, pixels: dict[str, torch.Tensor], num_frames: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return features `[images, num_patches, width]` and a mask `[images, num_patches]` or None, on the device.
+
+        Args:
+            num_frames: of videos, whose frames stand behind each other: features are `[videos, num_frames * num_patches,
+                width]`.
+        """
         inputs = {name: pixels[name].to(self.device, non_blocking=True) for name in PIXEL_INPUTS if name in pixels}
         features = self._model.encode_images(**inputs)
+        if num_frames is not None:
+            features = features.unflatten(0, (-1, num_frames)).flatten(1, 2)
         return features, inputs.get("pixel_attention_mask")
 
 

@@ -77,16 +77,26 @@ class EmbedJob:
             view_scale=s.view_scale,
             view_flip=s.view_flip,
             variable=encoder.variable,
+            num_frames=model.config.num_frames if source.columns.video else None,
             grounding=tuple(s.grounding),
             bbox_format=s.bbox_format,
             category_names=category_names(source.features),
         )
+        if source.columns.video and model.config.num_frames is None:
+            raise UserError(
+                f"{s.dataset} holds videos (column {source.columns.image}), and {s.model} takes images: make a model with "
+                "`blipren new --frames 8`"
+            )
         scorer = None
         if s.min_similarity is not None or s.keep_best is not None:
             scorer = SimilarityScorer((model.config.base_models or {}).get("vision") or {}, encoder.device)
-        patches = None if encoder.variable else encoder.measure()
+        if scorer is not None and source.columns.video:
+            raise UserError("min_similarity and keep_best compare captions with images; this data set holds videos")
+        patches = None if encoder.variable else encoder.measure() * (config.num_frames or 1)
         values = None if patches is None else patches * encoder.hidden_size * s.views
         fingerprint = cache_fingerprint(s, source, encoder)
+        if config.num_frames is not None:
+            fingerprint["storage"]["num_frames"] = config.num_frames
         rest = s if samples is None else dataclasses.replace(s, limit=None)
         return cls(source, processor, encoder, config, scorer, patches, values, fingerprint, rest, samples)
 

@@ -35,6 +35,8 @@ class PrepareConfig:
     view_scale: float = 0.6
     view_flip: bool = True
     variable: bool = False
+    num_frames: int | None = None
+    """Frames of a video; None where the data set holds images."""
     grounding: tuple[str, ...] = ()
     """Questions to make of boxes and points, of `grounding.KINDS`."""
     bbox_format: str = "xywh"
@@ -82,6 +84,15 @@ def rejection(row: Row, kind: str, reason: str, value: str, text: str | None = N
     return line if text is None else line | {"text": text[:200]}
 
 
+def contact_sheet(frames: list[Image.Image]) -> Image.Image:
+    """Return the frames of a video side by side: clips of the same things in another order are no near duplicates."""
+    side = 64
+    sheet = Image.new("RGB", (side * len(frames), side))
+    for number, frame in enumerate(frames):
+        sheet.paste(frame.resize((side, side), Image.Resampling.BOX), (side * number, 0))
+    return sheet
+
+
 def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[Image.Image], list[dict[str, Any]]]:
     """Prepare one row. Returns it (None if it is rejected), the images of its views, and lines of `rejected.jsonl`."""
     rejected = [rejection(row, "text", rule, value) for rule, value in row.problems]
@@ -97,7 +108,7 @@ def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[
         return None, [], [*rejected, rejection(row, "row", *why)]
     try:
         image_hash = row.image_hash()
-        image = row.load()
+        frames = [row.load()] if config.num_frames is None else row.load_frames(config.num_frames)
     except ImageError as error:
         return None, [], [*rejected, rejection(row, "row", error.reason, error.detail)]
     grounded = 0
@@ -107,12 +118,13 @@ def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[
         if not left.answers and not row.shown:
             return None, [], [*rejected, rejection(row, "row", "no_caption", "no text, box or point in its columns")]
     split = row.split or split_by_hash(image_hash, config.validation_share, config.test_share)
-    phash, thumb = image_signature(image)
+    phash, thumb = image_signature(frames[0] if config.num_frames is None else contact_sheet(frames))
     prepared = Prepared(row, split, image_hash, phash, thumb, left.prompts, left.answers, left.kept, grounded > 0)
     flip = config.view_flip and row.can_be_mirrored and can_be_mirrored([*left.answers, *left.prompts])
     views = [
-        cut_view(image, 0 if grounded else view, image_hash, flip, config.view_scale, config.variable)
+        cut_view(frame, 0 if grounded else view, image_hash, flip, config.view_scale, config.variable)
         for view in range(config.views)
+        for frame in frames
     ]
     return prepared, views, rejected
 

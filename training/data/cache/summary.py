@@ -32,8 +32,9 @@ def describe_plan(s: EmbedSettings, source: Source, encoder: Encoder, values: in
         )
         if encoder.pieces > 1:
             shape += f" (of {encoder.pieces} pieces)"
+        kind = "a video" if source.columns.video else "an image"
         total = f", {each * source.num_rows / 2**30:,.2f} GiB in all" if source.num_rows else ""
-        lines.append(f"{shape} = {each:,} bytes an image{total}")
+        lines.append(f"{shape} = {each:,} bytes {kind}{total}")
     elif s.dtype != "int8" and encoder.tile_patches:
         most = encoder.pieces * encoder.tile_patches * width * stored * s.views
         lines.append(

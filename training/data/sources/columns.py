@@ -16,6 +16,8 @@ from blipren.training.data.sources.conversations import ConversationColumns, fin
 from blipren.training.errors import UserError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "file_name", "image_path", "image_file")
+VIDEO_COLUMNS = ("video", "mp4", "webm", "mov", "mkv", "avi", "clip", "video_path", "video_file")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "text", "txt", "json.caption")
 ID_COLUMNS = ("id", "__key__", "key", "file_name")
 _TEXT_KEYS = ("raw", "caption", "text", "answer", "value")
@@ -64,7 +66,7 @@ class Columns:
     """Names of the columns that are read. None or empty: the data set has no such column."""
 
     image: str
-    """Empty where a data set of conversations has no column of single images."""
+    """Empty where a data set of conversations has no column of single images. It holds videos if `video` is set."""
     captions: list[str] = field(default_factory=list)
     question: str | None = None
     answer: str | None = None
@@ -72,6 +74,7 @@ class Columns:
     split: str | None = None
     status: str | None = None
     conversation: ConversationColumns | None = None
+    video: bool = False
 
     def wanted(self) -> set[str]:
         """Return the top-level names of all columns that are read."""
@@ -83,7 +86,7 @@ class Columns:
 
     def describe(self) -> str:
         """Return the columns as `image=NAME, captions=NAMES, ...`."""
-        parts = [f"image={self.image}"]
+        parts = [f"{'video' if self.video else 'image'}={self.image}"]
         for name in ("captions", "question", "answer", "id", "split", "status"):
             value = getattr(self, name)
             if value:
@@ -132,6 +135,8 @@ def find_columns(
         image = given(image_column, "--image-column")
     else:
         image = next((name for name in IMAGE_COLUMNS if name in known), None) or next(iter(image_features), None)
+        if image in (None, "file_name"):  # the name of a folder's file says nothing, see MetadataFolder
+            image = next((name for name in VIDEO_COLUMNS if name in known), image)
     conversation = None
     if not (caption_columns or question_column):
         conversation = find_conversation_columns(known)
@@ -139,7 +144,7 @@ def find_columns(
         if conversation is None:
             raise UserError(f"{dataset}: no image column found; name it by --image-column. Its columns are: {listing}")
         image = ""
-    columns = Columns(image=image, conversation=conversation)
+    columns = Columns(image=image, conversation=conversation, video=image in VIDEO_COLUMNS)
     numbered = sorted(
         (name for name in known if name.startswith("caption_") and name[8:].isdigit()), key=lambda name: int(name[8:])
     )

@@ -225,6 +225,17 @@ def image_bytes(value: Any, folder: Folder = Folder()) -> bytes | Image.Image:
     return read_file(folder.resolve(value))
 
 
+def hash_file(path: Path) -> str:
+    """Return 32 hex digits of a file's bytes, as `content_hash` does. Raises `ImageError` where it cannot be read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ImageError("no_regular_file", f"{path.name} is a folder, pipe, socket or device")
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise ImageError("missing_file", f"{path.name}: {error.strerror or error}") from error
+
+
 def content_hash(data: bytes | Image.Image) -> str:
     """Return 32 hex digits of the image content: of its encoded bytes, or of mode, size and pixels of a PIL image."""
     digest = hashlib.blake2b(digest_size=16)

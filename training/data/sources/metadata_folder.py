@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blipren.training.data.sources.columns import find_columns, get, read_texts
+from blipren.training.data.sources.columns import VIDEO_SUFFIXES, find_columns, get, read_texts
 from blipren.training.data.sources.data_files import files_of
 from blipren.training.data.sources.images import Folder
 from blipren.training.data.sources.kept_columns import infer_features
@@ -59,6 +59,8 @@ class MetadataFolder(Source):
             if record:
                 names.update(dict.fromkeys(record))
         self.columns = find_columns(list(names), _nested_keys(records), dataset=self.name, **options)
+        named = next((name for r in records if r and isinstance(name := get(r, self.columns.image), str)), "")
+        self.columns.video = self.columns.video or named.lower().endswith(VIDEO_SUFFIXES)
         if keep_columns:
             self.features = infer_features(records)
         for (number, line), record in zip(raw, records):

@@ -14,8 +14,17 @@ from PIL import Image
 
 from blipren.training.data.sources.columns import Columns, get, read_texts
 from blipren.training.data.sources.conversations import Conversation, ConversationError, read_conversation
-from blipren.training.data.sources.images import Folder, content_hash, decode_image, image_bytes
+from blipren.training.data.sources.images import (
+    Folder,
+    ImageError,
+    content_hash,
+    decode_image,
+    hash_file,
+    image_bytes,
+)
 from blipren.training.data.sources.splits import normalize_split
+from blipren.training.errors import UserError
+from blipren.video_blipren import VideoError, read_frames
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -38,6 +47,8 @@ class Row:
     answers: list[str] = field(default_factory=list)
     conversation: Conversation | None = None
     """None also where it could not be read."""
+    video: bool = False
+    """What `image` holds is a video."""
     shown: bool = False
     """A conversation shows the image, which needs no text of its own."""
     can_be_mirrored: bool = True
@@ -64,14 +75,37 @@ class Row:
         return self._data
 
     def load(self) -> Image.Image:
-        """Return the upright RGB image and set `width` and `height`. Raises `ImageError`."""
+        """Return the upright RGB image, of a video the middle one, and set `width` and `height`. Raises `ImageError`."""
+        if self.video:
+            return self.load_frames(1)[0]
         image = decode_image(self.data())
         self.width, self.height = image.size
         return image
 
+    def load_frames(self, num_frames: int) -> list[Image.Image]:
+        """Return frames of the video, sampled evenly by time, and set `width` and `height`. Raises `ImageError`."""
+        try:
+            frames = read_frames(self._video(), num_frames)
+        except VideoError as error:
+            raise ImageError(error.reason, error.detail) from error
+        except ImportError as error:
+            raise UserError(str(error)) from error
+        self.width, self.height = frames[0].size
+        return frames
+
+    def _video(self) -> Path | bytes | Image.Image:
+        """Return the file of the video, or its bytes where it lies in none. A file of gigabytes is never read whole."""
+        value = self.image
+        if isinstance(value, dict) and value.get("bytes") is None:
+            value = value.get("path")
+        if isinstance(value, str) and not (self.folder.remote_prefix and value.startswith(self.folder.remote_prefix)):
+            return self.folder.resolve(value)
+        return self.data()
+
     def image_hash(self) -> str:
-        """Return 32 hex digits of the image content, without decoding it. Raises `ImageError`."""
-        return content_hash(self.data())
+        """Return 32 hex digits of the image's or video's content, without decoding it. Raises `ImageError`."""
+        video = self._video() if self.video else None
+        return hash_file(video) if isinstance(video, Path) else content_hash(self.data())
 
 
 class Source(abc.ABC):
@@ -120,6 +154,7 @@ def make_row(record: dict[str, Any], columns: Columns, index: int, default_id: s
         index=index,
         image=image,
         folder=folder,
+        video=columns.video,
         prompts=prompts,
         answers=answers,
         problems=problems,

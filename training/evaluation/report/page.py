@@ -220,7 +220,10 @@ def explain_images(result: Evaluation, model, processor, settings) -> tuple[list
 
     The images are spread evenly over the split and do not depend on scores, so that two reports show the same ones.
     """
-    examples, shown = [example for example in result.examples if example.row.image is not None], []
+    examples, shown = (
+        [example for example in result.examples if example.row.image is not None and not example.row.video],
+        [],
+    )
     count = min(settings.attention_images, len(examples))
     for position in (k * len(examples) // count for k in range(count)):
         example = examples[position]

@@ -71,14 +71,15 @@ def embed_units(
     progress = Progress(total, done)
     if finished:
         print(f"continuing after {len(finished)} finished shards ({done:,} rows)")
-    rows_per_batch = max(1, s.batch_size // (s.views * encoder.pieces))
+    frames = s.views * (config.num_frames or 1)
+    rows_per_batch = max(1, s.batch_size // (frames * encoder.pieces))
     units: list[tuple[int, bool]] = []
     workers = default_workers() if s.workers is None else s.workers
     unit: UnitWriter | None = None
     try:
         with (
             report_full_disk(cache.folder),
-            Workers(config, workers, pixel_bytes(config, rows_per_batch * s.views)) as pool,
+            Workers(config, workers, pixel_bytes(config, rows_per_batch * frames)) as pool,
         ):
             batches = batch_rows(source, cache, rows_per_batch, s.limit, units, only)
             for number, batch in enumerate(pool.map(batches)):
@@ -88,7 +89,7 @@ def embed_units(
                 unit.rows += batch.num_rows
                 unit.texts += batch.num_texts
                 if batch.rows:
-                    features, mask = encoder(batch.pixels)
+                    features, mask = encoder(batch.pixels, config.num_frames)
                     if scorer is not None:
                         filter_by_similarity(batch, scorer, s)
                     for row in split_features(features, mask, batch, s):
