@@ -16,6 +16,7 @@ from blipren.training.data.batches.training_data import open_split
 from blipren.training.data.cache import FeatureCache
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
+from blipren.training.evaluation.report.page import text_loss_line
 from blipren.training.stages import train as caption
 from tests import tiny_models
 from tests.stages.test_processes import finish, same
@@ -76,6 +77,12 @@ def test_captions_conversations_and_texts_are_trained_on_together(tuning, mixed,
     assert f"an epoch of {sizes:,} images" in capsys.readouterr().out
     assert {e["images"] for e in events(tmp_path / "run", "validation")} == {8}
     BliprenForConditionalGeneration.from_pretrained(tmp_path / "run")
+    finished = json.loads((tmp_path / "run" / "finished.json").read_text())
+    if tuning == "frozen":
+        assert "text_loss" not in finished
+    else:  # what it costs the language model, in the run's report too
+        assert finished["text_loss"]["before"] != finished["text_loss"]["after"] > 0
+        assert f"{finished['text_loss']['after']:.4f} after" in text_loss_line(str(tmp_path / "run"))
 
 
 def test_packed_rows_padded_rows_and_micro_batches_train_alike(mixed, tmp_path):

@@ -112,8 +112,16 @@ class AnswerTrainer(StageTrainer):
         model.save_pretrained(folder) if self.writes_full_checkpoint() else model.save_bridge(folder)
         self.processor.save_pretrained(folder)
 
+    def log_text_loss(self) -> None:
+        """Log what the language model loses on text without images before it is trained, where it is trained at all."""
+        if self.validation is not None and self.settings.llm_tuning != "frozen":
+            self.run_folder.log("text", 0, loss=self.validation.text_loss())
+
     def summary(self, best_step: int | None) -> dict:
         found = {"steps": self.state.global_step, "kept": "last" if best_step is None else f"step {best_step}"}
+        before = next((event["loss"] for event in self.run_folder.events() if event["kind"] == "text"), None)
+        if before is not None:
+            found["text_loss"] = {"before": before, "after": self.validation.text_loss()}
         if self.state.best_metric is not None:
             found[self.settings.keep_best] = self.state.best_metric
         return found
@@ -123,9 +131,16 @@ class AnswerTrainer(StageTrainer):
         if summary["kept"] != "last":
             name = self.settings.keep_best
             which = f"best of validation, {name} {summary[name]:.4f} at {summary['kept']}"
+        lines = []
+        if text := summary.get("text_loss"):
+            lines.append(
+                f"the language model's loss on text without images: {text['before']:.4f} before, {text['after']:.4f} "
+                "after, in nats a token; texts alone among the conversations keep it low"
+            )
         return [
+            *lines,
             f"done: {summary['steps']} steps; {which}. {kind} checkpoint, log.jsonl and curves.png in "
-            f"{self.run_folder.path}"
+            f"{self.run_folder.path}",
         ]
 
     def writes_full_checkpoint(self) -> bool:

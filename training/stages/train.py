@@ -151,6 +151,7 @@ class LikelihoodTrainer(AnswerTrainer):
             self.experiments = experiments
         if not resumed and self.validation is not None:
             self.validation.log_samples("before")
+            self.log_text_loss()
 
 
 def make_plan(settings: TrainSettings, sources: Sequence, processes: int) -> BatchPlan:

@@ -13,10 +13,12 @@ from blipren.training.engine.fsdp import is_sharded
 from blipren.training.engine.settings import GeneratedCaptionSettings
 from blipren.training.errors import UserError
 from blipren.training.evaluation.features import PatchFeatures
-from blipren.training.evaluation.generation import generate_answers, generate_batch
+from blipren.training.evaluation.generation import generate_answers, generate_batch, pad_id
+from blipren.training.evaluation.image_use import token_losses
 from blipren.training.evaluation.metrics.captions import score_captions
 
 IMAGES_PER_BATCH = 32
+TEXTS = 200  # of the loss on text without images
 
 
 class AnswerValidation:
@@ -63,6 +65,28 @@ class AnswerValidation:
         if world > 1:
             sums = trainer.accelerator.reduce(sums.to(trainer.args.device), "sum")
         return (sums[0] / sums[1]).item()
+
+    @torch.no_grad()
+    def text_loss(self) -> float:
+        """Return the language model's loss per token on answers of the split without image and prompt."""
+        model, bos = self.trainer.model, self.processor.tokenizer.bos_token_id
+        rows = []
+        for data in self.batches.data:
+            for unit in range(min(len(data), TEXTS)):
+                for ids in data.answer_ids(unit):
+                    prompt, answer = ([bos], ids) if bos is not None else (ids[:1], ids[1:])
+                    rows += [(prompt, answer)] if answer else []
+        rows = rows[:TEXTS]
+        was_training = model.training
+        model.eval()
+        sums = [0.0, 0]
+        with dense_attention(model.parts()["llm"]):
+            for start in range(0, len(rows), IMAGES_PER_BATCH):
+                part = rows[start : start + IMAGES_PER_BATCH]
+                for loss, count in token_losses(model, part, pad_id(model, self.processor), {}):
+                    sums = [sums[0] + loss, sums[1] + count]
+        model.train(was_training)
+        return sums[0] / sums[1]
 
     def captions(self, images: Sequence[int]) -> list[str]:
         """Return a generated caption for each image number of the validation split."""

@@ -125,6 +125,14 @@ class CachedSamples:
         counts = iter(images)
         return [self.visual_tokens(next(counts)) if token == self.image_token_id else 1 for token in ids]
 
+    def answer_ids(self, unit: int) -> list[list[int]]:
+        found = []
+        for sample in self.units[unit]:
+            for ids, learned in self.tokens.segments(sample):
+                edges = np.flatnonzero(np.diff([0, *learned, 0]))
+                found += [ids[begin:end] for begin, end in zip(edges[::2], edges[1::2])]
+        return found
+
     def longest_row(self, prompts: PromptEncoder) -> int:
         """Return a bound of the tokens of the longest conversation."""
         images = max((len(images) for images in self.images), default=0)

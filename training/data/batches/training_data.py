@@ -48,6 +48,9 @@ class TrainingData(Protocol):
             layout: a `Layout`, with the limits of a block.
         """
 
+    def answer_ids(self, unit: int) -> list[list[int]]:
+        """Return the ids of the answers of a unit, each with its end token."""
+
     def longest_row(self, prompts: PromptEncoder) -> int:
         """Return a bound of the tokens of the longest prompt and answer together."""
 
@@ -86,6 +89,9 @@ class AnswersOfImages:
             layout.max_answer_tokens,
             layout.row_tokens,
         )
+
+    def answer_ids(self, unit: int) -> list[list[int]]:
+        return [ids for _, ids in self.texts.answers(int(self.units[unit]))]
 
     def longest_row(self, prompts: PromptEncoder) -> int:
         visual = max(self.visual_tokens(int(image)) for image in self.units)

@@ -263,6 +263,13 @@ def training_curves(folder: str | None) -> tuple[list[dict], int | None]:
     return [{"title": title, "lines": lines} for title, lines in panels.items()], chosen
 
 
+def text_loss_line(folder: str | None) -> str | None:
+    """Return what tuning cost the language model: its loss on text without images before and after the run, or None."""
+    file = Path(folder or "") / "finished.json"
+    found = json.loads(file.read_text(encoding="utf-8")).get("text_loss") if file.is_file() else None
+    return found and f"{found['before']:.4f} before training, {found['after']:.4f} after (nats a token)"
+
+
 def retrieval_item(result: Evaluation, similarities: torch.Tensor | None, count: int = 8) -> dict | None:
     """Return recall in both directions, and the similarity of a few images with their first captions."""
     values = result.metrics.get("retrieval")
@@ -317,6 +324,7 @@ def report_data(result: Evaluation, settings, model=None, processor=None, before
         "language model": _base(config, "llm"),
         "connector": f"{config.connector}, {config.projector}" if config is not None else None,
         "versions": ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
+        "loss of text without images": text_loss_line(settings.run or settings.model),
         "seconds": metrics["seconds"],
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
