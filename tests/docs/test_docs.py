@@ -65,6 +65,7 @@ SMALL = {
     "embed": ["--workers", "0"],
     "align": ["--max-steps", "2", "--batch-size", "8", "--eval-every", "2"],
     "train": ["--max-steps", "2", "--batch-size", "8", "--eval-every", "2", "--max-new-tokens", "6"],
+    "dpo": ["--max-steps", "2", "--batch-size", "4"],
     "grpo": ["--max-steps", "1", "--batch-size", "2", "--num-generations", "2", "--max-completion-length", "4"],
     "evaluate": ["--limit", "4", "--resamples", "20", "--max-new-tokens", "6", "--attention-images", "1"],
     "caption": ["--max-new-tokens", "6"],
@@ -152,6 +153,18 @@ def write_tar(folder: Path) -> None:
                 tar.addfile(info, io.BytesIO(content))
 
 
+def write_pairs(photos: Path, folder: Path) -> None:
+    """Write preferences about the photos: a caption of each against one of the next."""
+    shutil.copytree(photos, folder)
+    rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    pairs = [
+        {"file_name": row["file_name"], "split": row["split"], "prompt": "What is shown?"}
+        | {"chosen": row["captions"][0], "rejected": other["captions"][0]}
+        for row, other in zip(rows, rows[1:] + rows[:1])
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+
+
 def write_bert(folder: Path) -> None:
     """Write a tiny BERT with its WordPiece tokenizer."""
     folder.mkdir()
@@ -185,6 +198,7 @@ def prepared(tmp_path_factory):
             draw_scene(Scene.from_json(row["scene"])).save(folder / "photos" / row["file_name"])
             metadata.write(json.dumps(row) + "\n")
     shutil.copytree(folder / "photos", folder / "scenes")
+    write_pairs(folder / "photos", folder / "pairs")
     for name in ("tars", "livis/tars", "cc3m/tars"):
         write_tar(folder / name)
     torch.manual_seed(0)

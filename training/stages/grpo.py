@@ -262,11 +262,10 @@ def build_trainer(settings: GrpoSettings, run: RunFolder) -> GrpoTrainer:
             if not source.ids:
                 kinds = " and ".join(sorted(settings.prompt_kinds()))
                 raise UserError(f"{source.data.cache.folder} has no {kinds}, which the rewards are of")
-        validation = PromptSource(held_out, settings.prompt_kinds()) if held_out is not None else None
-        if validation is not None and not validation.ids:
-            validation = None
+        validation = [PromptSource(held_out, settings.prompt_kinds())] if held_out is not None else []
+        validation = [source for source in validation if source.ids]
         references = {name: texts for source in sources for name, texts in source.captions().items()}
-        others = validation.captions() if validation is not None else {}
+        others = {name: texts for source in validation for name, texts in source.captions().items()}
         rewards.extend(build_rewards(settings, references, others, facts))
         return sources, validation
 
@@ -290,7 +289,7 @@ def build_trainer(settings: GrpoSettings, run: RunFolder) -> GrpoTrainer:
     )  # fmt: skip
     ends = end_ids(ready.model) | {ready.processor.answer_end_id}
     names = [reward.name for reward in rewards]
-    validation, plan = ready.validation, ready.plan
+    (validation,), plan = ready.validation or [None], ready.plan
     return GrpoTrainer(
         objective=PackedGRPO(config, ready.model, ready.device, names, ready.layout.pad_token_id, ends),
         rewards=rewards,

@@ -27,14 +27,14 @@ class PreferenceRun:
     """A run that is ready but for its trainer.
 
     Attributes:
-        sources, validation: training splits; the validation split, or None.
+        sources, validation: training splits; those of validation, none if there is nothing to validate on.
         keywords: of the trainer, as `AnswerTrainer` and the Trainer take them.
     """
 
     model: Any
     processor: Any
     sources: list
-    validation: Any
+    validation: list
     prompts: PromptEncoder
     plan: BatchPlan
     layout: Layout
@@ -46,7 +46,7 @@ class PreferenceRun:
 def prepare_run(
     settings,
     run: RunFolder,
-    open_sources: Callable[[Any, Any], tuple[list, Any]],
+    open_sources: Callable[[Any, Any], tuple[list, list]],
     best_is_greater: bool,
     completion_tokens: int = 0,
 ) -> PreferenceRun:
@@ -54,7 +54,7 @@ def prepare_run(
 
     Args:
         settings: of `dpo` or `grpo`.
-        open_sources: from model and processor to the training splits and the validation split.
+        open_sources: from model and processor to the training and the validation splits.
         best_is_greater: whether the best model is that of the greatest `keep_best`.
         completion_tokens: most tokens of an answer that the model gives itself.
 
@@ -84,17 +84,17 @@ def prepare_run(
             f"{steps} steps of {plan.images_per_epoch / plan.steps_per_epoch:.0f} images in {plan.micro_batches} "
             f"micro-batches, {plan.steps_per_epoch} an epoch of {plan.images_per_epoch:,} images; {precision} on "
             f"{device}, {processes} process{'es' if processes > 1 else ''}; validation on "
-            f"{len(validation.ids) if validation else 0} images; run folder {run.path}"
+            f"{sum(map(len, validation))} images; run folder {run.path}"
         )
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    judge = settings.keep_best if validation is not None and settings.keep_best != "last" else None
+    judge = settings.keep_best if validation and settings.keep_best != "last" else None
     args = training_arguments(
         settings,
         run,
         max_steps=steps,
         accumulation=plan.micro_batches // processes,
-        eval_steps=(settings.eval_every or min(plan.steps_per_epoch, steps)) if validation is not None else None,
+        eval_steps=(settings.eval_every or min(plan.steps_per_epoch, steps)) if validation else None,
         use_cpu=device == "cpu",
         bf16=precision == "bf16",
         fp16=precision == "fp16",

@@ -1,5 +1,8 @@
 """A tiny full model with a chat template, drawn pictures with captions and questions, and their feature cache."""
 
+import json
+import shutil
+
 import pytest
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
@@ -28,4 +31,38 @@ def policy_dir(tmp_path_factory, bases):
 def policy_cache(tmp_path_factory, policy_dir, dataset_dir):
     cache = tmp_path_factory.mktemp("policy-cache") / "cache"
     embed(EmbedSettings(model=str(policy_dir), dataset=str(dataset_dir), cache=str(cache), dtype="float32", workers=0))
+    return cache
+
+
+@pytest.fixture(scope="session")
+def pair_dir(tmp_path_factory, dataset_dir):
+    """The same pictures with preferences about them: up to three a picture, of answers of different length."""
+    folder = tmp_path_factory.mktemp("pairs") / "pairs"
+    shutil.copytree(dataset_dir, folder)
+    rows = map(json.loads, (dataset_dir / "metadata.jsonl").read_text().splitlines())
+    lines = []
+    for number, row in enumerate(rows):
+        wrong = "green" if row["answer"] != "green" else "blue"
+        pairs = [
+            ("What colour ?", row["answer"], wrong),
+            ("What is it ?", row["caption"][0], f"A {wrong} thing of no shape at all ."),
+            ("Describe", "the small " + row["caption"][0], "no"),
+        ][: 1 + number % 3]
+        for k, (prompt, chosen, rejected) in enumerate(pairs):
+            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "id": f"{number}-{k}"}
+            lines.append(json.dumps({"file_name": row["file_name"], "split": row["split"], **pair}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair_rows(pair_dir):
+    """Its rows by id."""
+    return {r["id"]: r for r in map(json.loads, (pair_dir / "metadata.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture(scope="session")
+def pair_cache(tmp_path_factory, policy_dir, pair_dir):
+    cache = tmp_path_factory.mktemp("pair-cache") / "cache"
+    embed(EmbedSettings(model=str(policy_dir), dataset=str(pair_dir), cache=str(cache), dtype="float32", workers=0))
     return cache
