@@ -14,6 +14,22 @@ from blipren.training.errors import UsageError, UserError
 HUB_NAME = r"\w[\w.-]*"
 # files that libraries open by themselves; pictures are opened row by row
 DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".json", ".csv")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".jp2",
+    ".ico",
+    ".tga",
+    ".ppm",
+)
 ROOT = Path(__file__).parent.parent
 
 
@@ -76,6 +92,21 @@ def check_dataset(spec: str) -> None:
         on_hub = re.fullmatch(rf"({HUB_NAME}/)?{HUB_NAME}", name) and Path(name).suffix not in DATA_SUFFIXES
         if not (Path(name).exists() or glob.glob(name, recursive=True) or "://" in name or on_hub):
             raise UserError(f"{name} does not exist; give a folder, files, or the id of a data set on the Hub")
+
+
+def is_dataset(name: str) -> bool:
+    """Return whether `name` is a data set or feature cache, and no image file or folder of nothing but images.
+
+    What is not here is a data set on the Hub, a pattern or an address, unless its name ends like that of an image file.
+    """
+    path = Path(name)
+    if path.is_dir():
+        marks = {"cache.json", "dataset_dict.json", "state.json", *METADATA_FILES}
+        places = [path, *(child for child in path.iterdir() if child.is_dir())]
+        if any((place / mark).exists() for place in places for mark in marks):
+            return True
+        return any(file.suffix in (".parquet", ".arrow", ".tar") for file in path.rglob("*"))
+    return path.suffix.lower() not in IMAGE_SUFFIXES and (path.suffix in DATA_SUFFIXES or not path.exists())
 
 
 def check_evaluation(name: str) -> None:

@@ -13,6 +13,7 @@ import blipren
 from blipren import BliprenConfig, BliprenQFormer, BliprenQFormerConfig
 from blipren.projector_blipren import build_projector
 from blipren.training.cli import build_settings, load_recipe, settings_class
+from blipren.training.commands.caption import run as caption
 from blipren.training.commands.embed import run as embed
 from blipren.training.commands.new import run as new
 from blipren.training.stages.align import align
@@ -134,6 +135,7 @@ def test_recipe_runs_two_steps(recipe, stand_ins, pictures, clips, tmp_path):
             )
         )
         model = aligned
+    start = model
     run = {"model": model, "cache": cache, "out": out, "max_steps": 2, "batch_size": 8, "device": "cpu"}
     run |= {"workers": 0, "generate_samples": 1, "max_new_tokens": 3, "warmup": 0.0, "log_every": 1}
     settings = recipe_settings("train", recipe, run)
@@ -141,6 +143,15 @@ def test_recipe_runs_two_steps(recipe, stand_ins, pictures, clips, tmp_path):
     assert [e["step"] for e in events(Path(out), "train")] == [1, 2]
     for file in ("config.json", "finished.json", "model.safetensors"):
         assert (Path(out) / file).is_file()
+    if "caption" in sections:  # of its own captions one is kept, and trained on beside people's
+        own = str(tmp_path / "own")
+        flags = {"model": out, "images": [str(pictures)], "out": own, "matching_model": start, "max_new_tokens": 4}
+        flags |= {"filter": {"min_matching_score": 0.0}, "workers": 0, "device": "cpu"}
+        assert not caption(recipe_settings("caption", recipe, flags))
+        flags = {"model": start, "dataset": own, "cache": f"{own}-cache", "caption_columns": ["caption"], "workers": 0}
+        assert not embed(recipe_settings("embed", recipe, flags | {"validation_share": 0.0, "test_share": 0.0}))
+        run |= {"model": start, "cache": f"{cache}=3,{own}-cache=1", "out": str(tmp_path / "second")}
+        assert train(recipe_settings("train", recipe, run)) == 0
 
 
 def test_flickr8k_mini_runs_two_steps_of_each_of_its_runs(pictures, tmp_path):
@@ -167,7 +178,7 @@ def test_flickr8k_mini_runs_two_steps_of_each_of_its_runs(pictures, tmp_path):
 def test_recipe_names_only_known_settings(recipe):
     sections = load_recipe(recipe)
     for command, values in sections.items():
-        positionals = dict.fromkeys(("out", "model", "cache", "dataset"), "x")
+        positionals = dict.fromkeys(("out", "model", "cache", "dataset"), "x") | {"images": ["x"]}
         if command == "new":
             positionals |= {name: values.get(name, "x") for name in ("vision", "llm")}
         names = {f.name for f in dataclasses.fields(settings_class(command))}

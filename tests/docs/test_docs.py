@@ -11,7 +11,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 
@@ -44,6 +43,8 @@ PARSED = {
     "blipren evaluate out flickr8k-mini": "the same recipe",
     "blipren embed my-vlm user/dataset": "needs the Hub",
     'blipren embed my-vlm "s3://': "needs an object store: tests/data runs --engine ray on local files",
+    "blipren caption run photos --out captioned-ray": "tests/captioning/test_ray.py runs the Ray engine",
+    "blipren caption full photos --out captioned-vllm": "needs vLLM: tests/with_vllm/prove_captions.py runs it",
     "torchrun": "needs several processes or machines: tests/stages/test_processes.py runs them",
     "accelerate launch": "needs GPUs: tests/stages/test_processes.py runs this file",
 }
@@ -69,10 +70,11 @@ SMALL = {
     "grpo": ["--max-steps", "1", "--batch-size", "2", "--num-generations", "2", "--max-completion-length", "4"],
     "evaluate": ["--limit", "4", "--resamples", "20", "--max-new-tokens", "6", "--attention-images", "1"],
     "caption": ["--max-new-tokens", "6"],
+    "search": ["--workers", "0"],
 }
 QFORMER = "{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4}"
 FOREIGN_FLAGS = {"--help", "--config", "--node-rank", "--allowed-media-domains", "--revision"} | {
-    "--allowed-local-media-path", "--tensor-parallel-size", "--data-parallel-size", "--include_path", "--encoder"
+    "--allowed-local-media-path", "--tensor-parallel-size", "--data-parallel-size", "--include_path", "--encoder", "--environment"
 }  # fmt: skip
 
 
@@ -124,12 +126,9 @@ def parse(line: str, monkeypatch) -> None:
 def run(line: str) -> None:
     """Run a line in this process, in place of an earlier result of the same name."""
     arguments = small_command(line)
-    out = arguments[
-        {"embed": 3, "align": 3, "train": 3, "dpo": 3, "grpo": 3, "evaluate": 3, "new": 1, "convert": 2}.get(
-            arguments[0], 0
-        )
-    ]
-    if "--verify" not in arguments and "--dry-run" not in arguments and Path(out).is_dir():
+    places = {"embed": 3, "align": 3, "train": 3, "dpo": 3, "grpo": 3, "evaluate": 3, "new": 1, "convert": 2}
+    out = arguments[places[arguments[0]]] if arguments[0] in places else ""
+    if "--verify" not in arguments and "--dry-run" not in arguments and out and Path(out).is_dir():
         shutil.rmtree(out)
     assert cli.main(arguments) == 0, line
 
@@ -224,7 +223,6 @@ def test_the_examples_of_a_page(page, prepared, tmp_path, monkeypatch):
     if not blocks:
         return
     monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "copy"))
-    monkeypatch.setattr(sys, "argv", ["search.py", "aligned", "photos", "a red circle"])
     for language, block in blocks:
         if language == "python":
             program = compile(block, page, "exec")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProcessor
 from blipren.base_blipren import BliprenPreTrainedModel
+from blipren.base_models_blipren import hash_weights, weight_files
 from blipren.training.checkpoint_config import check_model_type, read_config
 from blipren.training.errors import UserError, one_line
 
@@ -20,6 +21,20 @@ def load_config(path: str) -> BliprenConfig:
         ) from error
     check_model_type(path, raw)
     return BliprenConfig.from_dict(raw)
+
+
+def model_fingerprint(path: str) -> str:
+    """Return a hash of a checkpoint's weights (of samples of large ones), whatever the name of its folder."""
+    return hash_weights(weight_files(path), sampled=True)[:16]
+
+
+def load_processor(path: str) -> BliprenProcessor:
+    """Return the processor of a checkpoint. Raises `UserError` that says why it does not load."""
+    load_config(path)
+    try:
+        return BliprenProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} does not load: {one_line(error)}") from error
 
 
 def load_checkpoint(

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from blipren.base_models_blipren import hash_weights, weight_files
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.data.sources.open_rows import grounding_options
 from blipren.training.engine.device import choose_device
-from blipren.training.engine.loading import load_config
+from blipren.training.engine.loading import load_config, model_fingerprint
 from blipren.training.errors import UserError
 from blipren.training.evaluation.conversations import ask_conversations, conversation_metrics, conversation_rows
 from blipren.training.evaluation.examples import Split, open_split
@@ -299,11 +298,6 @@ def read_predictions(path: str, split: Split) -> dict[str, dict]:
             f"{path}: {len(missing)} of the {len(split.examples)} images have no caption there, such as {missing[0]!r}"
         )
     return {e.id: {"text": given[e.id]} for e in split.examples if isinstance(given.get(e.id), str)}
-
-
-def model_fingerprint(path: str) -> str:
-    """Return a hash of a checkpoint's weights (of samples of large ones), whatever the name of its folder."""
-    return hash_weights(weight_files(path), sampled=True)[:16]
 
 
 # -------------------------------------------------------------------------------------------------------- outputs

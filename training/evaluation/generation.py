@@ -24,8 +24,11 @@ from blipren.training.errors import UserError
 from blipren.training.evaluation.features import PatchFeatures, encode_images
 
 
-def load_model(path: str, device: str = "auto"):
+def load_model(path: str, device: str = "auto", **kwargs):
     """Load a checkpoint for inference.
+
+    Args:
+        kwargs: for the model's `from_pretrained`, such as `dtype`.
 
     Returns:
         The model in evaluation mode on its device, and the processor.
@@ -33,7 +36,7 @@ def load_model(path: str, device: str = "auto"):
     Raises:
         UserError: the folder is no BLIPren checkpoint.
     """
-    model, processor = load_checkpoint(path)
+    model, processor = load_checkpoint(path, **kwargs)
     return model.to(choose_device(device)).eval(), processor
 
 
@@ -122,17 +125,17 @@ def image_seed(image: Image.Image, seed: int) -> int:
 
 
 @torch.no_grad()
-def generate_batch(
-    model, processor, prompts: Sequence[Sequence[int]], image_inputs: dict[str, torch.Tensor], **generation
-) -> list[dict]:
-    """Generate an answer behind each prompt, all in one batch.
+def generate_ids(
+    model, processor, prompts: Sequence[Sequence[int]], image_inputs: dict, **generation
+) -> list[tuple[list[int], bool]]:
+    """Generate behind each prompt, all in one batch.
 
     Args:
         prompts: token ids of each prompt. image_inputs: the images of all prompts in order, as the model takes them.
         generation: keyword arguments of `generate`; greedy search unless they say otherwise.
 
     Returns:
-        For each prompt `text`, `num_tokens` (without the end token) and `ended_by_eos`.
+        For each prompt the new token ids without the end token, and whether there was one.
     """
     pad, ends = pad_id(model, processor), end_ids(model)
     ids, mask = pad_left(prompts, pad)
@@ -146,10 +149,22 @@ def generate_batch(
     results = []
     for answer in output[:, ids.shape[1] :].tolist():
         length = next((k for k, token in enumerate(answer) if token in ends), None)
-        new = answer if length is None else answer[:length]
-        text = processor.decode_answer(new)
-        results.append({"text": text, "num_tokens": len(new), "ended_by_eos": length is not None})
+        results.append((answer[:length], length is not None))
     return results
+
+
+def generate_batch(
+    model, processor, prompts: Sequence[Sequence[int]], image_inputs: dict[str, torch.Tensor], **generation
+) -> list[dict]:
+    """Generate an answer behind each prompt, all in one batch, see `generate_ids`.
+
+    Returns:
+        For each prompt `text`, `num_tokens` (without the end token) and `ended_by_eos`.
+    """
+    return [
+        {"text": processor.decode_answer(new), "num_tokens": len(new), "ended_by_eos": ended}
+        for new, ended in generate_ids(model, processor, prompts, image_inputs, **generation)
+    ]
 
 
 def generate_answers(
@@ -159,7 +174,6 @@ def generate_answers(
     prompts: Sequence[str | None] | str | None = None,
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
-    sampling: Sampling | None = None,
     **generation,
 ) -> list[dict]:
     """Generate an answer to the prompt of every image, in batches of similar length.
@@ -168,7 +182,6 @@ def generate_answers(
         images: PIL images, their `PatchFeatures`, or None for prompts without an image (then `prompts` is a list).
         prompts: one for all images, or one an image; None is the model's own caption prompt.
         progress: called with the number of finished rows after each batch.
-        sampling: temperature, top-p and repetition penalty; greedy search without it.
         generation: keyword arguments of `generate`.
 
     Returns:
@@ -192,8 +205,6 @@ def generate_answers(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         inputs = {} if features is None else features[rows].model_inputs(model.device)
-        if sampling is not None:
-            generation["logits_processor"] = sampling.processors(rows, max(len(encoded[i]) for i in rows))
         answers = generate_batch(model, processor, [encoded[i] for i in rows], inputs, **generation)
         for row, answer in zip(rows, answers):
             results[row] = answer

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from blipren.training.arguments import METADATA_FILES
 from blipren.training.data.sources.columns import VIDEO_SUFFIXES, find_columns, get, read_texts
 from blipren.training.data.sources.data_files import files_of
 from blipren.training.data.sources.images import Folder
@@ -19,8 +20,6 @@ from blipren.training.data.sources.kept_columns import infer_features
 from blipren.training.data.sources.rows import Row, Source, hash_texts, make_row, parse_record
 from blipren.training.data.sources.splits import normalize_split
 from blipren.training.errors import UserError
-
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class MetadataFolder(Source):

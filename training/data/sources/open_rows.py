@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blipren.training.arguments import DATA_SUFFIXES, check_dataset, split_weights
+from blipren.training.arguments import DATA_SUFFIXES, METADATA_FILES, check_dataset, split_weights
 from blipren.training.data.sources.data_files import check_readable, files_of
 from blipren.training.data.sources.hugging_face import open_hugging_face
 from blipren.training.data.sources.images import ImageError
 from blipren.training.data.sources.kept_columns import join_features
-from blipren.training.data.sources.metadata_folder import METADATA_FILES, MetadataFolder
+from blipren.training.data.sources.metadata_folder import MetadataFolder
 from blipren.training.data.sources.rows import Row, Source, hash_texts
 from blipren.training.data.sources.settings import GroundingSettings
 from blipren.training.data.sources.splits import normalize_split, split_by_hash

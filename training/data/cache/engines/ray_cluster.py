@@ -208,28 +208,41 @@ def _embed(s: EmbedSettings, job: EmbedJob, place: CachePlace) -> int | None:
 def _run(s: EmbedSettings, job: EmbedJob, units: list[int]) -> None:
     """Embed the units with the actors. Raises `UserError` for an error of Ray."""
     with ray_session() as ray:
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0)) if s.device in ("auto", "cuda") else 0
-        cores = int(resources.get("CPU", 1))
-        actors = min(len(units), s.actors or gpus or max(1, cores // 4))
-        share = {"num_gpus": 1} if gpus else {"num_cpus": max(0.5, min(4.0, cores / actors / 2))}
-        print(f"ray: {len(units)} units of {s.rows_per_shard} rows, {actors} actors with {share}")
-        settings = dataclasses.asdict(dataclasses.replace(s, workers=0 if s.workers is None else s.workers))
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        data = ray.data.from_items([{"unit": number} for number in units], override_num_blocks=len(units))
-        done = data.map_batches(
-            EmbedUnits,
-            fn_constructor_args=(settings,),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            **share,
-        )
-        try:
-            for number, _ in enumerate(done.iter_batches(batch_size=1), 1):
-                print(f"ray: {number}/{len(units)} units", flush=True)
-        except ray.exceptions.RayError as error:
-            text = " ".join(str(error).split())
-            raise UserError(f"ray: {text[-500:]}") from error
+        run_units(ray, EmbedUnits, s, units)
+
+
+def run_units(ray: Any, actor: type, s: Any, units: list[int]) -> None:
+    """Give the units to a pool of actors.
+
+    Args:
+        ray: the library, connected. actor: made of a mapping of settings; a call takes a batch with the column `unit`.
+        s: settings with `device`, `actors`, `workers` and `rows_per_shard`.
+
+    Raises:
+        UserError: an error of Ray.
+    """
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0)) if s.device in ("auto", "cuda") else 0
+    cores = int(resources.get("CPU", 1))
+    actors = min(len(units), s.actors or gpus or max(1, cores // 4))
+    share = {"num_gpus": 1} if gpus else {"num_cpus": max(0.5, min(4.0, cores / actors / 2))}
+    print(f"ray: {len(units)} units of {s.rows_per_shard} rows, {actors} actors with {share}")
+    settings = dataclasses.asdict(dataclasses.replace(s, workers=0 if s.workers is None else s.workers))
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    data = ray.data.from_items([{"unit": number} for number in units], override_num_blocks=len(units))
+    done = data.map_batches(
+        actor,
+        fn_constructor_args=(settings,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        **share,
+    )
+    try:
+        for number, _ in enumerate(done.iter_batches(batch_size=1), 1):
+            print(f"ray: {number}/{len(units)} units", flush=True)
+    except ray.exceptions.RayError as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"ray: {text[-500:]}") from error
 
 
 __all__ = ["CachePlace", "EmbedUnits", "embed_with_ray"]

@@ -1,0 +1,63 @@
+"""A command that is killed at any moment and run again writes the data set of an undisturbed one."""
+
+import json
+import multiprocessing
+import os
+import random
+import time
+
+import pytest
+
+from blipren.training.cli import main
+from tests.captioning.test_dataset import OPTIONS
+
+fork = multiprocessing.get_context("fork")
+
+
+def run(model, data, out, *more) -> int:
+    return main(["caption", str(model), str(data), "--out", str(out), *OPTIONS, "--rows-per-shard", "3", *more])
+
+
+def run_in_child(model, data, out, workers):
+    os._exit(run(model, data, out, "--workers", str(workers)))
+
+
+def content(out) -> dict[str, bytes]:
+    """All files of a data set but the one with the library's lock."""
+    return {
+        str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"
+    }
+
+
+def marks(out) -> int:
+    return len(list((out / ".units").glob("[0-9]*.json")))
+
+
+def kill_until_done(model, data, folder, kills: int, seed: int) -> None:
+    assert run(model, data, folder / "reference") == 0
+    rng, seen, out = random.Random(seed), 0, folder / "out"
+    for kill in range(kills):
+        child = fork.Process(target=run_in_child, args=(model, data, out, kill % 2))
+        child.start()
+        before = marks(out)
+        more = rng.randrange(3)
+        while child.is_alive() and marks(out) < before + more:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15))
+        seen += child.is_alive()
+        child.kill()
+        child.join()
+    assert seen, "no run was killed"
+    assert run(model, data, out) == 0
+    assert content(out) == content(folder / "reference")
+    counts = json.loads((out / "captions.json").read_text())["counts"]
+    assert (counts["rows"], counts["captioned"], counts["rejected"]) == (22, 20, 2)
+
+
+def test_kill_at_random_moments(seeing, pictures, tmp_path):
+    kill_until_done(seeing, pictures, tmp_path, kills=3, seed=0)
+
+
+@pytest.mark.slow
+def test_kill_at_twenty_random_moments(seeing, pictures, tmp_path):
+    kill_until_done(seeing, pictures, tmp_path, kills=20, seed=1)

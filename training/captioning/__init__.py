@@ -1,0 +1,1 @@
+"""Captioning data sets: sources, decoding, choice and filter of captions, output, engines."""

@@ -1,0 +1,1 @@
+"""Search of images by a text or an image."""
