@@ -61,3 +61,9 @@ def print_captions(job: CaptionJob) -> None:
         explained = explain(job.model, job.processor, image, s.prompt, rows[0]["caption"])
         attention_picture(Path(s.attention), explained)
         print(f"the attention maps of {len(explained.words)} words are in {s.attention}", file=sys.stderr)
+    if s.out_image is not None:
+        from blipren.training.evaluation.report.boxes import draw_places
+
+        image = next(iter(job.source.rows())).load()
+        draw_places(image, rows[0]["caption"], s.prompt).save(s.out_image)
+        print(f"the picture with boxes and points is in {s.out_image}", file=sys.stderr)

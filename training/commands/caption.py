@@ -70,15 +70,17 @@ class CaptionSettings(OutputSettings, ChoiceSettings, SamplingSettings, SourceSe
     """Also write a table with the columns file and caption."""
     attention: str | None = None
     """Also write a PNG with the attention map of every word, of one image."""
+    out_image: str | None = None
+    """Also write a picture with the boxes and points of the answer and their words, of one image."""
     device: str = "auto"
     """Where the model runs: auto, cpu, cuda, cuda:1, mps."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.attention is not None and (
-            len(self.images) != 1 or is_dataset(self.images[0]) or Path(self.images[0]).is_dir()
-        ):
-            raise UsageError("attention draws one image: give one image file, or leave out attention")
+        for name in ("attention", "out_image"):
+            several = len(self.images) != 1 or is_dataset(self.images[0]) or Path(self.images[0]).is_dir()
+            if getattr(self, name) is not None and several:
+                raise UsageError(f"{name} draws one image: give one image file, or leave out {name}")
         if self.prompts and self.prompt is not None:
             raise UsageError("give prompt or prompts, not both")
         for name in ("candidates", "keep", "rows_per_shard"):
@@ -100,8 +102,10 @@ class CaptionSettings(OutputSettings, ChoiceSettings, SamplingSettings, SourceSe
                 )
         if self.engine != "local" and self.out is None:
             raise UsageError(f"engine {self.engine} writes a data set: give --out")
-        if self.out is not None and (self.csv or self.json or self.attention):
-            raise UsageError("csv, json and attention belong to captions that are printed: leave them out with --out")
+        if self.out is not None and (self.csv or self.json or self.attention or self.out_image):
+            raise UsageError(
+                "csv, json, attention and out_image belong to captions that are printed: leave them out with --out"
+            )
 
     def check_inputs(self) -> None:
         """Raise `UserError` if what the settings name is surely not there."""
@@ -112,7 +116,7 @@ class CaptionSettings(OutputSettings, ChoiceSettings, SamplingSettings, SourceSe
             check_dataset(self.images[0])
         else:
             check_files(*(name for name in self.images if not Path(name).is_dir()))
-        for out in (self.csv, self.attention):
+        for out in (self.csv, self.attention, self.out_image):
             if out is not None and not Path(out).absolute().parent.is_dir():
                 raise UserError(f"{out} cannot be written: there is no folder {Path(out).absolute().parent}")
         if self.out is not None and Path(self.out).is_file():

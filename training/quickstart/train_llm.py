@@ -27,8 +27,10 @@ CAPTION_PROMPTS = ("Short caption:", "Short caption:", "Short caption:", "Captio
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 WORDS_PER_POSITION = 6  # at most, of the notes
 PLACE_WORDS = 8  # of a box: two tokens for each of its numbers
-FIRST_PLACE_TOKEN = 174  # bytes from here on are in no text
+PLACE_STEPS = 20  # of a side
+PLACE_BYTES = [chr(byte) for byte in (*range(161, 173), *range(174, 256))]  # tokens of no text
 PLACE_NOISE = 0.006  # shares of the side; a soft token is not exact either
+LAST_DIGIT_WEIGHT = 0.1  # of the loss: the notes do not tell thousandths
 
 # Colours and shapes that no scene has: texts about them teach that any colour goes with any shape.
 MORE_COLOURS = tuple(
@@ -81,15 +83,16 @@ def write_notes(scene: Scene, rng: random.Random, shuffled: float) -> list[Note]
 def place_words(tokenizer, box: tuple[float, ...], rng: random.Random) -> list[tuple[int, float]]:
     """Return tokens and weights whose weighted embeddings say where a box is, to about a hundredth of the side.
 
-    Each of x1, y1, x2, y2 has eleven tokens that no text uses, for 0, 0.1, ..., 1. A number is the mean of the two around
-    it, weighted by nearness, since a soft token can mix embeddings but not write digits.
+    Each of x1, y1, x2, y2 has 21 tokens that no text uses, for 0, 0.05, ..., 1. A number is the mean of the two around it,
+    weighted by nearness, since a soft token can mix embeddings but not write digits.
     """
     words = []
     for axis, share in enumerate(box):
-        tenths = min(10.0, max(0.0, 10 * (share + rng.gauss(0, PLACE_NOISE))))
-        low = min(9, int(tenths))
-        for step, weight in ((low, low + 1 - tenths), (low + 1, tenths - low)):
-            words.append((tokenizer.convert_tokens_to_ids(chr(FIRST_PLACE_TOKEN + 11 * axis + step)), weight))
+        place = min(PLACE_STEPS, max(0, PLACE_STEPS * (share + rng.gauss(0, PLACE_NOISE))))
+        low = min(PLACE_STEPS - 1, int(place))
+        for step, weight in ((low, low + 1 - place), (low + 1, place - low)):
+            token = PLACE_BYTES[(PLACE_STEPS + 1) * axis + step]
+            words.append((tokenizer.convert_tokens_to_ids(token), weight))
     return words
 
 
@@ -134,7 +137,7 @@ def write_document(seed: int, index: int, course: Course) -> tuple[list[Note], l
     form = rng.choice(("{}", "Question: {} Answer:"))
     questions = write_questions(scene, rng)
     if course.boxes:
-        about_boxes = grounding.write_questions(scene_truth(scene, rng), (1, 1), grounding.KINDS)
+        about_boxes = grounding.write_questions(scene_truth(scene, rng, absent=2), (1, 1), grounding.KINDS)
         pairs = pairs[:1]
         questions = rng.sample(questions, 2) + rng.sample(about_boxes, 5)
     pairs += [(form.format(q), " " + a) for q, a in questions]
@@ -245,6 +248,15 @@ def text_batch(tokenizer, seed: int, indices: range, course: Course) -> dict[str
     }
 
 
+def label_weights(labels: Tensor, digits: Tensor) -> Tensor:
+    """Return the weight of each label [rows, length] in the loss: less for the third of three digits (ids `digits`)."""
+    is_digit = torch.isin(labels, digits)
+    third = is_digit[:, 2:] & is_digit[:, 1:-1] & is_digit[:, :-2]
+    weights = torch.ones(labels.shape)
+    weights[:, 2:][third] = LAST_DIGIT_WEIGHT
+    return weights
+
+
 def embed_words(model: LlamaForCausalLM, input_ids: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
     """Return the embeddings of ids [rows, length, words], summed with weights and scaled: [rows, length, width]."""
     embeddings = model.get_input_embeddings()(input_ids) * weights[..., None]
@@ -272,6 +284,12 @@ def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, star
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else LlamaForCausalLM(config)
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
+    places = tokenizer.convert_tokens_to_ids(PLACE_BYTES) if course.boxes else []
+    with torch.no_grad():  # tokens that were never said have grown into one large vector, which would drown the words
+        for ids in (places, digits if course.boxes else []):
+            weight = model.get_input_embeddings().weight[ids]
+            model.get_input_embeddings().weight[ids] = torch.randn_like(weight) * config.initializer_range
     model.set_attn_implementation("sdpa")
     print(f"llm: {model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
     optimizer, schedule = make_optimizer(model.parameters(), learning_rate, steps)
@@ -283,7 +301,12 @@ def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, star
         with torch.autocast("cpu", torch.bfloat16):
             output = model.model(inputs_embeds=embeddings, **texts, use_cache=False)
             states = output.last_hidden_state[:, :-1][labels != -100]
-            loss = F.cross_entropy(model.lm_head(states).float(), labels[labels != -100])
+            logits = model.lm_head(states).float()
+            if course.boxes:  # places are never said, so nothing may push them away either
+                logits[:, places] = torch.finfo(torch.float32).min
+            losses = F.cross_entropy(logits, labels[labels != -100], reduction="none")
+            weights = label_weights(labels, digits)[labels != -100]
+            loss = (losses * weights).sum() / weights.sum() if course.boxes else losses.mean()
         take_step(loss, model, optimizer, schedule)
         if step % 500 == 499:
             save_half_precision(model, out)

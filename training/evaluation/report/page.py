@@ -17,6 +17,7 @@ from blipren.training.data.sources.images import ImageError
 from blipren.training.evaluation.attention import Explanation, explain, query_statistics
 from blipren.training.evaluation.conversations import conversation_items
 from blipren.training.evaluation.metrics.hallucination import COCO_WORDS, singular
+from blipren.training.evaluation.report.boxes import draw_places, place_items
 from blipren.training.evaluation.report.pictures import image_url, map_bytes, sample_grid
 from blipren.training.evaluation.results import PER_IMAGE, SIMILARITIES, Evaluation
 from blipren.training.files import write_atomically
@@ -95,6 +96,11 @@ def headline_tiles(metrics: dict) -> list[dict]:
         for name in ("likelihood", "generation"):
             tiles.append(_tile(f"choices, by {name}", choice, f"accuracy_{name}", None, 1.0))
             tiles[-1]["note"] = f"chance {choice['chance']:.3f}"
+    for key in ("accuracy", "several_F1", "absent_refused", "counting", "pointing"):
+        if key in metrics.get("refer", {}):
+            tiles.append(_tile(f"boxes: {key.replace('_', ' ')}", metrics["refer"], key, None, 1.0))
+            if (fixed := metrics["refer"].get("centre_box", {}).get(key)) is not None:
+                tiles[-1]["note"] = f"centre box {fixed:.3f}"
     for way, label in (("image_to_text", "image → text R@1"), ("text_to_image", "text → image R@1")):
         if "retrieval" in metrics:
             tile = {"name": label, "value": metrics["retrieval"][way]["R@1"], "full": 1.0}
@@ -343,6 +349,7 @@ def report_data(result: Evaluation, settings, model=None, processor=None, before
             "vqa": metrics.get("vqa"),
             "choice": metrics.get("choice"),
             "conversations": conversation_items(result.asked_in_context, settings.report_images),
+            "places": place_items(result, settings.report_images),
             "pope": metrics.get("pope"),
             "routing": metrics.get("routing"),
             "curves": curves,
@@ -376,8 +383,8 @@ def write_samples(path: Path, result: Evaluation, count: int = 12) -> None:
     count = min(count, len(captioned))
     for example in (captioned[k * len(captioned) // count] for k in range(count)):
         with contextlib.suppress(ImageError):  # the images of given captions may be missing
-            images.append(example.load())
             captions.append(result.captions[example.id]["text"])
+            images.append(draw_places(example.load(), captions[-1]))
     if images:
         sample_grid(path, images, captions)
 

@@ -239,6 +239,19 @@ function answers() {
       c.right ? c.answer : make("mark", {}, c.answer || "(empty)"), c.reference]);
     section("conversations", "Conversations", make("div", { class: "card" }, table(["conversation", "answer", "reference"], rows)));
   }
+  if (data.places.length) {
+    const grid = make("div", { class: "grid" });
+    const cards = data.places.map((item) => ({ item, node: make("article", { class: "card image-card" },
+      make("img", { src: item.image, alt: item.answer, decoding: "async" }),
+      make("div", { class: "text" }, make("p", {}, item.question, " ", make("b", {}, item.answer || "(empty)")),
+        make("div", { class: "chips" }, make("span", { class: `chip ${item.iou >= 0.5 ? "good" : "bad"}` }, `IoU ${fixed(item.iou, 2)}`)),
+        make("p", { class: "soft small mono" }, item.id))) }));
+    const order = make("select", { "aria-label": "order of the boxes" }, ["best IoU first", "worst IoU first"].map((name) => make("option", {}, name)));
+    const show = () => grid.replaceChildren(...cards.toSorted((a, b) => (order.selectedIndex ? 1 : -1) * (a.item.iou - b.item.iou)).map(({ node }) => node));
+    order.addEventListener("change", show);
+    show();
+    section("places", "Boxes", make("p", { class: "soft" }, "The true box is dashed."), order, grid);
+  }
   if (data.pope) {
     const rows = Object.entries(data.pope).filter(([, v]) => v.accuracy !== undefined)
       .map(([name, v]) => [name, ...["accuracy", "precision", "recall", "F1", "yes_share"].map((k) => fixed(v[k])), number(v.questions)]);
