@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from blipren.training.arguments import check_cache_folder, check_checkpoint, check_evaluation
@@ -61,6 +62,8 @@ class PushSettings(CardSettings, UploadSettings):
     bridge: bool = False
     """Publish only what was trained, and not a full checkpoint; others load the bases from the Hub. Refused where a
     base is a local folder."""
+    space: bool = False
+    """Also publish the demo as a Space with the same name, pinned to the published commit (needs blipren[demo])."""
     dry_run: bool = False
     """Print the files with their sizes, and send nothing."""
 
@@ -77,6 +80,8 @@ def run(settings: PushSettings) -> None:
             f"{settings.model} is not a folder: push takes a checkpoint folder, as `blipren train` leaves it"
         )
     check_checkpoint(settings.model)
+    if settings.space and find_spec("gradio") is None:
+        raise UserError("the Space is pinned to the Gradio that is installed here: pip install blipren[demo]")
     if settings.evaluation is not None:
         check_evaluation(settings.evaluation)
     if settings.cache is not None:

@@ -1,6 +1,7 @@
 """Publish a checkpoint: which files, with which card, then the upload."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from blipren.model_card.build import CardSources, build_card
@@ -13,6 +14,7 @@ from blipren.training.hub.published_files import (
     collect_checkpoint_files,
     is_published,
 )
+from blipren.training.hub.space import space_files
 from blipren.training.hub.upload import upload
 
 
@@ -37,7 +39,11 @@ def publish(settings: PushSettings) -> str | None:
         if settings.dry_run:
             print("dry run: nothing was sent")
             return None
-        return upload(files, settings.repo, settings)
+        commit = upload(files, settings.repo, settings)
+    if settings.space:
+        space = replace(settings, revision="main", tag=None)  # a Space runs its main branch
+        upload(space_files(settings.repo, commit), settings.repo, space, repo_type="space")
+    return commit
 
 
 def checkpoint_to_publish(model: Path, bridge: bool, scratch: Path) -> Path:

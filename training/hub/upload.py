@@ -28,8 +28,11 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRANSIENT_STATUS = (408, 409, 412, 429)  # and all from 500 on
 
 
-def upload(files: list[PublishedFile], repo: str, settings: UploadSettings) -> str:
+def upload(files: list[PublishedFile], repo: str, settings: UploadSettings, repo_type: str = "model") -> str:
     """Publish files as the content of a repository. Every step may be repeated without harm.
+
+    Args:
+        repo_type: `model`, or `space` for a Space of Gradio.
 
     Returns:
         The id of the published commit.
@@ -38,7 +41,7 @@ def upload(files: list[PublishedFile], repo: str, settings: UploadSettings) -> s
         UserError: the Hub refuses, or fails `settings.attempts` times.
     """
     api = HfApi()
-    target = Upload(api, files, repo, settings)
+    target = Upload(api, files, repo, settings, repo_type)
     for attempt in range(1, settings.attempts + 1):
         try:
             commit = target.run()
@@ -58,7 +61,8 @@ def upload(files: list[PublishedFile], repo: str, settings: UploadSettings) -> s
                 ) from error
             print(f"attempt {attempt} of {settings.attempts} failed ({reason}); continuing from where it stopped")
             time.sleep(min(2**attempt, 30))
-    print(f"published: {api.endpoint}/{repo}/tree/{settings.tag or settings.revision}  (commit {commit})")
+    place = f"spaces/{repo}" if repo_type == "space" else repo
+    print(f"published: {api.endpoint}/{place}/tree/{settings.tag or settings.revision}  (commit {commit})")
     return commit
 
 
@@ -80,6 +84,7 @@ class Upload:
     files: list[PublishedFile]
     repo: str
     settings: UploadSettings
+    repo_type: str = "model"
 
     @property
     def title(self) -> str:
@@ -91,7 +96,8 @@ class Upload:
 
     def run(self) -> str:
         """Do whatever is not done yet, and return the published commit."""
-        self.api.create_repo(self.repo, private=self.settings.private, exist_ok=True)
+        sdk = {"space_sdk": "gradio"} if self.repo_type == "space" else {}
+        self.api.create_repo(self.repo, repo_type=self.repo_type, private=self.settings.private, exist_ok=True, **sdk)
         commit = self.complete_commit(self.settings.revision)
         if commit is None:
             number = self.find_or_open_request()
@@ -112,23 +118,32 @@ class Upload:
 
     def find_or_open_request(self) -> int:
         """Return the number of the open request that an earlier run made for these files, else of a new one."""
-        for discussion in self.api.get_repo_discussions(self.repo, discussion_type="pull_request"):
+        for discussion in self.api.get_repo_discussions(
+            self.repo, discussion_type="pull_request", repo_type=self.repo_type
+        ):
             if discussion.title == self.title and discussion.status in ("draft", "open"):
                 print(f"continuing with pull request {discussion.num}")
                 return discussion.num
         text = "Made by `blipren push`. It is merged when all files are verified; until then main stays as it was."
-        return self.api.create_pull_request(self.repo, title=self.title, description=text).num
+        return self.api.create_pull_request(
+            self.repo, title=self.title, description=text, repo_type=self.repo_type
+        ).num
 
     def files_at(self, revision: str) -> dict[str, tuple[int, str]]:
         """Return size and hash of every file at a revision: SHA-256 of files in LFS, git's SHA-1 of others."""
-        tree = self.api.list_repo_tree(self.repo, recursive=True, revision=revision)
+        tree = self.api.list_repo_tree(self.repo, recursive=True, revision=revision, repo_type=self.repo_type)
         files = (entry for entry in tree if hasattr(entry, "blob_id"))
         return {f.path: (f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in files}
 
     def outdated(self, names: list[str]) -> list[str]:
         """Return files of an earlier publication, such as shards, and pickles. Other files of the repository stay."""
+        ours = ("blipren/", "app.py", "model.json") if self.repo_type == "space" else ()
         wanted = {file.name for file in self.files}
-        return [name for name in names if name not in wanted and (is_published(name) or name.endswith(PICKLES))]
+        return [
+            name
+            for name in names
+            if name not in wanted and (name.startswith(ours) if ours else is_published(name) or name.endswith(PICKLES))
+        ]
 
     def differing_files(self, revision: str) -> list[str]:
         """Return the names of the files that are missing, different or outdated at a revision."""
@@ -143,7 +158,7 @@ class Upload:
     def complete_commit(self, revision: str) -> str | None:
         """Return the commit at a revision if it holds exactly the files, by the Hub's hashes; else None."""
         try:
-            commit = self.api.repo_info(self.repo, revision=revision).sha
+            commit = self.api.repo_info(self.repo, revision=revision, repo_type=self.repo_type).sha
         except RevisionNotFoundError:
             return None
         return commit if not self.differing_files(commit) else None
@@ -156,7 +171,9 @@ class Upload:
         ]
         operations += [CommitOperationDelete(name) for name in self.outdated(list(self.files_at(reference)))]
         try:
-            self.api.create_commit(self.repo, operations, commit_message=self.title, revision=reference)
+            self.api.create_commit(
+                self.repo, operations, commit_message=self.title, revision=reference, repo_type=self.repo_type
+            )
         except (BadRequestError, ValueError) as error:
             raise UserError(f"the Hub refused the files: {one_line(error)}") from error
 
@@ -164,16 +181,18 @@ class Upload:
         """Put the verified commit of request `number` on the wanted branch, and return the branch's commit."""
         api, revision = self.api, self.settings.revision
         if revision == "main":
-            if api.get_discussion_details(self.repo, number).status == "draft":
-                api.change_discussion_status(self.repo, number, "open")
-            api.merge_pull_request(self.repo, number)
+            if api.get_discussion_details(self.repo, number, repo_type=self.repo_type).status == "draft":
+                api.change_discussion_status(self.repo, number, "open", repo_type=self.repo_type)
+            api.merge_pull_request(self.repo, number, repo_type=self.repo_type)
         else:
-            if revision not in [branch.name for branch in api.list_repo_refs(self.repo).branches]:
-                api.create_branch(self.repo, branch=revision, revision=head)
+            if revision not in [
+                branch.name for branch in api.list_repo_refs(self.repo, repo_type=self.repo_type).branches
+            ]:
+                api.create_branch(self.repo, branch=revision, revision=head, repo_type=self.repo_type)
             else:
                 # the Hub merges only into main; it has all content already, so this is one small, atomic commit
                 self.send(revision)
-            api.change_discussion_status(self.repo, number, "closed")
+            api.change_discussion_status(self.repo, number, "closed", repo_type=self.repo_type)
         published = self.complete_commit(revision)
         if published is None:
             raise UserError(
@@ -183,7 +202,9 @@ class Upload:
         return published
 
     def add_tag(self, tag: str, commit: str) -> None:
-        if tag not in [reference.name for reference in self.api.list_repo_refs(self.repo).tags]:
-            self.api.create_tag(self.repo, tag=tag, revision=commit)
+        if tag not in [
+            reference.name for reference in self.api.list_repo_refs(self.repo, repo_type=self.repo_type).tags
+        ]:
+            self.api.create_tag(self.repo, tag=tag, revision=commit, repo_type=self.repo_type)
         elif self.complete_commit(tag) is None:
             raise UserError(f"{self.repo} already has a tag {tag} with other content: choose another --tag")
