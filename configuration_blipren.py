@@ -247,7 +247,8 @@ class BliprenConfig(PreTrainedConfig):
         frame_tokens (`bool`, defaults to `False`): the Q-Former reads each frame for itself, and a video has as many visual
             tokens a frame as an image; otherwise it reads all frames at once.
         video_token_id (`int`, *optional*): id of the placeholder of a video in `input_ids`.
-        second_num_prefix_tokens, second_vision_grid: as `num_prefix_tokens` and `vision_grid`, of the second encoder.
+        second_num_prefix_tokens, second_vision_grid, second_hidden_size: prefix tokens, patch grid and width of the patch
+            features of the second encoder, measured.
         image_token_id (`int`): id of the placeholder in `input_ids` that image features replace.
         num_visual_tokens (`int`, *optional*): visual tokens an image; `None` if images differ.
         image_text_hidden_size (`int`, defaults to 256): width of the image and text embeddings of
@@ -303,6 +304,7 @@ class BliprenConfig(PreTrainedConfig):
         second_vision_config=None,
         second_num_prefix_tokens: int = 0,
         second_vision_grid: list[int] | None = None,
+        second_hidden_size: int | None = None,
         num_frames: int | None = None,
         frame_tokens: bool = False,
         video_token_id: int | None = None,
@@ -379,6 +381,7 @@ class BliprenConfig(PreTrainedConfig):
         self.video_token_id = video_token_id
         self.second_num_prefix_tokens = second_num_prefix_tokens
         self.second_vision_grid = second_vision_grid
+        self.second_hidden_size = second_hidden_size
         # an id beyond the vocabulary is always free, and the model never embeds the placeholder
         self.image_token_id = image_token_id if image_token_id is not None else self.text_config.vocab_size
         if num_visual_tokens is None and connector == "qformer":

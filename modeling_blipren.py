@@ -816,6 +816,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
             second_vision_config=second.config if second else None,
             second_num_prefix_tokens=second.shape.num_prefix_tokens if second else 0,
             second_vision_grid=list(second.shape.grid) if second else None,
+            second_hidden_size=second.shape.hidden_size if second else None,
             num_frames=frames,
             frame_tokens=frame_tokens,
             video_token_id=pick_video_token(tokenizer)[1] if frames is not None else None,

@@ -18,8 +18,11 @@ from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.commands.doctor import DoctorSettings
 from blipren.training.data.cache.encoder import PIXEL_INPUTS
 from blipren.training.errors import one_line
+from blipren.training.evaluation.features import encode_images
+from blipren.training.evaluation.image_parts import exchange_parts
 
 SHUFFLED_LOSS_RATIO = 1.5  # the loss of overfitted images must grow that much when they are exchanged
+IGNORED_PART = 1e-10  # share of the visual tokens; rounding in double precision stays below it
 LEARNED_LOSS = 0.5  # nats per token; below it the eight images count as overfitted
 
 
@@ -255,6 +258,38 @@ def check_sees_image(test: ModelUnderTest) -> str:
     return f"{steps} steps on eight images: loss {loss:.3f}, with the images exchanged {ratio:.1f} times that"
 
 
+def check_parts(test: ModelUnderTest) -> str:
+    """Exchanging the higher resolutions, the second encoder's features or the order of frames changes visual tokens."""
+    model, processor = test.model, test.processor
+    images = test.images
+    if model.config.num_frames is not None:
+        count = model.config.num_frames
+        images = [[test.images[(i + k) % len(test.images)] for k in range(count)] for i in range(len(test.images))]
+    features = encode_images(model, processor, images)
+    others = [(i + 1) % len(images) for i in range(len(images))]
+    changes = {}
+    modules = [model.parts()[part].double() for part in ("qformer", "projector") if part in model.parts()]
+    try:  # in double precision, where rounding is far below what an untrained connector makes of an exchange
+
+        @torch.no_grad()
+        def visual_tokens(given):
+            return torch.cat(model.get_image_features(**given.model_inputs(model.device)).pooler_output)
+
+        right = visual_tokens(features)
+        for part, exchanged in exchange_parts(model.config, features, others, test.settings.seed).items():
+            found = visual_tokens(exchanged)
+            changes[part] = float((found - right).norm() / right.norm()) if found.shape == right.shape else 1.0
+    finally:
+        for module in modules:
+            module.float()
+    for part, change in changes.items():
+        if change < IGNORED_PART:
+            raise CheckFailure(f"exchanging {part} changes the visual tokens by {change:.1e} of them: it is not read")
+    if not changes:
+        return "one scale, one encoder, no frames"
+    return "; ".join(f"exchanging {part} changes the visual tokens by {100 * c:.2g}%" for part, c in changes.items())
+
+
 CHECKS: dict[str, Callable[[ModelUnderTest], str]] = {
     "dimensions fit": check_dimensions,
     "end of sequence": check_end_of_sequence,
@@ -262,6 +297,7 @@ CHECKS: dict[str, Callable[[ModelUnderTest], str]] = {
     "gradients": check_gradients,
     "batch equals single": check_batch_equals_single,
     "save and load": check_reload,
+    "parts of the image": check_parts,
     "sees the image": check_sees_image,
 }
 

@@ -22,6 +22,7 @@ from blipren.training.data.sources.images import ImageError
 from blipren.training.evaluation.examples import Example, Split
 from blipren.training.evaluation.features import PatchFeatures, encode_images
 from blipren.training.evaluation.generation import generate_answers
+from blipren.training.evaluation.image_parts import exchange_parts
 from blipren.training.evaluation.image_use import answer_losses, other_images
 from blipren.training.evaluation.metrics.pope import PopeQuestion
 from blipren.training.evaluation.refer import ANSWER_TOKENS, place_questions
@@ -215,6 +216,8 @@ def _compute_losses(
     conditions = {"right": features[rows], "black": black[[0] * len(rows)], "none": None}
     if others:
         conditions["shuffled"] = features[[others[i] for i in rows]]
+        parts = exchange_parts(model.config, features, others, plan.seed)
+        conditions |= {part: exchanged[rows] for part, exchanged in parts.items()}
     for condition, given in conditions.items():
         losses = answer_losses(model, processor, given, prompts, texts, plan.batch_size)
         for i, (loss, tokens) in zip(rows, losses):

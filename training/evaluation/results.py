@@ -14,7 +14,8 @@ import numpy as np
 
 from blipren.training.evaluation.conversations import Asked
 from blipren.training.evaluation.examples import Example, Split
-from blipren.training.evaluation.image_use import image_use
+from blipren.training.evaluation.image_parts import FINE, ORDER, SECOND, part_use
+from blipren.training.evaluation.image_use import IGNORES, image_use
 from blipren.training.evaluation.judges import find_judge
 from blipren.training.evaluation.metrics.bootstrap import Statistic, grouped_statistic, interval, mean_statistic
 from blipren.training.evaluation.metrics.boxes import PlaceAnswer
@@ -201,7 +202,23 @@ def add_image_use(result: Evaluation, settings, fixed: Mapping[str, Mapping]) ->
         scores["VQA accuracy"] = {
             condition: [s["exact"] for s in vqa_scores(own, people)[1].values()] for condition, own in texts.items()
         }
-    result.metrics["image_use"] = image_use(losses, scores, settings.resamples, settings.seed)
+    found = image_use(losses, scores, settings.resamples, settings.seed)
+    exchanged = {}
+    for part in (FINE, SECOND, ORDER):
+        values = [result.records[key]["losses"].get(part) for key in ids]
+        if all(value is not None for value in values):
+            exchanged[part] = [tuple(value) for value in values]
+    if exchanged:
+        found["parts"] = part_use(losses["right"], exchanged, settings.resamples, settings.seed)
+        for part, use in found["parts"].items():
+            gap = use["loss_gap"]
+            found["because"] += (
+                f" It {'ignores' if use['verdict'] == 'ignored' else 'uses'} {part}: exchanged, the loss changes by "
+                f"{gap['value']:+.3f} (95% interval {gap['low']:+.3f} to {gap['high']:+.3f})."
+            )
+        if ignored := [part for part, use in found["parts"].items() if use["verdict"] == "ignored"]:
+            found["verdict"] += f", but ignores {' and '.join(ignored)}" if found["verdict"] != IGNORES else ""
+    result.metrics["image_use"] = found
 
 
 def add_routing(result: Evaluation) -> None:
