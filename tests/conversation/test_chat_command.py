@@ -6,6 +6,7 @@ import json
 import pytest
 
 from blipren.training.cli import main
+from blipren.training.conversation.conversation import Conversation
 from blipren.training.evaluation.generation import generate_answers, load_model
 from tests.conversation.test_conversation import make_pair
 from tests.tiny_models import random_image
@@ -43,6 +44,22 @@ def test_a_conversation(checkpoint, tmp_path, monkeypatch, capsys):
     assert messages[1]["content"] == answer and out.count(answer) >= 2  # again behind /reset
     assert "a web page where a picture should be" in out and "there is no /wrong" in out and "/save takes" in out
     assert messages[3]["content"] in out and "not read" not in out
+
+
+def test_one_question_about_several_images(checkpoint, capsys):
+    files = [str(checkpoint.parent / f"{i}.png") for i in (1, 0)]
+    line = ["caption", str(checkpoint), *files, "--together", "--prompt", "Which is it?", "--device", "cpu"]
+    assert main([*line, "--max-new-tokens", "6"]) == 0
+    wanted = Conversation(*load_model(str(checkpoint), "cpu")).ask(
+        "Which is it?", [random_image(1), random_image(0)], max_new_tokens=6
+    )
+    assert capsys.readouterr().out.strip().splitlines()[-1] == wanted
+    assert main([*line, "--max-new-tokens", "6", "--json", "--num-beams", "2"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == files
+    assert main(["caption", str(checkpoint), *files, "--together"]) == 2
+    assert main([*line, "--csv", "a.csv"]) == 2
+    errors = capsys.readouterr().err
+    assert "give image files and --prompt" in errors and "leave out csv" in errors
 
 
 def test_wrong_use(checkpoint, capsys):

@@ -64,6 +64,8 @@ class CaptionSettings(OutputSettings, ChoiceSettings, SamplingSettings, SourceSe
     images: list[str] = positional()
     """Image files and folders of images, searched with their subfolders; or one data set of any kind that embed reads,
     or one feature cache."""
+    together: bool = False
+    """Ask --prompt once about all image files together, in their order, and print the one answer."""
     json: bool = False
     """Print one JSON object a line instead of text."""
     csv: str | None = None
@@ -81,6 +83,12 @@ class CaptionSettings(OutputSettings, ChoiceSettings, SamplingSettings, SourceSe
             several = len(self.images) != 1 or is_dataset(self.images[0]) or Path(self.images[0]).is_dir()
             if getattr(self, name) is not None and several:
                 raise UsageError(f"{name} draws one image: give one image file, or leave out {name}")
+        if self.together:
+            if self.prompt is None or any(is_dataset(name) or Path(name).is_dir() for name in self.images):
+                raise UsageError("together asks one question about several images: give image files and --prompt")
+            for name in ("out", "csv", "attention", "out_image", "prompts", "filter", "matching_model"):
+                if getattr(self, name):
+                    raise UsageError(f"together prints one answer: leave out {name}")
         if self.prompts and self.prompt is not None:
             raise UsageError("give prompt or prompts, not both")
         for name in ("candidates", "keep", "rows_per_shard"):
@@ -126,6 +134,10 @@ class CaptionSettings(OutputSettings, ChoiceSettings, SamplingSettings, SourceSe
 def run(settings: CaptionSettings) -> int | None:
     """Run the command. Returns the exit status."""
     settings.check_inputs()
+    if settings.together:
+        from blipren.training.conversation.together import print_one_answer
+
+        return print_one_answer(settings)
 
     from blipren.training.captioning.job import CaptionJob
 
