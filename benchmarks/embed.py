@@ -2,8 +2,11 @@
 
     python benchmarks/embed.py --encoder mobilenet --out embed.json
     python benchmarks/embed.py --encoder siglip-b --images 96
+    python benchmarks/embed.py --encoder siglip-b --images 32 --scales 1 2
+    python benchmarks/embed.py --encoder siglip-b --images 16 --frames 8
 
-Every arm embeds the same drawn 640x480 JPEGs with the same random weights. Arms take turns, and each figure is the median
+Every arm embeds the same drawn 640x480 JPEGs, or clips of two seconds (H.264, needs PyAV), with the same random weights. With
+scales and frames the bare encoder gets the same number of pieces; figures are images or clips a second. Arms take turns, and each figure is the median
 over the rounds. The ratios are the result: absolute figures depend on the machine and its load.
 """
 
@@ -30,6 +33,7 @@ from transformers import (
 
 from blipren import BliprenConfig, BliprenForConditionalGeneration
 from blipren.image_blipren import with_fast_resize
+from blipren.pieces_blipren import with_pieces
 from blipren.training.commands.embed import EmbedSettings
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.encoder import Encoder
@@ -64,7 +68,27 @@ def draw_photos(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def make_model(name: str):
+def draw_clips(folder: Path, count: int) -> None:
+    """Write clips of two seconds, 640x480 at 25 frames a second, and their metadata."""
+    import av
+
+    lines = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        coarse = [
+            Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((640, 480), 3) for _ in "ab"
+        ]
+        with av.open(str(folder / f"{number:05d}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 640, 480, "yuv420p"
+            for step in range(50):
+                container.mux(stream.encode(av.VideoFrame.from_image(Image.blend(*coarse, step / 49))))
+            container.mux(stream.encode())
+        lines.append(json.dumps({"file_name": f"{number:05d}.mp4", "caption": f"clip {number}", "split": "train"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def make_model(name: str, scales: list[int], frames: int | None):
     """Return a model with an encoder of real size and random weights, and its image processor."""
     if Path(name).exists():
         vision, processor = AutoConfig.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
@@ -81,17 +105,23 @@ def make_model(name: str):
         ),
         connector="patches",
         projector="linear",
-        vision_hidden_size=shape.hidden_size,
+        vision_hidden_size=shape.hidden_size * len(scales),
+        vision_scales=scales,
+        num_frames=frames,
         num_prefix_tokens=shape.num_prefix_tokens,
+        vision_grid=list(shape.grid),
         num_visual_tokens=1,
     )
+    processor.scales = scales
     torch.manual_seed(0)
-    return BliprenForConditionalGeneration(config).eval(), with_fast_resize(processor), plain
+    return BliprenForConditionalGeneration(config).eval(), with_pieces(with_fast_resize(processor)), plain
 
 
-def bare(encoder: Encoder, images: int, batch: int) -> float:
-    """Return images/s of the encoder alone, on pixels in memory."""
-    blank = encoder.image_processor(images=[Image.new("RGB", (64, 64))] * batch, return_tensors="pt")
+def bare(encoder: Encoder, images: int, batch: int, frames: int = 1) -> float:
+    """Return images/s (clips/s) of the encoder alone, on pixels in memory; a batch has that many pieces."""
+    pieces = encoder.pieces * frames
+    batch = max(1, batch // pieces)
+    blank = encoder.image_processor(images=[Image.new("RGB", (64, 64))] * batch * frames, return_tensors="pt")
     pixels = {"pixel_values": blank["pixel_values"].to(encoder.device)}
     started = time.perf_counter()
     for _ in range(images // batch):
@@ -110,12 +140,12 @@ def plain_loop(encoder: Encoder, processor, photos: list[Path], batch: int) -> f
     return len(photos) / (time.perf_counter() - started)
 
 
-def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dict) -> float:
+def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dict, frames: int | None) -> float:
     """Return images/s of `blipren embed` without loading the model: from rows to a finished cache."""
     s = EmbedSettings(model="benchmark", dataset=str(photos), cache=str(cache), **settings)
     source = open_rows(s.dataset)
-    config = PrepareConfig(image_processor=encoder.image_processor)
-    patches = encoder.measure()
+    config = PrepareConfig(image_processor=encoder.image_processor, num_frames=frames)
+    patches = encoder.measure() * (frames or 1)
     cache.mkdir()
     writer = CacheWriter(
         cache,
@@ -124,7 +154,6 @@ def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dic
         values=patches * encoder.hidden_size,
         tokens=patches,
         hidden_size=encoder.hidden_size,
-        messages=False,
         rows_per_unit=s.rows_per_shard,
     )
     writer.start()
@@ -162,46 +191,57 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None, help="threads of the encoder")
+    parser.add_argument("--scales", type=int, nargs="+", default=[1])
+    parser.add_argument("--frames", type=int, default=None, help="embed clips, so many frames of each")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", help="JSON file for the figures")
     a = parser.parse_args()
     if a.threads:
         torch.set_num_threads(a.threads)
-    model, processor, plain = make_model(a.encoder)
+    model, processor, plain = make_model(a.encoder, a.scales, a.frames)
+    plain_images = a.scales == [1] and a.frames is None
     encoder = Encoder(model, processor, a.device)
     workers = default_workers() if a.workers is None else a.workers
     settings = {"batch_size": a.batch_size, "workers": workers, "near_duplicates": "keep"}
-    figures: dict[str, list[float]] = {"bare": [], "plain_loop": [], "embed": []}
+    figures: dict[str, list[float]] = {"bare": [], "embed": []} | ({"plain_loop": []} if plain_images else {})
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder) / "photos"
         photos.mkdir()
-        draw_photos(photos, a.images)
+        (draw_photos if a.frames is None else draw_clips)(photos, a.images)
         files = sorted(photos.glob("*.jpg"))
-        bare(encoder, a.batch_size, a.batch_size)
-        default_allocator = bare(encoder, a.images // 2, a.batch_size)
-        script = plain_loop(encoder, plain, files[: a.images // 2], a.batch_size)
+        frames = a.frames or 1
+        bare(encoder, a.batch_size, a.batch_size, frames)
+        if plain_images:
+            default_allocator = bare(encoder, a.images // 2, a.batch_size)
+            script = plain_loop(encoder, plain, files[: a.images // 2], a.batch_size)
         keep_freed_memory()  # as every command does; the other arms have it too
-        bare(encoder, a.batch_size, a.batch_size)
+        bare(encoder, a.batch_size, a.batch_size, frames)
         for turn in range(a.rounds):
-            figures["bare"].append(bare(encoder, a.images, a.batch_size))
-            figures["embed"].append(embed(encoder, photos, Path(folder) / f"cache{turn}", a.images, settings))
-            figures["plain_loop"].append(plain_loop(encoder, plain, files, a.batch_size))
+            figures["bare"].append(bare(encoder, a.images, a.batch_size, frames))
+            cache_folder = Path(folder) / f"cache{turn}"
+            figures["embed"].append(embed(encoder, photos, cache_folder, a.images, settings, a.frames))
+            if plain_images:
+                figures["plain_loop"].append(plain_loop(encoder, plain, files, a.batch_size))
             print({name: round(values[-1], 1) for name, values in figures.items()}, flush=True)
         cache = FeatureCache.open(Path(folder) / "cache0")
-        result = {
-            "encoder": a.encoder,
-            "device": str(encoder.device),
-            "threads": torch.get_num_threads(),
-            "workers": workers,
-            "images_per_s": {name: statistics.median(values) for name, values in figures.items()},
-            "ratios": {
-                "embed_to_bare": statistics.median(e / b for e, b in zip(figures["embed"], figures["bare"])),
+        ratios = {"embed_to_bare": statistics.median(e / b for e, b in zip(figures["embed"], figures["bare"]))}
+        if plain_images:
+            ratios |= {
                 "embed_to_plain_loop": statistics.median(
                     e / p for e, p in zip(figures["embed"], figures["plain_loop"])
                 ),
                 "embed_to_plain_loop_with_default_allocator": statistics.median(figures["embed"]) / script,
                 "bare_to_bare_with_default_allocator": statistics.median(figures["bare"]) / default_allocator,
-            },
+            }
+        result = {
+            "encoder": a.encoder,
+            "scales": a.scales,
+            "frames": a.frames,
+            "device": str(encoder.device),
+            "threads": torch.get_num_threads(),
+            "workers": workers,
+            "images_per_s": {name: statistics.median(values) for name, values in figures.items()},
+            "ratios": ratios,
             "bytes_per_image": cache.info["bytes"] / cache.counts["cached"],
             "read": read(cache, 30, 32),
         }
