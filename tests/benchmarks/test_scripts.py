@@ -33,3 +33,12 @@ def test_train(tmp_path):
 def test_startup(tmp_path):
     report = run("startup.py", "--rounds", "1", out=tmp_path / "startup.json")
     assert min(report["seconds"].values()) > 0 and report["bar"] > 0.2
+
+
+def test_chat(tmp_path):
+    report = run(
+        "chat.py", "--shape", "tiny", "--images", "2", "--steps", "1", "--threads", "1", out=tmp_path / "chat.json"
+    )
+    for kind, arms in report["kinds"].items():  # the script itself refuses arms that differ in loss
+        assert abs(arms["trl"]["loss"] - arms["blipren"]["loss"]) < 1e-5, kind
+        assert arms["ratios"]["flops"] > 1

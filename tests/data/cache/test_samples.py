@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from blipren.prompts_blipren import build_chat_template
+from blipren.training.commands.embed import EmbedSettings
+from blipren.training.commands.embed import run as embed
 from blipren.training.data.cache.samples.tokens import encode_sample, split_trace
 from blipren.training.data.sources.conversations import read_conversation
 from blipren.training.engine.loading import load_checkpoint
@@ -75,6 +77,14 @@ def test_every_image_is_stored_once_and_every_row_accounted_for(cache):
         "empty": "empty_turn", "missing": "missing_file", "broken": "image",
     }  # fmt: skip
     assert cache.verify() == []
+
+
+def test_a_dry_run_names_the_rejected_conversations(tmp_path, chat_model, llava, capsys):
+    values = {"model": str(chat_model), "dataset": str(llava), "cache": str(tmp_path / "c"), "workers": 0}
+    embed(EmbedSettings(**values, dry_run=True))
+    shown = capsys.readouterr().out
+    assert "20 conversations about 13 images" in shown and "missing_file" in shown and "empty_turn" in shown
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_held_out_image_holds_the_sample_out(cache):

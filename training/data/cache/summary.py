@@ -12,6 +12,7 @@ from blipren.training.data.cache.encoder import Encoder
 from blipren.training.data.cache.engines.workers import Workers, default_workers
 from blipren.training.data.cache.prepare import PrepareConfig
 from blipren.training.data.cache.reader import FeatureCache
+from blipren.training.data.cache.samples.collect import SampleImages
 from blipren.training.data.sources.caption_filter import summary_table
 from blipren.training.data.sources.rows import Source
 
@@ -47,7 +48,7 @@ def describe_plan(s: EmbedSettings, source: Source, encoder: Encoder, values: in
 def dry_run(s: EmbedSettings, source: Source, config: PrepareConfig) -> None:
     """Print what would be cached and what would be rejected."""
     config.encode = False
-    rejected: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = list(source.rejected) if isinstance(source, SampleImages) else []
     rows = texts = 0
     splits: dict[str, int] = {}
     with Workers(config, default_workers() if s.workers is None else s.workers, 0) as pool:

@@ -1,10 +1,11 @@
 """Conversations about scenes: several turns about one picture, and questions about two pictures at once.
 
-    conversations -> new -> embed -> train -> evaluate
+    scenes -> new -> embed -> train -> conversations -> embed -> train -> evaluate
 
-The language model is trained too, at a lower rate: it has seen neither two pictures nor two questions in one text. OUT
-holds `scenes/` (pictures and conversations.jsonl), `untrained/`, `cache/`, `run/`, `after/` (evaluation), `model/` and
-`summary.json`.
+First the bridge learns captions and single questions with a frozen language model, as in the world of captions. Then it
+learns conversations, and the language model with it, at a lower rate: it has seen neither two pictures nor two questions in
+one text. OUT holds `pictures/` and `scenes/` (with conversations.jsonl), their caches, `untrained/`, `captions/` and `run/`
+(the two trainings), `after/` (evaluation), `model/` and `summary.json`.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from blipren.training.commands.quickstart import QuickstartSettings
 from blipren.training.quickstart.conversation_scenes import best_guess_share, write_conversations
+from blipren.training.quickstart.scenes import write_scenes
 from blipren.training.quickstart.steps import TOWERS, export_model, run_step
 
 DURATION = "takes about ten minutes on two cores"
@@ -22,13 +24,16 @@ RECIPE = "quickstart-conversations"
 def run_world(settings: QuickstartSettings, out: Path) -> dict:
     """Run all steps. Returns the accuracy on held-out scenes by kind of question, with what guessing reaches."""
     started = time.perf_counter()
-    untrained, cache, run, model = (out / n for n in ("untrained", "cache", "run", "model"))
+    names = ("pictures", "untrained", "captions-cache", "captions", "cache", "run", "model")
+    pictures, untrained, captions_cache, captions, cache, run, model = (out / name for name in names)
+    write_scenes(pictures, settings.seed)
     data = write_conversations(out / "scenes", settings.seed)
-    print(f"drew scenes and conversations in {data} ({time.perf_counter() - started:.0f} s)")
-    towers = {"vision": TOWERS / "vision", "llm": TOWERS / "llm"}
-    run_step("new", recipe=RECIPE, out=untrained, seed=settings.seed, **towers)
-    run_step("embed", recipe=RECIPE, model=untrained, dataset=data, cache=cache)
-    run_step("train", recipe=RECIPE, model=untrained, cache=cache, out=run, seed=settings.seed)
+    print(f"drew scenes in {pictures} and conversations in {data} ({time.perf_counter() - started:.0f} s)")
+    run_step("new", out=untrained, vision=TOWERS / "vision", llm=TOWERS / "llm", seed=settings.seed)
+    run_step("embed", model=untrained, dataset=pictures, cache=captions_cache)
+    run_step("train", model=untrained, cache=captions_cache, out=captions, seed=settings.seed)
+    run_step("embed", recipe=RECIPE, model=captions, dataset=data, cache=cache)
+    run_step("train", recipe=RECIPE, model=captions, cache=cache, out=run, seed=settings.seed)
     export_model(run, model)
     run_step("evaluate", recipe=RECIPE, model=model, dataset=data, out=out / "after", run=run)
     summary = summarise(data, out / "after")
