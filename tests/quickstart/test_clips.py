@@ -1,0 +1,78 @@
+"""Clips and small digits: what is drawn is what the texts say."""
+
+import numpy as np
+from PIL import Image
+
+from blipren.training.quickstart.clips import DIRECTIONS, draw_clip, make_clip, write_clip_texts
+from blipren.training.quickstart.glyphs import (
+    FONT,
+    PICTURE_SIDE,
+    Glyph,
+    draw_digit_picture,
+    draw_glyphs,
+    make_digit_picture,
+    write_digit_texts,
+)
+from blipren.training.quickstart.scenes import HELD_OUT_COMBINATIONS
+
+
+def centre(frame, ground) -> np.ndarray:
+    """Mean place `(x, y)` of what differs from the ground, as shares of the side."""
+    rows, columns = np.nonzero(np.abs(np.asarray(frame, dtype=int) - ground).sum(-1) > 60)
+    return np.array([columns.mean(), rows.mean()]) / frame.width
+
+
+def test_shapes_move_where_the_answer_says():
+    seen = set()
+    for index in range(0, 90, 3):
+        clip = make_clip(0, index)
+        frames = draw_clip(clip, 8)
+        way = centre(frames[-1], clip.ground) - centre(frames[0], clip.ground)
+        assert np.abs(way - 0.45 * np.array(DIRECTIONS[clip.direction])).max() < 0.15
+        _, questions = write_clip_texts(clip)
+        assert dict(questions)["Which way does the shape move?"] == clip.direction
+        seen.add(clip.direction)
+    assert seen == set(DIRECTIONS)
+
+
+def test_one_shape_takes_the_place_of_another():
+    for index in range(1, 90, 3):
+        clip = make_clip(0, index)
+        frames = draw_clip(clip, 12)
+        per_shape = 12 // len(clip.shapes)
+        for number, place in enumerate(clip.starts):
+            for frame in frames[number * per_shape : (number + 1) * per_shape]:
+                assert np.abs(centre(frame, clip.ground) - place).max() < 0.04
+        answers = dict(write_clip_texts(clip)[1])
+        assert answers["Which shape comes first?"] == clip.shapes[0][1]
+        assert answers["Which shape comes last?"] == clip.shapes[-1][1]
+        assert not set(clip.shapes) & HELD_OUT_COMBINATIONS
+
+
+def test_digits_follow_each_other():
+    clip = make_clip(0, 2)
+    frames = [np.asarray(frame) for frame in draw_clip(clip, 8)]
+    assert all(np.array_equal(frames[2 * k], frames[2 * k + 1]) for k in range(4))
+    assert write_clip_texts(clip)[1] == [("Which digits are shown?", " ".join(map(str, clip.digits)))]
+
+
+def test_every_digit_is_drawn_as_its_font():
+    assert len({font.tobytes() for font in FONT.values()}) == 10
+    for digit, font in FONT.items():
+        image = draw_glyphs(Image.new("RGB", (70, 70)), (Glyph(digit, 0.5, 0.5, 0.7, (255, 255, 255)),))
+        points = np.asarray(image.convert("L"))[14:60:7, 21:52:7] // 255  # 7 x 5 points of 7 pixels, around (35, 35)
+        assert np.array_equal(points, font)
+
+
+def test_small_digits_stand_where_the_questions_say():
+    for index in range(20):
+        picture = make_digit_picture(0, index)
+        image = draw_digit_picture(picture)
+        assert image.size == (PICTURE_SIDE, PICTURE_SIDE)
+        _, questions = write_digit_texts(picture)
+        assert len(questions) == len(picture.glyphs) + 1
+        for glyph, cell in zip(picture.glyphs, picture.cells):
+            assert (int(3 * glyph.y), int(3 * glyph.x)) == (cell.row, cell.column)
+            x, y, half = round(glyph.x * PICTURE_SIDE), round(glyph.y * PICTURE_SIDE), 6
+            assert np.asarray(image)[y - half : y + half, x - half : x + half].std() > 10
+            assert 9 <= glyph.height * PICTURE_SIDE <= 11  # two or three pixels of the encoder's 96
