@@ -33,6 +33,7 @@ VISION = {
     "google/vit-base-patch16-224": "vit",
     "google/vit-large-patch16-224": "vit",
     "tiny-vision": "mobilenet_v2",
+    "training/quickstart/towers/vision": "siglip_vision_model",
 }
 THINK = tiny_models.CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")
 LLM = {  # id -> family, chat template
@@ -45,6 +46,7 @@ LLM = {  # id -> family, chat template
     "Qwen/Qwen3-0.6B": ("qwen3", tiny_models.CHATML),
     "PleIAs/Baguettotron": ("llama", THINK),
     "caption-lm": ("llama", None),
+    "training/quickstart/towers/llm": ("llama", None),
 }
 
 
