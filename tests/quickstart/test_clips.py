@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+from blipren.training.commands.quickstart import QuickstartSettings
 from blipren.training.quickstart.clips import DIRECTIONS, draw_clip, make_clip, write_clip_texts
 from blipren.training.quickstart.glyphs import (
     FONT,
@@ -14,6 +15,24 @@ from blipren.training.quickstart.glyphs import (
     write_digit_texts,
 )
 from blipren.training.quickstart.scenes import HELD_OUT_COMBINATIONS
+from blipren.training.quickstart.worlds import clips
+
+
+def test_the_world_runs_at_small_size(tmp_path, monkeypatch):
+    real = clips.run_step
+
+    def run_step(command, recipe, **values):
+        small = {"max_steps": 2, "batch_size": 4, "eval_every": 2} if command == "train" else {}
+        small |= {"workers": 0} if command == "embed" else {}
+        real(command, recipe, **values | small)
+
+    monkeypatch.setattr(clips, "run_step", run_step)
+    monkeypatch.setattr(clips, "SPLITS", {"train": 12, "validation": 3, "test": 6})
+    summary = clips.run_world(QuickstartSettings(out=str(tmp_path), world="clips"), tmp_path)
+    assert summary["held_out_clips"] == 6
+    for task in ("direction", "order", "number", "digits"):
+        assert 0 <= summary[task] <= 1 and 0 <= summary[f"{task}_shuffled"] <= 1
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def centre(frame, ground) -> np.ndarray:

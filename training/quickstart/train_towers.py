@@ -10,14 +10,15 @@
         --out glyphs --seed 0 --vision-steps 3500
     cp -r glyphs/vision training/quickstart/towers/glyphs-vision
     python -m blipren.training.quickstart.train_towers --part llm --glyphs --start training/quickstart/towers/llm \
-        --out glyphs --seed 3 --llm-steps 2000 --shuffled 0.7 --crowded
+        --out glyphs --seed 3 --llm-steps 2000 --shuffled 0.7 --crowded  # stopped at step 1000
     cp -r glyphs/llm training/quickstart/towers/glyphs-llm
 
 write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in about 70 minutes on one core,
-and variants of both for the worlds glyphs and clips, which also know digits, directions and order. The language model is trained in three runs: on notes in the order in which a caption names the objects, then on
-notes in any order, then mostly on scenes of three objects, whose words the model of the second run still confused. Neither
-tower is trained on a held-out combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of
-the group "seen" only, the language model on text about such scenes and never on an image.
+and variants of both for clips: that image tower also reads digits, that language model knows directions and order. The
+language model is trained in three runs: on notes in the order in which a caption names the objects, then on notes in any
+order, then mostly on scenes of three objects, whose words the model of the second run still confused. Neither tower is
+trained on a held-out combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of the group
+"seen" only, the language model on text about such scenes and never on an image.
 
 - Image tower (`train_vision.py`): a linear head on every patch predicts colour, shape, size and place of the object there.
 - Language model (`train_llm.py`): captions and answers behind the prompts that the processor writes. Most texts begin with
