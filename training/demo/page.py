@@ -22,6 +22,7 @@ CSS = """
 #words label { min-height: 2.5rem; padding: 4px 10px }
 #words label input { position: absolute; opacity: 0 }
 #words label span { margin: 0 }
+#words label:has(input:checked) { border-color: var(--color-accent); background: var(--color-accent-soft) }
 #words label:focus-within { outline: 2px solid var(--color-accent) }
 """
 
