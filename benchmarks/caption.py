@@ -223,7 +223,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "photos").mkdir()
-        draw_photos(folder / "photos", given.images)
+        draw_photos(folder / "photos", min(given.images, 256))
+        with (folder / "photos" / "metadata.jsonl").open("a") as metadata:
+            for number in range(256, given.images):  # the same photos under further names
+                name = f"{number:05d}.jpg"
+                os.link(folder / "photos" / f"{number % 256:05d}.jpg", folder / "photos" / name)
+                metadata.write(json.dumps({"file_name": name, "caption": "a photo"}) + "\n")
         write_model(folder, given.shape)
         seconds: dict[str, list[float]] = {arm: [] for arm in given.arms}
         texts: dict[str, list[str]] = {}

@@ -168,7 +168,7 @@ def test_metadata_beside_the_pictures(seeing, tmp_path, capsys):
     assert "a metadata.jsonl that is not ours" in capsys.readouterr().err
 
 
-def test_several_prompts_have_a_column_each(seeing, pictures, tmp_path):
+def test_several_prompts_have_a_column_each(seeing, pictures, tmp_path, capsys):
     out = tmp_path / "out"
     prompts = ["--prompts", "Short caption:", f"colour={QUESTION}", "--limit", "6"]
     assert caption(seeing, pictures, out, *prompts) == 0
@@ -176,6 +176,8 @@ def test_several_prompts_have_a_column_each(seeing, pictures, tmp_path):
         assert row["colour"] == list(COLOURS)[number] and row["colour"] in row["caption_0"]
         assert row["colour_num_tokens"] < row["caption_0_num_tokens"]
     assert info(out)["columns"][0] == "caption_0"
+    assert caption(seeing, pictures, tmp_path / "x", "--prompts", "a=What?", "a=Who?") == 1
+    assert "two prompts would have the same column" in capsys.readouterr().err
 
 
 def test_matching_scores_choose_candidates_and_filter(seeing, aligned, pictures, tmp_path, capsys):

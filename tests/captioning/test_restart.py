@@ -1,9 +1,11 @@
 """A command that is killed at any moment and run again writes the data set of an undisturbed one."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import resource
 import time
 
 import pytest
@@ -18,8 +20,13 @@ def run(model, data, out, *more) -> int:
     return main(["caption", str(model), str(data), "--out", str(out), *OPTIONS, "--rows-per-shard", "3", *more])
 
 
-def run_in_child(model, data, out, workers):
-    os._exit(run(model, data, out, "--workers", str(workers)))
+def run_in_child(model, data, out, *more, limit=None):
+    """Run in a process of its own; `limit` is the largest file, as if the disk were full, and errors go to a file."""
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with (out.parent / "message.txt").open("w") as file, contextlib.redirect_stderr(file):
+        status = run(model, data, out, *more)
+    os._exit(status)
 
 
 def content(out) -> dict[str, bytes]:
@@ -37,7 +44,7 @@ def kill_until_done(model, data, folder, kills: int, seed: int) -> None:
     assert run(model, data, folder / "reference") == 0
     rng, seen, out = random.Random(seed), 0, folder / "out"
     for kill in range(kills):
-        child = fork.Process(target=run_in_child, args=(model, data, out, kill % 2))
+        child = fork.Process(target=run_in_child, args=(model, data, out, "--workers", str(kill % 2)))
         child.start()
         before = marks(out)
         more = rng.randrange(3)
@@ -61,3 +68,15 @@ def test_kill_at_random_moments(seeing, pictures, tmp_path):
 @pytest.mark.slow
 def test_kill_at_twenty_random_moments(seeing, pictures, tmp_path):
     kill_until_done(seeing, pictures, tmp_path, kills=20, seed=1)
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset"])
+def test_a_full_disk_is_said_and_gone_on_from(form, seeing, pictures, tmp_path):
+    out, options = tmp_path / "out", ["--format", form, "--rows-per-shard", "30"]
+    child = fork.Process(target=run_in_child, args=(seeing, pictures, out, *options), kwargs={"limit": 1500})
+    child.start()
+    child.join(120)
+    message = (tmp_path / "message.txt").read_text()
+    assert child.exitcode == 1 and "no space left for" in message and "Traceback" not in message
+    assert not (out / "captions.json").exists() and not marks(out) and not list(out.glob("data/*"))
+    assert run(seeing, pictures, out, *options) == 0

@@ -11,6 +11,7 @@ import datasets
 
 from blipren.training.captioning.decoder import Answer
 from blipren.training.captioning.filter_rules import FILTER_RULES
+from blipren.training.errors import UserError
 
 _NAMED = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
@@ -36,6 +37,9 @@ def caption_columns(prompts: Sequence[str | None], taken: Sequence[str]) -> list
     """Return the columns of prompts: `caption` for one, the name in NAME=PROMPT, or `caption_0`, `caption_1`, ...
 
     A name that the data set has already gets `generated_` in front.
+
+    Raises:
+        UserError: two prompts have the same name.
     """
     columns = []
     for number, prompt in enumerate(prompts):
@@ -46,6 +50,9 @@ def caption_columns(prompts: Sequence[str | None], taken: Sequence[str]) -> list
         if set(column.names().values()) & set(taken):
             column = CaptionColumn(f"generated_{name}", prompt)
         columns.append(column)
+    names = [column.name for column in columns]
+    if len(set(names)) < len(names):
+        raise UserError(f"two prompts would have the same column: the columns are {', '.join(names)}")
     return columns
 
 

@@ -117,7 +117,12 @@ def open_images(names: Sequence[str], split: str | None, limit: int | None, opti
     if len(names) == 1 and is_dataset(names[0]):
         name = names[0]
         if (Path(name) / "cache.json").exists():
-            source = CacheRows(FeatureCache.open(name))
+            cache = FeatureCache.open(name)
+            if cache.fingerprint["storage"].get("num_frames") is not None:
+                raise UserError(
+                    f"{name} holds videos, and captions of whole data sets are of images: use the pipeline"
+                )
+            source = CacheRows(cache)
             if split is not None:
                 raise UserError(f"{name} is a feature cache, which is captioned as a whole: leave out --split")
         else:

@@ -18,7 +18,8 @@ from blipren.training.captioning.choice import (
     choose,
     column_features,
 )
-from blipren.training.captioning.decoder import Answer, Decoder
+from blipren.training.captioning.decoder import Answer
+from blipren.training.captioning.engines.local import LocalEngine
 from blipren.training.captioning.feature_reader import FeatureReader
 from blipren.training.captioning.image_sources import CacheRows, open_images
 from blipren.training.captioning.matching import Matcher, has_matching_head
@@ -29,10 +30,11 @@ from blipren.training.data.cache.engines.local import Progress, batch_rows
 from blipren.training.data.cache.engines.workers import default_workers
 from blipren.training.data.cache.prepare import rejection
 from blipren.training.data.cache.writer.lock import CacheLock
+from blipren.training.data.sources.images import ImageError
 from blipren.training.data.sources.rows import Row, Source
 from blipren.training.engine.loading import load_processor, model_fingerprint
 from blipren.training.errors import UserError
-from blipren.training.evaluation.generation import Sampling, load_model
+from blipren.training.evaluation.generation import load_model
 from blipren.training.files import report_full_disk
 
 
@@ -43,36 +45,6 @@ class CaptionedRow:
     row: Row
     answers: list[list[Answer]] = field(default_factory=list)
     rejected: dict[str, Any] | None = None
-
-
-class LocalEngine:
-    """Captions by our own decoder, from patch features that are computed once."""
-
-    needs_features = True
-
-    def __init__(self, model, processor, columns: list[CaptionColumn], s: CaptionSettings):
-        sampling = Sampling(s.temperature, s.top_p, s.repetition_penalty)
-        prompts = [column.prompt for column in columns]
-        options = s.generate_options()
-        self.model = model
-        self.decoder = Decoder(model, processor, prompts, options, sampling, s.candidates, s.batch_size)
-        # where images differ in length, rows of several batches are sorted by it
-        self.variable = model.config.connector == "patches" and model.config.num_visual_tokens is None
-        self.rows_per_batch = s.batch_size * (8 if self.variable else 1)
-        self.batch_size = s.batch_size
-
-    @torch.inference_mode()
-    def __call__(
-        self, patches: torch.Tensor, mask: torch.Tensor | None, batch: PictureBatch
-    ) -> list[list[list[Answer]]]:
-        features = []
-        for start in range(0, len(patches), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            inputs = {"patch_features": patches[part].to(self.model.device)}
-            if mask is not None:
-                inputs["patch_attention_mask"] = mask[part].to(self.model.device)
-            features += self.model.get_image_features(**inputs).pooler_output
-        return self.decoder(features, batch.seeds)
 
 
 @dataclass
@@ -118,7 +90,7 @@ class CaptionJob:
 
     @classmethod
     def _open_for_vllm(cls, s: CaptionSettings, source: Source, columns: list[CaptionColumn]) -> CaptionJob:
-        from blipren.training.captioning.vllm_engine import VllmEngine
+        from blipren.training.captioning.engines.vllm_engine import VllmEngine
 
         if isinstance(source, CacheRows):
             raise UserError(
@@ -250,7 +222,11 @@ class CaptionJob:
             return
         s, row, image = self.settings, one.row, None
         if s.keep_images and not isinstance(self.source, CacheRows):
-            image = encoded(row.data())
+            try:
+                image = encoded(row.data())
+            except ImageError as error:  # the file has gone since it was decoded
+                unit.rejected.append(rejection(row, "row", error.reason, error.detail))
+                return
             row._data = None
         record = dict(row.record)
         name = picture_name(row)

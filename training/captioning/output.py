@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -170,7 +171,8 @@ class CaptionUnit:
     def abandon(self) -> None:
         """Remove the files of the unit."""
         for split, file in self._files.items():
-            file.close()
+            with contextlib.suppress(OSError, pa.ArrowException):  # of a full disk, which is reported already
+                file.close()
             path = self._path(split)
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
 
@@ -200,12 +202,20 @@ class CaptionFolder(UnitFolder):
         return record["files"]
 
     def is_complete(self) -> bool:
-        """Return whether the data set is finished. Raises `UserError` if it was made with other settings."""
+        """Return whether the data set is finished, and remove what a kill at its very end has left.
+
+        Raises:
+            UserError: it was made with other settings.
+        """
         path = self.out / "captions.json"
         if not path.exists():
             return False
         check_same_fingerprint(json.loads(path.read_text())["fingerprint"], self.fingerprint, self.out)
+        self._remove_marks()
         return True
+
+    def _remove_marks(self) -> None:
+        shutil.rmtree(self.folder if self.form == "metadata" else self.folder / self.marks, ignore_errors=True)
 
     def put_image(self, name: str | None, index: int, image: bytes) -> str:
         """Write a picture beside metadata.jsonl, and return its name: its own, or its number where that is taken."""
@@ -258,7 +268,7 @@ class CaptionFolder(UnitFolder):
             "files": [] if self.form == "metadata" else files,
         }
         write_atomically(self.out / "captions.json", as_json(info))
-        shutil.rmtree(self.folder if self.form == "metadata" else self.folder / self.marks)
+        self._remove_marks()
         if not counts["captioned"]:
             raise UserError(f"no row got a caption; the reasons are in {self.out / 'rejected.jsonl'}")
         return info

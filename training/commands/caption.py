@@ -149,7 +149,7 @@ def run(settings: CaptionSettings) -> int | None:
     job.check_output()
     print(job.describe())
     if settings.engine == "ray":
-        from blipren.training.captioning.ray_engine import caption_with_ray
+        from blipren.training.captioning.engines.ray_cluster import caption_with_ray
 
         return caption_with_ray(settings, job)
     return job.run(Path(settings.out))

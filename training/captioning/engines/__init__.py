@@ -1,0 +1,1 @@
+"""What computes captions: this process, Ray, vLLM."""
