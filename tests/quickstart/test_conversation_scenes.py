@@ -40,7 +40,7 @@ def test_answers_about_two_pictures_are_true_and_one_picture_does_not_tell_them(
             assert answer == ("yes" if len(first.objects) == len(second.objects) else "no")
         else:
             counts = len(first.objects), len(second.objects)
-            assert answer == ("first" if counts[0] > counts[1] else "second" if counts[1] > counts[0] else "equal")
+            assert answer == ("left" if counts[0] > counts[1] else "right" if counts[1] > counts[0] else "equal")
         known[row["kind"]].append((len(first.objects), answer))
     shares = {kind: best_guess_share(answers) for kind, answers in known.items()}
     assert shares["different"] < 0.33 and shares["same number"] < 0.6 and shares["more"] < 0.6

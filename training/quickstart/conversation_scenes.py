@@ -103,7 +103,7 @@ def answer_pair(kind: str, first: Scene, second: Scene) -> str:
     a, b = len(first.objects), len(second.objects)
     if kind == "same number":
         return "yes" if a == b else "no"
-    return "first" if a > b else "second" if b > a else "equal"
+    return "left" if a > b else "right" if b > a else "equal"
 
 
 def best_guess_share(answers: list[tuple[object, str]]) -> float:
@@ -126,7 +126,7 @@ def _messages(turns: list[tuple[str, str]], images: int) -> list[dict]:
         if number == 0 and images == 1:
             content = [{"type": "image"}, *content]
         elif number == 0:
-            words = ("First picture:", " Second picture:")
+            words = ("Left picture:", " Right picture:")
             content = [part for text in words for part in ({"type": "text", "text": text}, {"type": "image"})] + [
                 {"type": "text", "text": " " + question}
             ]
