@@ -42,3 +42,11 @@ def test_chat(tmp_path):
     for kind, arms in report["kinds"].items():  # the script itself refuses arms that differ in loss
         assert abs(arms["trl"]["loss"] - arms["blipren"]["loss"]) < 1e-5, kind
         assert arms["ratios"]["flops"] > 1
+
+
+def test_preferences(tmp_path):
+    arguments = "--shape tiny --images 2 --pairs 2 --steps 1 --threads 1 --completion-tokens 4".split()
+    report = run("preferences.py", *arguments, out=tmp_path / "preferences.json")
+    dpo, grpo = report["dpo"], report["grpo"]  # the script itself refuses arms of dpo that differ in loss
+    assert abs(dpo["trl"]["loss"] - dpo["blipren"]["loss"]) < 1e-5
+    assert dpo["ratios"]["flops"] > dpo["with_reference"]["flops"] > 1 and grpo["ratios"]["flops"] > 1

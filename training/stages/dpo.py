@@ -168,6 +168,7 @@ class DpoTrainer(AnswerTrainer):
         self.try_step()
         if not resumed and "validation" in self.every_pair:
             self.evaluate()
+        self.clock.reset()  # the reference is no part of the steps
 
 
 def build_trainer(settings: DpoSettings, run: RunFolder) -> DpoTrainer:

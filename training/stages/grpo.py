@@ -246,6 +246,7 @@ class GrpoTrainer(AnswerTrainer):
     def begin(self, resumed: bool) -> None:
         if not resumed and self.validation is not None:
             self.evaluate()
+        self.clock.reset()
 
 
 def build_trainer(settings: GrpoSettings, run: RunFolder) -> GrpoTrainer:

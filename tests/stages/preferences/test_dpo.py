@@ -11,6 +11,7 @@ from blipren.training.commands.dpo import DpoSettings
 from blipren.training.engine.preference_settings import check_trl
 from blipren.training.errors import UsageError, UserError
 from blipren.training.stages.dpo import REFERENCE, dpo
+from tests.stages.preferences.test_grpo import FIVE_KILLS
 from tests.stages.test_processes import finish
 from tests.stages.test_resume import run_with_kills, same_bits
 from tests.stages.tools import events, run_command, weights
@@ -50,14 +51,22 @@ def test_preferences_are_learned(settings, tmp_path, capsys):
     assert {"objective", "rewards/chosen", "logps/rejected", "entropy"} <= events(tmp_path / "run", "train")[0].keys()
 
 
-def test_kills_end_with_the_same_bits(settings, tmp_path):
+@pytest.mark.parametrize("kills", [[(4, 0.01)], pytest.param(FIVE_KILLS, marks=pytest.mark.slow)], ids=len)
+def test_kills_end_with_the_same_bits(settings, tmp_path, kills):
     """The reference is that of the model before training, also where the run goes on without its file."""
     never = settings(
-        max_steps=9, eval_every=9, micro_batches=2, ema=0.9, llm_tuning="lora", workers=1, disable_dropout=False
+        max_steps=9,
+        eval_every=9,
+        save_every=2,
+        micro_batches=2,
+        ema=0.9,
+        llm_tuning="lora",
+        workers=1,
+        disable_dropout=False,
     )
     killed = DpoSettings(**never.__dict__ | {"out": str(tmp_path / "killed")})
     dpo(never)
-    run_with_kills(killed, tmp_path / "killed", [(4, 0.01)])
+    run_with_kills(killed, tmp_path / "killed", kills)
     same_bits(weights(tmp_path / "run"), weights(tmp_path / "killed"))
     kept = load_file(tmp_path / "run" / REFERENCE)
     for name in ("finished.json", "model.safetensors", REFERENCE):

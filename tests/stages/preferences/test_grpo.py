@@ -84,15 +84,19 @@ def test_only_what_a_reward_applies_to_is_sampled(settings, tmp_path):
     assert events(tmp_path / "run", "validation")[0].keys() >= {"reward", "rewards/vqa"}
 
 
-def test_kills_end_with_the_same_bits(settings, tmp_path):
+FIVE_KILLS = [(1, 0.0), (3, 0.02), (4, 0.011), (6, 0.007), (8, 0.03)]
+
+
+@pytest.mark.parametrize("kills", [[(4, 0.01)], pytest.param(FIVE_KILLS, marks=pytest.mark.slow)], ids=len)
+def test_kills_end_with_the_same_bits(settings, tmp_path, kills):
     """With everything that draws: prompts, completions, dropout; with a reference and an average, in two micro-batches."""
     never = settings(
-        max_steps=9, eval_every=9, micro_batches=2, beta=0.1, ema=0.9, prompts_per_image=1, disable_dropout=False,
-        workers=1, llm_tuning="lora",
+        max_steps=9, eval_every=9, save_every=2, micro_batches=2, beta=0.1, ema=0.9, prompts_per_image=1,
+        disable_dropout=False, workers=1, llm_tuning="lora",
     )  # fmt: skip
     killed = GrpoSettings(**never.__dict__ | {"out": str(tmp_path / "killed")})
     grpo(never)
-    run_with_kills(killed, tmp_path / "killed", [(4, 0.01)])
+    run_with_kills(killed, tmp_path / "killed", kills)
     same_bits(weights(tmp_path / "run"), weights(tmp_path / "killed"))
     assert [e["reward"] for e in events(tmp_path / "run", "train")] == [
         e["reward"] for e in events(tmp_path / "killed", "train")
