@@ -17,7 +17,7 @@ from blipren.training.quickstart.conversation_scenes import best_guess_share, wr
 from blipren.training.quickstart.scenes import write_scenes
 from blipren.training.quickstart.steps import TOWERS, export_model, run_step
 
-DURATION = "takes about ten minutes on two cores"
+DURATION = "takes several minutes on two cores"
 RECIPE = "quickstart-conversations"
 
 
