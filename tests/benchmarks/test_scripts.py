@@ -50,3 +50,9 @@ def test_preferences(tmp_path):
     dpo, grpo = report["dpo"], report["grpo"]  # the script itself refuses arms of dpo that differ in loss
     assert abs(dpo["trl"]["loss"] - dpo["blipren"]["loss"]) < 1e-5
     assert dpo["ratios"]["flops"] > dpo["with_reference"]["flops"] > 1 and grpo["ratios"]["flops"] > 1
+
+
+def test_places(tmp_path):
+    figures = run("places.py", "--share", "0.1", "--steps", "200", out=tmp_path / "places.json")
+    alone, read = (figures[f"{name}, MLP, seen"]["mean error"] for name in ("place in the grid", "features and place"))
+    assert read < 0.9 * alone

@@ -6,6 +6,9 @@
     python -m blipren.training.quickstart.train_towers --part llm --start second/llm --out training/quickstart/towers \
         --seed 2 --llm-steps 8000 --shuffled 0.7 --crowded
     cp -r first/vision training/quickstart/towers/
+    python -m blipren.training.quickstart.train_towers --part llm --start training/quickstart/towers/llm --out places \
+        --seed 10 --llm-steps 900 --shuffled 0.7 --boxes
+    cp -r places/llm training/quickstart/towers/boxes-llm    # as it was after 500 of the 900 steps
     python -m blipren.training.quickstart.train_towers --part vision --glyphs --start training/quickstart/towers/vision \
         --out glyphs --seed 0 --vision-steps 3500
     cp -r glyphs/vision training/quickstart/towers/glyphs-vision
