@@ -176,13 +176,19 @@ class BliprenPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: this model takes no videos.
         """
+        return self._encode_frames(pixel_values_videos, second_pixel_values_videos)[1]
+
+    def _encode_frames(self, pixel_values_videos, second_pixel_values_videos=None, **options):
+        """Return the (first) vision encoder's own output, of the frames, and the patch features of the videos."""
         if self.config.num_frames is None:
             raise ValueError("this model takes no videos: make one with `blipren new --frames 8`")
         second = second_pixel_values_videos
-        features = self.encode_images(
-            pixel_values_videos.flatten(0, 1), second_pixel_values=second.flatten(0, 1) if second is not None else None
+        outputs, features = self._encode(
+            pixel_values_videos.flatten(0, 1),
+            second_pixel_values=second.flatten(0, 1) if second is not None else None,
+            **options,
         )
-        return features.unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
+        return outputs, features.unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
 
     def _encode(
         self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, second_pixel_values=None, **options

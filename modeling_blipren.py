@@ -7,6 +7,7 @@
 import logging
 import os
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -127,28 +128,15 @@ class BliprenImageFeaturesMixin:
             output_hidden_states = self.config.output_hidden_states
         if (pixel_values is None) == (patch_features is None):
             raise ValueError("give pixel_values or patch_features, one of them")
-        vision_outputs = {}
-        if patch_features is None:
-            options = {"output_hidden_states": True} if output_hidden_states else {}
-            if output_attentions and self.base_model.vision_tower.config._attn_implementation == "eager":
-                options["output_attentions"] = True
-            vision_outputs, patch_features = self._encode(
-                pixel_values, pixel_attention_mask, spatial_shapes, second_pixel_values, **options
-            )
-            patch_attention_mask = pixel_attention_mask
-        if patch_features.dim() != 3 or patch_features.shape[-1] != self.config.vision_hidden_size:
-            raise ValueError(
-                f"patch_features have shape {tuple(patch_features.shape)}, and the model takes (num_images, num_patches, "
-                f"{self.config.vision_hidden_size}): they come from another vision encoder or layer"
-            )
-        connected = self._connect(
-            patch_features, patch_attention_mask, qformer_input_ids, qformer_attention_mask, output_attentions
-        )
-        return BliprenImageFeatures(
+        encode = partial(self._encode, pixel_values, pixel_attention_mask, spatial_shapes, second_pixel_values)
+        return self._encode_and_connect(
+            encode,
             patch_features,
-            *connected,
-            vision_outputs.get("hidden_states") if output_hidden_states else None,
-            vision_outputs.get("attentions") if output_attentions else None,
+            pixel_attention_mask if patch_features is None else patch_attention_mask,
+            qformer_input_ids,
+            qformer_attention_mask,
+            output_attentions,
+            output_hidden_states,
         )
 
     @can_return_tuple
@@ -157,7 +145,11 @@ class BliprenImageFeaturesMixin:
         pixel_values_videos: torch.Tensor | None = None,
         second_pixel_values_videos: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
+        patch_attention_mask: torch.Tensor | None = None,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> BliprenImageFeatures:
         """Compute the features of videos as [`get_image_features`] does those of images.
@@ -165,11 +157,40 @@ class BliprenImageFeaturesMixin:
         Args:
             pixel_values_videos, second_pixel_values_videos: see [`encode_videos`].
             patch_features: `(num_videos, num_frames * num_patches, vision_hidden)`, instead of them.
+            patch_attention_mask, qformer_input_ids, qformer_attention_mask, output_attentions, output_hidden_states: as
+                for images. Hidden states and attentions of the vision encoder are those of the frames.
         """
+        return self._encode_and_connect(
+            partial(self._encode_frames, pixel_values_videos, second_pixel_values_videos),
+            patch_features,
+            patch_attention_mask,
+            qformer_input_ids,
+            qformer_attention_mask,
+            self.config.output_attentions if output_attentions is None else output_attentions,
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+
+    def _encode_and_connect(
+        self, encode, patch_features, mask, qformer_ids, qformer_mask, output_attentions, output_hidden_states
+    ) -> BliprenImageFeatures:
+        """Return the features of images or videos from patch features, or, without them, from what `encode` returns."""
+        vision_outputs = {}
         if patch_features is None:
-            patch_features = self.encode_videos(pixel_values_videos, second_pixel_values_videos)
-        return self.get_image_features(
-            patch_features=patch_features, output_attentions=output_attentions, return_dict=True, **kwargs
+            options = {"output_hidden_states": True} if output_hidden_states else {}
+            if output_attentions and self.base_model.vision_tower.config._attn_implementation == "eager":
+                options["output_attentions"] = True
+            vision_outputs, patch_features = encode(**options)
+        if patch_features.dim() != 3 or patch_features.shape[-1] != self.config.vision_hidden_size:
+            raise ValueError(
+                f"patch_features have shape {tuple(patch_features.shape)}, and the model takes (num_images, num_patches, "
+                f"{self.config.vision_hidden_size}): they come from another vision encoder or layer"
+            )
+        connected = self._connect(patch_features, mask, qformer_ids, qformer_mask, output_attentions)
+        return BliprenImageFeatures(
+            patch_features,
+            *connected,
+            vision_outputs.get("hidden_states") if output_hidden_states else None,
+            vision_outputs.get("attentions") if output_attentions else None,
         )
 
     def _connect(self, patch_features, mask, qformer_input_ids, qformer_attention_mask, output_attentions):

@@ -94,6 +94,12 @@ class Common:
             inputs["labels"] = inputs["input_ids"].clone()
         return inputs
 
+    def _video_features_prepare_config_and_inputs(self):
+        """Return a config of videos of two frames, and such videos."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        config.num_frames = 2
+        return config, {"pixel_values_videos": torch.stack([inputs["pixel_values"]] * 2, dim=1)}
+
     test_missing_keys = False  # a missing weight is an error in our models, see tests/remote_code/test_loading.py
 
     def check_training_gradient_checkpointing(self, gradient_checkpointing_kwargs=None):

@@ -13,7 +13,7 @@ from blipren.training.commands.quickstart import QuickstartSettings
 from blipren.training.quickstart.clips import DIGITS, KINDS, write_clips
 from blipren.training.quickstart.steps import TOWERS, export_model, run_step
 
-DURATION = "takes about five minutes on two cores"
+DURATION = "takes some minutes on two cores"
 RECIPE = "quickstart-clips"
 SPLITS = {"train": 1800, "validation": 60, "test": 300}
 TASKS = {  # question -> name in the summary
