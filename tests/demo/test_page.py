@@ -112,6 +112,8 @@ def test_what_is_no_picture_is_told_plainly(browse, pair, pictures, tmp_path):
 
 @needs_chromium
 def test_by_keyboard_alone(browse, pictures):
+    from playwright.sync_api import TimeoutError as PlaywrightTimeout
+
     with browse() as tab:
 
         def tab_to(name):
@@ -123,8 +125,14 @@ def test_by_keyboard_alone(browse, pictures):
             raise AssertionError(f"the Tab key does not reach {name}")
 
         tab_to("Upload")
-        with tab.expect_file_chooser() as chooser:
-            tab.keyboard.press("Enter")
+        for attempt in range(6):  # on a busy machine the page shows its buttons before they work
+            try:
+                with tab.expect_file_chooser(timeout=5000) as chooser:
+                    tab.keyboard.press("Enter")
+                break
+            except PlaywrightTimeout:
+                if attempt == 5:
+                    raise
         chooser.value.set_files(str(pictures / "0.png"))
         tab.wait_for_selector("#question .thumbnail-item")
         tab_to("Ask about a picture")

@@ -55,6 +55,8 @@ ELSEWHERE = {
     "model", "cache", "out", "device", "online",  # in all tests of this folder
     "llm_bits", "compile_backend", "report_to", "push_to", "public", "fsdp", "deepspeed",  # test_train.py, test_tuning.py, test_push.py, test_processes.py
     "image_column", "question_column", "answer_column", "id_column", "split_column", "status_column",  # ../data/sources
+    "grounding", "bbox_format",  # ../data/sources/test_boxes.py
+    "traces",  # test_conversations.py
     "dataset_config", "streaming", "follow_links", "validation_share", "test_share",  # ../data/sources
 }  # fmt: skip
 

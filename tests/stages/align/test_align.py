@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -325,21 +323,3 @@ def test_train_goes_on_from_it(run, cache, tmp_path):
     assert "query_tokens" in moved
     assert not moved & text
     assert max((trained[name] - begun[name]).abs().max().item() for name in trained) < 0.01
-
-
-def test_the_image_search_of_the_docs(run, scenes, tmp_path):
-    """The program in docs/how-to/align.md, word for word, finds among the pictures."""
-    settings, _ = run
-    text = (Path(__file__).parents[3] / "docs" / "how-to" / "align.md").read_text()
-    section = text.split("## Search a folder of images")[1]
-    program = section.split("```python\n")[1].split("```")[0]
-    assert len([line for line in program.splitlines() if line.strip()]) <= 20
-    (tmp_path / "search.py").write_text(program)
-    command = [sys.executable, str(tmp_path / "search.py"), settings.out, str(scenes), "a red circle left"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 10
-    scores = [float(line.split()[0]) for line in lines]
-    assert scores == sorted(scores, reverse=True)
-    assert all(Path(line.split(maxsplit=1)[1]).is_file() for line in lines)
