@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
-from blipren.modeling_blipren import BliprenImageFeatures
+from blipren.image_features_blipren import BliprenImageFeatures
 from blipren.training.errors import UserError
 from blipren.training.evaluation.generation import (
     GumbelNoise,
