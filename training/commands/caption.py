@@ -7,7 +7,7 @@ from blipren.training.arguments import check_checkpoint, check_dataset, check_fi
 from blipren.training.captioning.filter_rules import FILTER_RULES
 from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.errors import UsageError, UserError
-from blipren.training.evaluation.settings import SamplingSettings
+from blipren.training.evaluation.settings import GenerationSettings, SamplingSettings
 from blipren.training.settings import Settings, choice, positional
 
 
@@ -56,7 +56,7 @@ class OutputSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class CaptionSettings(OutputSettings, ChoiceSettings, SamplingSettings, SourceSettings):
+class CaptionSettings(OutputSettings, ChoiceSettings, SamplingSettings, GenerationSettings, SourceSettings):
     """`blipren caption`: captions for images and data sets."""
 
     model: str = positional()
@@ -97,6 +97,8 @@ class CaptionSettings(OutputSettings, ChoiceSettings, SamplingSettings, SourceSe
         for name in ("workers", "limit", "actors"):
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.temperature and self.num_beams > 1:
+            raise UsageError("sampling has one beam: leave out num_beams, or temperature")
         if self.candidates > 1 and not self.temperature:
             raise UsageError("candidates are sampled: give a temperature above 0, such as 0.7")
         if self.keep > self.candidates:

@@ -4,46 +4,27 @@ from dataclasses import dataclass
 
 from blipren.training.arguments import check_checkpoint, check_files
 from blipren.training.errors import UsageError
-from blipren.training.settings import Settings, choice, positional
+from blipren.training.evaluation.settings import SamplingSettings
+from blipren.training.settings import choice, positional
 
 
 @dataclass(kw_only=True)
-class AnswerSettings(Settings):
-    """Generation of answers."""
-
-    max_new_tokens: int = 256
-    """Maximum number of tokens of an answer."""
-    temperature: float = 0.0
-    """Sample with this temperature; 1 is the model's own distribution, 0 is greedy search."""
-    top_p: float = 1.0
-    """Sampling: keep only the likeliest tokens whose probabilities add up to this."""
-    repetition_penalty: float = 1.0
-    """Above 1 tokens that the answer already has become less likely."""
-    seed: int = 0
-    """Sampling: seed."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise UsageError(f"temperature is {self.temperature}; it must be at least 0")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.repetition_penalty <= 0:
-            raise UsageError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
-
-
-@dataclass(kw_only=True)
-class ChatSettings(AnswerSettings):
+class ChatSettings(SamplingSettings):
     """`blipren chat`: a conversation about images."""
 
     model: str = positional()
     """Checkpoint folder or Hub id."""
     images: list[str] = positional(default_factory=list)
     """Pictures that come with the first question. /image PATH adds others, /help shows all commands."""
+    max_new_tokens: int = 256
+    """Maximum number of tokens of an answer."""
     device: str = choice("auto", "cpu", "cuda", "mps", default="auto")
     """Device to compute on."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
 
 
 def run(settings: ChatSettings) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the commands that generate answers: evaluate and caption share the first group, caption has both."""
+"""Settings of the commands that generate answers: evaluate has the first group, chat the second, caption both."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ class GenerationSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class SamplingSettings(GenerationSettings):
+class SamplingSettings(Settings):
     """Sampling and repetition."""
 
     temperature: float = 0.0
@@ -61,8 +61,6 @@ class SamplingSettings(GenerationSettings):
             raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.repetition_penalty <= 0:
             raise UsageError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
-        if self.temperature and self.num_beams > 1:
-            raise UsageError("sampling has one beam: leave out num_beams, or temperature")
         for name in ("top_p", "seed"):
             if not self.temperature and getattr(self, name) != getattr(SamplingSettings, name):
                 raise UsageError(f"{name} is for sampling: give a temperature above 0, or leave out {name}")

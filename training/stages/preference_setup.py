@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback
 
-from blipren.training.console import print_line
 from blipren.training.data.batches.blocks import PromptEncoder
 from blipren.training.data.batches.datasets import Layout
 from blipren.training.data.batches.plan import BatchPlan
@@ -19,7 +18,7 @@ from blipren.training.engine.run_folder import RunFolder
 from blipren.training.engine.trained_parts import checkpoint_activations, choose_trained
 from blipren.training.engine.trainer.arguments import training_arguments
 from blipren.training.engine.trainer.run import process_count
-from blipren.training.stages.train import make_plan
+from blipren.training.stages.train import make_plan, print_plan
 
 
 @dataclass
@@ -78,14 +77,7 @@ def prepare_run(
     layout = choose_layout(model, processor, settings, sources, longest_completion=completion_tokens)
     steps = settings.max_steps or math.ceil(settings.epochs * plan.steps_per_epoch)
     run.claim(settings)
-    if run.writes:
-        print_line(model.describe_trainable())
-        print_line(
-            f"{steps} steps of {plan.images_per_epoch / plan.steps_per_epoch:.0f} images in {plan.micro_batches} "
-            f"micro-batches, {plan.steps_per_epoch} an epoch of {plan.images_per_epoch:,} images; {precision} on "
-            f"{device}, {processes} process{'es' if processes > 1 else ''}; validation on "
-            f"{sum(map(len, validation))} images; run folder {run.path}"
-        )
+    print_plan(model, run, plan, steps, precision, device, validation)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     judge = settings.keep_best if validation and settings.keep_best != "last" else None

@@ -172,6 +172,21 @@ def make_plan(settings: TrainSettings, sources: Sequence, processes: int) -> Bat
         raise UserError(str(error)) from error
 
 
+def print_plan(
+    model, run: RunFolder, plan: BatchPlan, steps: int, precision: str, device: str, validation: list
+) -> None:
+    """Print what is trained, on what, and where, from the process that writes."""
+    if run.writes:
+        processes = process_count()
+        print_line(model.describe_trainable())
+        print_line(
+            f"{steps} steps of {plan.images_per_epoch / plan.steps_per_epoch:.0f} images in {plan.micro_batches} "
+            f"micro-batches, {plan.steps_per_epoch} an epoch of {plan.images_per_epoch:,} images; {precision} on "
+            f"{device}, {processes} process{'es' if processes > 1 else ''}; validation on "
+            f"{sum(map(len, validation))} images; run folder {run.path}"
+        )
+
+
 def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
     """Return the trainer of a run: model, sources, experiments, batches."""
     device = choose_device(settings.device)
@@ -208,14 +223,7 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
     layout = choose_layout(model, processor, settings, sources, settings.answers_per_image, settings.max_answer_tokens)
     steps = settings.max_steps or math.ceil(settings.epochs * plan.steps_per_epoch)
     run.claim(settings)
-    if run.writes:
-        print_line(model.describe_trainable())
-        print_line(
-            f"{steps} steps of {plan.images_per_epoch / plan.steps_per_epoch:.0f} images in {plan.micro_batches} "
-            f"micro-batches, {plan.steps_per_epoch} an epoch of {plan.images_per_epoch:,} images; {precision} on "
-            f"{device}, {processes} process{'es' if processes > 1 else ''}; validation on "
-            f"{sum(map(len, validation))} images; run folder {run.path}"
-        )
+    print_plan(model, run, plan, steps, precision, device, validation)
 
     if settings.gradient_checkpointing:
         checkpoint_activations(model)

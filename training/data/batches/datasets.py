@@ -106,9 +106,11 @@ class TrainBatches(Dataset):
             raise IndexError(item)
         step, part = divmod(item, self.plan.micro_batches)
         epoch, images = self.plan.micro_batch(step, part)
-        batch = self.layout.batch(self.data, self.prompts, images.tolist(), (self.plan.seed, epoch))
-        batch["item"] = item
-        return batch
+        return self.make_batch(images.tolist(), (self.plan.seed, epoch)) | {"item": item}
+
+    def make_batch(self, units: list, seed: tuple[int, ...] | None) -> dict:
+        """Return the batch of some `(cache, unit)` pairs; `seed` as in `Layout.batch`."""
+        return self.layout.batch(self.data, self.prompts, units, seed)
 
 
 class EvalBatches(Dataset):
@@ -125,5 +127,6 @@ class EvalBatches(Dataset):
         if not 0 <= item < len(self):
             raise IndexError(item)
         begin = item * self.units_per_batch
-        units = self.units[begin : begin + self.units_per_batch]
-        return self.layout.batch(self.data, self.prompts, units, None)
+        return self.make_batch(self.units[begin : begin + self.units_per_batch], None)
+
+    make_batch = TrainBatches.make_batch

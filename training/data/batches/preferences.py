@@ -3,11 +3,8 @@ that the reference of a pair is the same in every epoch."""
 
 from collections.abc import Iterable, Sequence
 
-from torch.utils.data import Dataset
-
 from blipren.training.data.batches.blocks import PromptEncoder
-from blipren.training.data.batches.datasets import Layout, image_inputs
-from blipren.training.data.batches.plan import BatchPlan
+from blipren.training.data.batches.datasets import EvalBatches, Layout, TrainBatches, image_inputs
 from blipren.training.data.batches.samples import CachedSamples
 
 
@@ -32,36 +29,14 @@ def pair_batch(
     return batch | {"pairs": pairs}
 
 
-class PairBatches(Dataset):
-    """Micro-batches of training. With M micro-batches a step, item i is micro-batch i % M of step i // M."""
+class PairBatches(TrainBatches):
+    """Micro-batches of training; nothing about pairs is drawn but their order."""
 
-    def __init__(
-        self, data: Sequence[CachedSamples], prompts: PromptEncoder, plan: BatchPlan, layout: Layout, steps: int
-    ):
-        self.data, self.prompts, self.plan, self.layout, self.steps = data, prompts, plan, layout, steps
-
-    def __len__(self) -> int:
-        return self.steps * self.plan.micro_batches
-
-    def __getitem__(self, item: int) -> dict:
-        if not 0 <= item < len(self):
-            raise IndexError(item)
-        _, units = self.plan.micro_batch(*divmod(item, self.plan.micro_batches))
-        return pair_batch(self.data, self.prompts, self.layout, units.tolist()) | {"item": item}
+    def make_batch(self, units: list, seed: tuple[int, ...] | None) -> dict:
+        return pair_batch(self.data, self.prompts, self.layout, units)
 
 
-class AllPairs(Dataset):
+class AllPairs(EvalBatches):
     """Batches of every pair, in order."""
 
-    def __init__(self, data: Sequence[CachedSamples], prompts: PromptEncoder, layout: Layout, units_per_batch: int):
-        self.data, self.prompts, self.layout, self.units_per_batch = data, prompts, layout, units_per_batch
-        self.units = [(number, unit) for number, own in enumerate(data) for unit in range(len(own))]
-
-    def __len__(self) -> int:
-        return -(-len(self.units) // self.units_per_batch)
-
-    def __getitem__(self, item: int) -> dict:
-        if not 0 <= item < len(self):
-            raise IndexError(item)
-        begin = item * self.units_per_batch
-        return pair_batch(self.data, self.prompts, self.layout, self.units[begin : begin + self.units_per_batch])
+    make_batch = PairBatches.make_batch
