@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # "as" marks a public name for type checkers; a test compares these imports with _NAMES
     from .configuration_blipren import BliprenConfig as BliprenConfig
-    from .configuration_blipren import BliprenQFormerConfig as BliprenQFormerConfig
     from .modeling_blipren import BliprenForConditionalGeneration as BliprenForConditionalGeneration
     from .modeling_blipren import BliprenModel as BliprenModel
     from .pipeline_blipren import BliprenImageToTextPipeline as BliprenImageToTextPipeline
     from .processing_blipren import BliprenProcessor as BliprenProcessor
     from .qformer_blipren import BliprenQFormer as BliprenQFormer
+    from .qformer_configuration_blipren import BliprenQFormerConfig as BliprenQFormerConfig
     from .retrieval_blipren import BliprenForImageTextRetrieval as BliprenForImageTextRetrieval
 
 _NAMES = {  # file -> its public names
-    "configuration_blipren": ("BliprenConfig", "BliprenQFormerConfig"),
+    "configuration_blipren": ("BliprenConfig",),
     "modeling_blipren": ("BliprenForConditionalGeneration", "BliprenModel"),
     "pipeline_blipren": ("BliprenImageToTextPipeline",),
     "processing_blipren": ("BliprenProcessor",),
     "qformer_blipren": ("BliprenQFormer",),
+    "qformer_configuration_blipren": ("BliprenQFormerConfig",),
     "retrieval_blipren": ("BliprenForImageTextRetrieval",),
 }
 _FILES = {name: file for file, names in _NAMES.items() for name in names}

@@ -1,4 +1,4 @@
-"""Base class of the models: freezing, patch features, full and bridge checkpoints."""
+"""Base class of the models: freezing, full and bridge checkpoints."""
 
 import contextlib
 import copy
@@ -13,8 +13,7 @@ from transformers.utils import cached_file
 
 from .base_models_blipren import hash_weights, weight_files
 from .configuration_blipren import AUTO_MAP, CUSTOM_PIPELINES, BliprenConfig, copy_code_files
-from .pieces_blipren import join_pieces, resize_grid
-from .vision_blipren import run_vision_encoder, select_patch_features
+from .patch_features_blipren import BliprenPatchFeaturesMixin
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -32,7 +31,7 @@ def _exclude_connector(quantization_config):
     return config
 
 
-class BliprenPreTrainedModel(PreTrainedModel):
+class BliprenPreTrainedModel(BliprenPatchFeaturesMixin, PreTrainedModel):
     """Base class of `BliprenModel`, `BliprenForConditionalGeneration` and `BliprenForImageTextRetrieval`."""
 
     config_class = BliprenConfig
@@ -138,97 +137,6 @@ class BliprenPreTrainedModel(PreTrainedModel):
                 and any(m.training for m in module.modules())
             ):
                 module.eval()
-
-    # ---- patch features ---------------------------------------------------------------------------------------------
-
-    def encode_images(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
-        second_pixel_values: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Compute patch features `(num_images, num_patches, vision_hidden)`, which the feature cache stores.
-
-        Without gradient and in eval mode, unless the vision tower is trained.
-
-        Args:
-            pixel_values: `(num_images, channels, height, width)`; with scales or tiles `(num_images, num_pieces, channels,
-                height, width)`; for NaFlex `(num_images, max_patches, patch_width)`.
-            pixel_attention_mask: `(num_images, num_patches)`, NaFlex and tiles only; also the mask of the patch features.
-            spatial_shapes: `(num_images, 2)`, NaFlex and tiles only.
-            second_pixel_values: as `pixel_values`, for the second encoder.
-
-        Raises:
-            ValueError: with two encoders, without the images of the second.
-        """
-        return self._encode(pixel_values, pixel_attention_mask, spatial_shapes, second_pixel_values)[1]
-
-    def encode_videos(
-        self, pixel_values_videos: torch.Tensor, second_pixel_values_videos: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Compute patch features `(num_videos, num_frames * num_patches, vision_hidden)`, frame by frame.
-
-        Args:
-            pixel_values_videos: `(num_videos, num_frames, ...)`, each frame as in `encode_images`.
-            second_pixel_values_videos: the same for the second encoder.
-
-        Raises:
-            ValueError: this model takes no videos.
-        """
-        return self._encode_frames(pixel_values_videos, second_pixel_values_videos)[1]
-
-    def _encode_frames(self, pixel_values_videos, second_pixel_values_videos=None, **options):
-        """Return the (first) vision encoder's own output, of the frames, and the patch features of the videos."""
-        if self.config.num_frames is None:
-            raise ValueError("this model takes no videos: make one with `blipren new --frames 8`")
-        second = second_pixel_values_videos
-        outputs, features = self._encode(
-            pixel_values_videos.flatten(0, 1),
-            second_pixel_values=second.flatten(0, 1) if second is not None else None,
-            **options,
-        )
-        return outputs, features.unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
-
-    def _encode(
-        self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, second_pixel_values=None, **options
-    ):
-        """Return the (first) vision encoder's own output and the patch features of all encoders and pieces."""
-        config = self.config
-        there = None  # pieces that are no padding
-        if config.vision_tiles is not None:
-            there = pixel_attention_mask[:, :: pixel_attention_mask.shape[1] // pixel_values.shape[1]].bool()
-        elif pixel_attention_mask is not None:
-            options |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        prefix = config.num_prefix_tokens if config.vision_feature_select == "patches" else 0
-        outputs, features = self._run_tower(self.base_model.vision_tower, pixel_values, prefix, there, **options)
-        if config.second_vision_config is not None:
-            if second_pixel_values is None:
-                raise ValueError("this model has two vision encoders: give second_pixel_values beside pixel_values")
-            tower, prefix = self.base_model.second_vision_tower, config.second_num_prefix_tokens
-            _, second = self._run_tower(tower, second_pixel_values, prefix, there)
-            second = resize_grid(second, config.second_vision_grid, config.vision_grid)
-            features = torch.cat([features, second.to(features.dtype)], dim=-1)
-        if there is not None:
-            pieces = features.new_zeros(*there.shape, *features.shape[1:])
-            pieces[there] = features
-            features = pieces.flatten(1, 2)
-        elif pixel_values.dim() == 5:
-            pieces = features.unflatten(0, pixel_values.shape[:2])
-            features = join_pieces(pieces, config.vision_grid, config.vision_scales, config.vision_join)
-        return outputs, features
-
-    def _run_tower(self, vision_tower: nn.Module, pixel_values: torch.Tensor, prefix: int, there=None, **options):
-        """Return the output of a vision encoder, and the patch features `(num_images or num_pieces, num_patches, width)`."""
-        frozen = not any(p.requires_grad for p in vision_tower.parameters())
-        if frozen and vision_tower.training:
-            vision_tower.eval()
-        if pixel_values.dim() == 5:
-            pixel_values = pixel_values.flatten(0, 1) if there is None else pixel_values[there]
-        layers = self.config.vision_feature_layer
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            outputs = run_vision_encoder(vision_tower, pixel_values.to(vision_tower.dtype), layers, **options)
-            return outputs, select_patch_features(outputs, layers, prefix)
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 

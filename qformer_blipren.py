@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_blipren import BliprenQFormerConfig
+from .qformer_configuration_blipren import BliprenQFormerConfig
 
 
 @dataclass

@@ -14,9 +14,10 @@ from transformers.activations import ACT2FN
 from transformers.utils import ModelOutput
 
 from .base_blipren import BliprenPreTrainedModel
-from .configuration_blipren import BliprenConfig, BliprenQFormerConfig
+from .configuration_blipren import BliprenConfig
 from .projector_blipren import build_projector
 from .qformer_blipren import BliprenQFormer
+from .qformer_configuration_blipren import BliprenQFormerConfig
 from .qformer_weights_blipren import copy_blip2_weights
 
 # transformers has this encoder, but AutoModel does not know its class

@@ -9,9 +9,8 @@ from blipren.training.files import check_new_folder, complete_or_absent_folder
 from blipren.training.settings import Settings, choice, positional
 
 
-def check_option_names(setting: str, given: dict, config_class: str, prefixes: tuple[str, ...]) -> None:
-    """Raise `UsageError` if `given` has a name that is not a parameter of the config with one of the prefixes."""
-    arguments = constructor_arguments("configuration_blipren.py", config_class)
+def check_option_names(setting: str, given: dict, arguments: list[str], prefixes: tuple[str, ...]) -> None:
+    """Raise `UsageError` if `given` has a name that is not a argument of the config with one of the prefixes."""
     known = sorted(name for name in arguments if name.startswith(prefixes))
     for name in given:
         if name not in known:
@@ -86,8 +85,10 @@ class ConnectorSettings(Settings):
     def __post_init__(self):
         super().__post_init__()
         projector_prefixes = ("projector_", "num_experts", "experts_", "router_")
-        check_option_names("qformer", self.qformer, "BliprenQFormerConfig", ("",))
-        check_option_names("projector_options", self.projector_options, "BliprenConfig", projector_prefixes)
+        arguments = constructor_arguments("qformer_configuration_blipren.py", "BliprenQFormerConfig")
+        check_option_names("qformer", self.qformer, arguments, ("",))
+        arguments = constructor_arguments("configuration_blipren.py", "BliprenConfig")
+        check_option_names("projector_options", self.projector_options, arguments, projector_prefixes)
 
 
 @dataclass(kw_only=True)

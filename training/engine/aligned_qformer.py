@@ -12,7 +12,7 @@ from blipren.training.commands.new import NewSettings
 from blipren.training.engine.loading import load_checkpoint, load_config
 from blipren.training.errors import UserError, one_line
 
-QFORMER_SETTINGS = constructor_arguments("configuration_blipren.py", "BliprenQFormerConfig")
+QFORMER_SETTINGS = constructor_arguments("qformer_configuration_blipren.py", "BliprenQFormerConfig")
 # not settings of the image processor, but facts about its class
 _CLASS_FACTS = ("image_processor_type", "auto_map", "data_format")
 
