@@ -13,7 +13,14 @@ def drive(model, data, out):
     """A driver in a process of its own; Ray's processes are its children and end with it."""
     import ray
 
-    ray.init(num_cpus=1, log_to_driver=False, include_dashboard=False, object_store_memory=100 << 20)
+    niceness = {"worker_niceness": 0}  # by default 15: beside another busy test an actor would hardly run
+    ray.init(
+        num_cpus=1,
+        log_to_driver=False,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        _system_config=niceness,
+    )
     os._exit(run(model, data, out, "--engine", "ray", "--actors", "1"))
 
 

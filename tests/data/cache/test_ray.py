@@ -49,7 +49,14 @@ def drive(model, data, path):
     """A driver in a process of its own; Ray's processes are its children and end with it."""
     import ray
 
-    ray.init(num_cpus=1, log_to_driver=False, include_dashboard=False, object_store_memory=100 << 20)
+    niceness = {"worker_niceness": 0}  # by default 15: beside another busy test an actor would hardly run
+    ray.init(
+        num_cpus=1,
+        log_to_driver=False,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        _system_config=niceness,
+    )
     settings = EmbedSettings(model=str(model), dataset=data, cache=str(path), engine="ray", actors=1, **OPTIONS)
     os._exit(embed(settings) or 0)  # Ray's processes end with their driver
 
