@@ -28,7 +28,8 @@ BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 WORDS_PER_POSITION = 6  # at most, of the notes
 PLACE_WORDS = 8  # of a box: two tokens for each of its numbers
 PLACE_STEPS = 20  # of a side
-PLACE_BYTES = [chr(byte) for byte in (*range(161, 173), *range(174, 256))]  # tokens of no text
+PLACE_BYTES = [chr(byte) for byte in (*range(161, 173), *range(174, 246))]  # tokens of no text
+PLACE_WAVES = 6
 PLACE_NOISE = 0.006  # shares of the side; a soft token is not exact either
 LAST_DIGIT_WEIGHT = 0.1  # of the loss: the notes do not tell thousandths
 
@@ -94,6 +95,17 @@ def place_words(tokenizer, box: tuple[float, ...], rng: random.Random) -> list[t
             token = PLACE_BYTES[(PLACE_STEPS + 1) * axis + step]
             words.append((tokenizer.convert_tokens_to_ids(token), weight))
     return words
+
+
+def place_embeddings(width: int) -> Tensor:
+    """Return first embeddings of the tokens of `PLACE_BYTES`: [tokens, width], each about as long as a word's.
+
+    Those of a number lie on a smooth random curve, so that neighbours are alike: what is learned of 0.4 holds for 0.45, and
+    a projector can follow the curve.
+    """
+    angles = math.pi * torch.linspace(0, 1, PLACE_STEPS + 1)[:, None] * torch.arange(1, PLACE_WAVES + 1)
+    curve = torch.cat([angles.cos(), angles.sin()], dim=1) / PLACE_WAVES**0.5
+    return (curve @ torch.randn(4, 2 * PLACE_WAVES, width) * width**-0.5).flatten(0, 1)
 
 
 def rename(texts: list[str], scene: Scene, rng: random.Random) -> list[str]:
@@ -287,9 +299,10 @@ def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, star
     digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
     places = tokenizer.convert_tokens_to_ids(PLACE_BYTES) if course.boxes else []
     with torch.no_grad():  # tokens that were never said have grown into one large vector, which would drown the words
-        for ids in (places, digits if course.boxes else []):
-            weight = model.get_input_embeddings().weight[ids]
-            model.get_input_embeddings().weight[ids] = torch.randn_like(weight) * config.initializer_range
+        if course.boxes:
+            weight = model.get_input_embeddings().weight
+            weight[places] = place_embeddings(WIDTH)
+            weight[digits] = torch.randn(len(digits), WIDTH) * config.initializer_range
     model.set_attn_implementation("sdpa")
     print(f"llm: {model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
     optimizer, schedule = make_optimizer(model.parameters(), learning_rate, steps)

@@ -82,7 +82,8 @@ class Layout:
         blocks = []
         for cache, unit in units:
             random = seeded_generator(*seed, DRAW, cache, unit) if seed is not None else None
-            blocks += data[cache].blocks(int(unit), int(cache), prompts, random, self)
+            own = (*seed, int(cache)) if seed is not None else None
+            blocks += data[cache].blocks(int(unit), int(cache), prompts, random, self, own)
         batch = self.collate(blocks)
         order = batch.pop("images")
         batch["inputs"] = image_inputs(data, order, seed)

@@ -63,6 +63,8 @@ class PromptSource:
         return self.data.visual_tokens(self.images[image])
 
     def inputs(self, images: list[int], seed: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+        if self.texts.view_of is not None:  # references about places are true of the image itself
+            seed = None
         return self.data.inputs([self.images[image] for image in images], seed)
 
     def captions(self) -> dict[str, list[str]]:

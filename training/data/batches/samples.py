@@ -76,7 +76,13 @@ class CachedSamples:
         return " ".join(part["text"] for part in turn["content"] if part["type"] == "text")
 
     def blocks(
-        self, unit: int, number: int, prompts: PromptEncoder, random: np.random.Generator | None, layout
+        self,
+        unit: int,
+        number: int,
+        prompts: PromptEncoder,
+        random: np.random.Generator | None,
+        layout,
+        seed: tuple[int, ...] | None = None,
     ) -> list[Block]:
         """Build the blocks of a unit.
 

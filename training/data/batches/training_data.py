@@ -14,7 +14,7 @@ from blipren.training.data.batches.samples import CachedSamples
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.prepare import PrepareConfig, Prepared, prepare_row
 from blipren.training.data.cache.tokens import TokenTable, build_table
-from blipren.training.data.cache.views import can_be_mirrored, cut_view
+from blipren.training.data.cache.views import can_be_mirrored, cut_view, draw_view
 from blipren.training.data.sources.boxes import category_names
 from blipren.training.data.sources.near_duplicates import NearIndex
 from blipren.training.data.sources.open_rows import grounding_options, open_rows
@@ -38,7 +38,13 @@ class TrainingData(Protocol):
         """Number of placeholders of an image."""
 
     def blocks(
-        self, unit: int, number: int, prompts: PromptEncoder, random: np.random.Generator | None, layout
+        self,
+        unit: int,
+        number: int,
+        prompts: PromptEncoder,
+        random: np.random.Generator | None,
+        layout,
+        seed: tuple[int, ...] | None = None,
     ) -> list[Block]:
         """Build the blocks of a unit.
 
@@ -46,6 +52,7 @@ class TrainingData(Protocol):
             number: of this data among those that are trained on.
             random: draws prompts and answers; None (validation) draws nothing.
             layout: a `Layout`, with the limits of a block.
+            seed: as in `inputs`, of which the texts of a view depend.
         """
 
     def answer_ids(self, unit: int) -> list[list[int]]:
@@ -75,13 +82,23 @@ class AnswersOfImages:
     def __len__(self) -> int:
         return len(self.units)
 
+    def draw_view(self, image: int, seed: tuple[int, ...] | None) -> int:
+        """Return the number of the view of an image whose features and texts a batch has."""
+        return 0
+
     def blocks(
-        self, unit: int, number: int, prompts: PromptEncoder, random: np.random.Generator | None, layout
+        self,
+        unit: int,
+        number: int,
+        prompts: PromptEncoder,
+        random: np.random.Generator | None,
+        layout,
+        seed: tuple[int, ...] | None = None,
     ) -> list[Block]:
         image = int(self.units[unit])
         return build_blocks(
             (number, image),
-            self.texts.answers(image),
+            self.texts.answers(image, self.draw_view(image, seed)),
             self.visual_tokens(image),
             prompts,
             random,
@@ -117,10 +134,13 @@ class CachedData(AnswersOfImages):
     def visual_tokens(self, image: int) -> int:
         return self.per_image if self.per_image is not None else self.num_patches[image]
 
+    def draw_view(self, image: int, seed: tuple[int, ...] | None) -> int:
+        if seed is None or self.cache.views == 1:
+            return 0
+        return int(seeded_generator(*seed, VIEW, image).integers(self.cache.views))
+
     def inputs(self, images: list[int], seed: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
-        views = None
-        if seed is not None and self.cache.views > 1:
-            views = [int(seeded_generator(*seed, VIEW, image).integers(self.cache.views)) for image in images]
+        views = [self.draw_view(image, seed) for image in images]
         features, mask = self.cache.patch_features(self.split, images, views, dtype=None)
         return {"patch_features": features} | ({} if mask is None else {"patch_attention_mask": mask})
 
@@ -154,10 +174,11 @@ class OnlineData(AnswersOfImages):
             prepared = self.rows[image]
             picture = prepared.row.load()
             if self.augment and seed is not None:
-                view = 1 + int(seeded_generator(*seed, VIEW, image).integers(1 << 30))
-                view = 0 if prepared.has_places else view
+                number = 1 + int(seeded_generator(*seed, VIEW, image).integers(1 << 30))
+                number = 0 if prepared.places[0] else number
                 flip = can_be_mirrored([*prepared.answers, *prepared.prompts])
-                picture = cut_view(picture, view, prepared.image_hash, flip, 0.6, keep_size=False)
+                view = draw_view(picture.size, number, prepared.image_hash, flip, 0.6)
+                picture = cut_view(picture, view, keep_size=False)
             pictures.append(picture)
         return dict(self.image_processor(images=pictures, return_tensors="pt"))
 
@@ -226,6 +247,8 @@ def open_online(
     splits = read_images(dataset, processor, source)
     if not splits["train"]:
         raise UserError(f"{dataset} has no image in its train split")
+    if augment and (whole := sum(bool(row.places[0]) for row in splits["train"])):
+        print(f"images with boxes or points, shown whole and never mirrored: {whole:,}")
     validation = [OnlineData(splits["validation"], model, processor, False)] if splits["validation"] else []
     return [OnlineData(splits["train"], model, processor, augment)], validation
 

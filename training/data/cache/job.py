@@ -112,6 +112,7 @@ class EmbedJob:
             rows_per_unit=s.rows_per_shard,
             near_duplicates=s.near_duplicates,
             scores=self.scorer is not None,
+            view_texts=bool(s.grounding) and s.views > 1,
         )
 
     def finish(self, s: EmbedSettings, cache: CacheWriter) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from blipren.training.data.cache.encoder import PIXEL_INPUTS
-from blipren.training.data.cache.views import can_be_mirrored, cut_view
+from blipren.training.data.cache.views import can_be_mirrored, cut_view, draw_view
 from blipren.training.data.sources.boxes import read_ground_truth
 from blipren.training.data.sources.caption_filter import CaptionFilter, FilteredTexts, filter_texts
-from blipren.training.data.sources.grounding import write_questions
+from blipren.training.data.sources.grounding import GroundTruth, truth_of_view, write_questions
 from blipren.training.data.sources.images import ImageError
 from blipren.training.data.sources.near_duplicates import image_signature
 from blipren.training.data.sources.rows import Row
@@ -59,8 +59,8 @@ class Prepared:
     answers: list[str]
     kept: list[int]
     """Places of these texts among the row's own."""
-    has_places: bool = False
-    """Whether a text holds boxes, points or numbers of objects, which another view would make untrue."""
+    places: list[list[tuple[str, str]]] = field(default_factory=list)
+    """Questions and answers about boxes and points that are true of each view; those of the first are among the texts."""
     scores: list[float | None] | None = None
     """Similarity of each of the row's own texts to the image, where the settings ask for it."""
 
@@ -111,36 +111,48 @@ def prepare_row(row: Row, config: PrepareConfig) -> tuple[Prepared | None, list[
         frames = [row.load()] if config.num_frames is None else row.load_frames(config.num_frames)
     except ImageError as error:
         return None, [], [*rejected, rejection(row, "row", error.reason, error.detail)]
-    grounded = 0
+    truth, own_texts = GroundTruth(), [*left.answers, *left.prompts]
     if config.grounding:
-        broken, grounded = _ask_about_places(row, left, config)
+        truth, broken = _read_truth(row, config)
         rejected += [rejection(row, "text", *problem) for problem in broken]
+        _add_texts(row, left, write_questions(truth, (row.width, row.height), config.grounding))
         if not left.answers and not row.shown:
             return None, [], [*rejected, rejection(row, "row", "no_caption", "no text, box or point in its columns")]
     split = row.split or split_by_hash(image_hash, config.validation_share, config.test_share)
     phash, thumb = image_signature(frames[0] if config.num_frames is None else contact_sheet(frames))
-    prepared = Prepared(row, split, image_hash, phash, thumb, left.prompts, left.answers, left.kept, grounded > 0)
-    flip = config.view_flip and row.can_be_mirrored and can_be_mirrored([*left.answers, *left.prompts])
-    views = [
-        cut_view(frame, 0 if grounded else view, image_hash, flip, config.view_scale, config.variable)
-        for view in range(config.views)
-        for frame in frames
-    ]
+    prepared = Prepared(row, split, image_hash, phash, thumb, left.prompts, left.answers, left.kept)
+    flip = config.view_flip and row.can_be_mirrored and can_be_mirrored([*own_texts, *truth.texts()])
+    views = []
+    for number in range(config.views):
+        view = draw_view(frames[0].size, number, image_hash, flip, config.view_scale)
+        seen, cut = truth_of_view(truth, *view)
+        x1, y1, x2, y2 = view.corners
+        pairs = write_questions(seen, (x2 - x1, y2 - y1), config.grounding)
+        if number and prepared.places[0] and not (pairs or own_texts):  # nothing can be said about this part
+            view, pairs = draw_view(frames[0].size, 0, image_hash, flip, config.view_scale), prepared.places[0]
+        cut = [(reason, f"view {number}: {value}") for reason, value in cut]
+        row.problems += cut
+        rejected += [rejection(row, "text", *problem) for problem in cut]
+        prepared.places.append(pairs)
+        views += [cut_view(frame, view, config.variable) for frame in frames]
     return prepared, views, rejected
 
 
-def _ask_about_places(row: Row, left: FilteredTexts, config: PrepareConfig) -> tuple[list[tuple[str, str]], int]:
-    """Add the questions about boxes and points to a row. Returns what was broken, and the number of questions."""
+def _read_truth(row: Row, config: PrepareConfig) -> tuple[GroundTruth, list[tuple[str, str]]]:
+    """Return what the row says about boxes and points, and what of it was broken: `(reason, value)`."""
     records = [record for record in (row.record, *row.merged_records) if record]
     truth, broken = read_ground_truth(records, (row.width, row.height), config.bbox_format, config.category_names)
-    pairs = write_questions(truth, (row.width, row.height), config.grounding)
+    row.problems += broken
+    return truth, broken
+
+
+def _add_texts(row: Row, left: FilteredTexts, pairs: list[tuple[str, str]]) -> None:
+    """Add questions with their answers to the texts of a row."""
     left.kept += range(len(row.answers), len(row.answers) + len(pairs))
     for prompt, answer in pairs:
         for texts in (row, left):
             texts.prompts.append(prompt)
             texts.answers.append(answer)
-    row.problems += broken
-    return broken, len(pairs)
 
 
 def _pixels(images: list[Image.Image], config: PrepareConfig) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from blipren.training.data.sources.splits import SPLITS
 from blipren.training.errors import UserError
 
 LIGHT_COLUMNS = ("id", "image_hash", "num_patches", "width", "height", "prompts", "answers", "messages")
+LIGHT_COLUMNS += ("view_prompts", "view_answers")
 
 
 class FeatureCache:
@@ -109,7 +110,8 @@ class FeatureCache:
         """Return the rows of a split without their features, in the order that `patch_features` counts in.
 
         Columns: id, image_hash, num_patches, width, height, prompts, answers, and messages where there are any. The
-        texts are those of the current caption filter.
+        texts are those of the current caption filter, and true of the image itself. Where views have questions of their
+        own about places, `view_prompts` and `view_answers` hold those of each view.
         """
         self._load_light(name)
         return self._light[name]

@@ -29,11 +29,12 @@ class CacheDamage(UserError):
     """The bytes of a cache differ from those that were written."""
 
 
-def feature_columns(dtype: str, values: int | None, tokens: int | None) -> datasets.Features:
+def feature_columns(dtype: str, values: int | None, tokens: int | None, view_texts: bool = False) -> datasets.Features:
     """Return the columns of a cache row. The features are last: the small columns lie together in a record batch.
 
     Args:
         values, tokens: number of features and of scales of a row; None where rows differ.
+        view_texts: whether views have questions of their own.
     """
     columns: dict[str, Any] = {
         "id": datasets.Value("string"),
@@ -44,6 +45,9 @@ def feature_columns(dtype: str, values: int | None, tokens: int | None) -> datas
         "prompts": datasets.List(datasets.Value("string")),
         "answers": datasets.List(datasets.Value("string")),
     }
+    if view_texts:
+        texts = datasets.List(datasets.List(datasets.Value("string")))
+        columns |= {"view_prompts": texts, "view_answers": texts}
     if dtype == "int8":
         columns["scale"] = datasets.List(datasets.Value("float32"), length=-1 if tokens is None else tokens)
     columns["patch_features"] = datasets.List(datasets.Value(dtype), length=-1 if values is None else values)

@@ -48,15 +48,18 @@ class TokenTable:
     """`[num_answers]`, index into `prompts`."""
     prompts: list[str | None]
     """Prompts as text; None is the default caption prompt."""
+    view_of: np.ndarray | None = None
+    """`[num_answers]`, the view that an answer is true of, -1 for all; None where all are true of all views."""
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
-    def answers(self, image: int) -> list[tuple[str | None, list[int]]]:
-        """Return the `(prompt, answer ids with the end token)` pairs of an image."""
+    def answers(self, image: int, view: int = 0) -> list[tuple[str | None, list[int]]]:
+        """Return the `(prompt, answer ids with the end token)` pairs of a view of an image."""
         return [
             (self.prompts[self.prompt_of[a]], self.ids[self.starts[a] : self.starts[a + 1]].tolist())
             for a in range(self.first[image], self.first[image + 1])
+            if self.view_of is None or self.view_of[a] in (-1, view)
         ]
 
 
@@ -130,6 +133,14 @@ def build_table(
     )
 
 
+def texts_of_views(row: dict[str, Any]) -> list[tuple[int, str | None, str]]:
+    """Return the texts of a cache row as `(view, prompt, answer)`, -1 for those that are true of all views."""
+    places = [list(zip(*pair)) for pair in zip(row["view_prompts"], row["view_answers"])]
+    pairs = zip(row["prompts"], row["answers"])
+    found = [(0 if pair in places[0] else -1, *pair) for pair in pairs]
+    return found + [(view, *pair) for view, pairs in enumerate(places) if view for pair in pairs]
+
+
 def _load(folder: Path, rows: list[str]) -> TokenTable:
     """Return a saved table. Raises `UserError` if its checksum or the ids of its rows differ."""
     record = json.loads((folder / "table.json").read_text())
@@ -148,6 +159,7 @@ def _load(folder: Path, rows: list[str]) -> TokenTable:
         ids=answers.values.values.to_numpy(),
         prompt_of=batch.column("prompt").values.to_numpy(),
         prompts=record["prompts"],
+        view_of=batch.column("view").values.to_numpy() if "view" in table.column_names else None,
     )
 
 
@@ -161,7 +173,8 @@ def _hash_ids(ids: list[str]) -> str:
 def load_or_build_tokens(cache: FeatureCache, split: str, processor: Any) -> TokenTable:
     """Return the table of a split for a processor from `tokens/FINGERPRINT/SPLIT`, and build it there if it is absent.
 
-    `datasets.load_from_disk` opens the folder: `id`, `prompt` (number in `table.json`), `answer_ids`.
+    `datasets.load_from_disk` opens the folder: `id`, `prompt` (number in `table.json`), `answer_ids`, and `view` where views
+    have questions of their own.
     """
     name, fingerprint = name_of_tokens(cache.info, processor)
     folder = cache.folder / "tokens" / name / split
@@ -172,7 +185,12 @@ def load_or_build_tokens(cache: FeatureCache, split: str, processor: Any) -> Tok
     with CacheLock(cache.folder / "tokens"):
         if (folder / "table.json").exists():  # another process built it meanwhile
             return _load(folder, rows)
-        table = build_table(light["prompts"], light["answers"], processor)
+        features, prompts, answers, views = COLUMNS, light["prompts"], light["answers"], None
+        if "view_prompts" in light.column_names:
+            texts = [texts_of_views(row) for row in light]
+            views, prompts, answers = ([[text[i] for text in own] for own in texts] for i in range(3))
+            features = datasets.Features(COLUMNS | {"view": datasets.List(datasets.Value("int32"))})
+        table = build_table(prompts, answers, processor)
         starts = pa.array(table.starts, pa.int32())
         ids = pa.ListArray.from_arrays(starts, pa.array(table.ids, pa.int32()))
         first = pa.array(table.first, pa.int32())
@@ -181,8 +199,11 @@ def load_or_build_tokens(cache: FeatureCache, split: str, processor: Any) -> Tok
             pa.ListArray.from_arrays(first, pa.array(table.prompt_of, pa.int32())),
             pa.ListArray.from_arrays(first, ids),
         ]
-        shard = write_table(folder / "data.arrow", COLUMNS, columns)
-        write_dataset_files(folder.parent, COLUMNS, {split: [shard["file"]]}, name, dict_file=False)
+        if views is not None:
+            flat = pa.array([view for own in views for view in own], pa.int32())
+            columns.append(pa.ListArray.from_arrays(first, flat))
+        shard = write_table(folder / "data.arrow", features, columns)
+        write_dataset_files(folder.parent, features, {split: [shard["file"]]}, name, dict_file=False)
         record = {"fingerprint": fingerprint, "rows": _hash_ids(rows), "prompts": table.prompts, "shard": shard}
         write_atomically(folder / "table.json", as_json(record))
     return _load(folder, rows)

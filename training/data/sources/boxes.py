@@ -24,16 +24,24 @@ FORMATS = ("xywh", "xyxy", "cxcywh", "xywhn", "xyxyn", "cxcywhn")
 """COCO's left, top, width, height; two corners; centre, width, height. With n in shares of the sides, else in pixels."""
 EDGE = 1.0  # pixels by which a box may reach over the edge, since data sets round
 _LIST_KEYS = ("category", "bbox", "point", "expressions", "iscrowd")
+_OF_A_ROW = ("bbox", "expressions", "sentences", "expression", "category")
 
 
 class BrokenPlace(Exception):
     """A box or point that cannot be used: `(reason, value)`."""
 
 
+def place_columns(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a record that hold boxes and points, or nothing if it has none."""
+    columns = ("objects", "absent", "grounded_captions", *(_OF_A_ROW if record.get("bbox") is not None else ()))
+    found = {name: record[name] for name in columns if record.get(name) is not None}
+    return found | {"bbox_format": record.get("bbox_format")} if found else {}
+
+
 def read_ground_truth(
     records: Sequence[dict[str, Any]], size: tuple[int, int], bbox_format: str, names: Sequence[str] | None = None
 ) -> tuple[GroundTruth, list[tuple[str, str]]]:
-    """Read all boxes and points that the records of an image hold.
+    """Read all boxes and points that the records of an image hold. Records that hold the same are read once.
 
     A category with a broken box or a crowd is in `GroundTruth.uncounted`, since not all of its objects are known.
 
@@ -47,7 +55,8 @@ def read_ground_truth(
         The truth, and what was broken: `(reason, value)`.
     """
     truth, problems = GroundTruth(), []
-    for record in records:
+    places = [own for record in records if (own := place_columns(record))]
+    for record in (own for number, own in enumerate(places) if own not in places[:number]):
         form = record.get("bbox_format") or bbox_format
         if form not in FORMATS:
             problems.append(("bbox_format", f"{form!r} is none of {', '.join(FORMATS)}"))

@@ -16,7 +16,7 @@ means one object. A category is asked for in vain only where the data itself say
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blipren.grounding_blipren import NOT_FOUND, write_place
 
@@ -70,6 +70,60 @@ class GroundTruth:
             if thing.category and thing.category not in self.uncounted:
                 found.setdefault(thing.category, []).append(thing)
         return found | {name: [] for name in self.absent}
+
+    def texts(self) -> list[str]:
+        """Return the words of the data set: categories, expressions and captions."""
+        names = [thing.category for thing in self.objects if thing.category] + self.absent
+        words = [text for thing in self.objects for text in thing.expressions]
+        return [*names, *words, *(caption.text for caption in self.captions)]
+
+
+def truth_of_view(
+    truth: GroundTruth, corners: Sequence[float], mirrored: bool = False
+) -> tuple[GroundTruth, list[tuple[str, str]]]:
+    """Return what is true of a part of the image, mirrored or not, in pixels of that part.
+
+    An object whose box crosses the edge is left out, and its category is not asked for, since it is neither wholly there
+    nor absent. A category whose objects are all outside is absent. A caption with boxes stays if all of them are inside.
+
+    Args:
+        corners: x1, y1, x2, y2 of the part, in pixels of the image.
+
+    Returns:
+        The truth, and what was left out: `(reason, value)`.
+    """
+    left, top, right, bottom = corners
+    moved = GroundTruth(uncounted=set(truth.uncounted))
+    left_out: list[tuple[str, str]] = []
+
+    def move(place: Sequence[float]) -> tuple[float, ...] | None:
+        """Return a box or a point in pixels of the part, or None if it is not wholly inside."""
+        across, down = place[::2], place[1::2]
+        if min(across) < left or max(across) > right or min(down) < top or max(down) > bottom:
+            return None
+        across = [right - x for x in reversed(across)] if mirrored else [x - left for x in across]
+        return tuple(number for pair in zip(across, (y - top for y in down)) for number in pair)
+
+    gone = []
+    for thing in truth.objects:
+        extent = thing.box or (*thing.point, *thing.point)
+        box, point = (None if place is None else move(place) for place in (thing.box, thing.point))
+        if (thing.box is None) == (box is None) and (thing.point is None) == (point is None):
+            moved.objects.append(replace(thing, box=box, point=point))
+        elif extent[0] >= right or extent[1] >= bottom or extent[2] <= left or extent[3] <= top:
+            gone.append(thing.category)
+        else:
+            left_out.append(("cut_by_view", f"{thing.category or thing.expressions[0]} {list(extent)}"))
+            moved.uncounted |= {thing.category} - {None}
+    there = {thing.category for thing in moved.objects} | moved.uncounted | {None}
+    moved.absent = [name for name in dict.fromkeys([*truth.absent, *gone]) if name not in there]
+    for caption in truth.captions:
+        phrases = tuple((end, tuple(move(box) for box in boxes)) for end, boxes in caption.phrases)
+        if any(box is None for _, boxes in phrases for box in boxes):
+            left_out.append(("cut_by_view", caption.text))
+        else:
+            moved.captions.append(GroundedCaption(caption.text, phrases))
+    return moved, left_out
 
 
 def write_questions(truth: GroundTruth, size: Sequence[int], kinds: Collection[str]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from blipren.training.data.cache.views import can_be_mirrored
+from blipren.training.data.sources.boxes import place_columns
 from blipren.training.data.sources.conversations import Conversation, ConversationError
 from blipren.training.data.sources.images import ImageError, content_hash, image_bytes
 from blipren.training.data.sources.rows import Row, Source
@@ -16,7 +17,7 @@ from blipren.training.data.sources.splits import SPLITS
 
 
 class SampleImages(Source):
-    """The distinct images of a source, each with the captions of all rows that have it.
+    """The distinct images of a source, each with the captions, boxes and points of all rows that have it.
 
     The source is read once when this is made, without decoding an image: images are told apart by their content. The
     conversations lie in a temporary file until `samples` reads them. Every row of the source is either a sample, or
@@ -33,11 +34,12 @@ class SampleImages(Source):
     ):
         self.source, self.fit = source, fit
         self.name, self.columns, self.fingerprint = source.name, source.columns, source.fingerprint
+        self.features = source.features
         self.rows_read = self.captions_only = 0
         self.rejected: list[dict[str, Any]] = []
         """Lines of `rejected.jsonl`, of the kind `sample`."""
         self.rejected_texts: list[dict[str, Any]] = []
-        """Lines for captions beside a conversation about no image or several."""
+        """Lines for captions, boxes and points beside a conversation about no image or several."""
         self.hashes: list[str] = []
         """Content hash of each image."""
         self._ids: dict[str, None] = {}
@@ -48,6 +50,7 @@ class SampleImages(Source):
         self._numbers: dict[str, int] = {}
         self._digests: dict[tuple[Any, str], str] = {}  # by file
         self._texts: dict[int, list[Row]] = {}  # rows with captions of an image
+        self._records: dict[int, list[dict[str, Any]]] = {}  # boxes and points of an image
         self._spool = tempfile.TemporaryFile("w+", encoding="utf-8")
         self.num_samples = 0
         for row in itertools.islice(source.rows(), limit):
@@ -67,29 +70,33 @@ class SampleImages(Source):
         if row.rejected:
             return self._reject(row, *row.rejected)
         has_texts = bool(row.answers or row.problems)
+        places = place_columns(row.record or {})
         conversation, error = row.conversation, row.conversation_error
         if conversation is not None and self.fit is not None:
             try:
                 conversation = self.fit(conversation)
             except ConversationError as reason:
                 conversation, error = None, (reason.reason, reason.detail)
-        if conversation is None and not has_texts:
+        if conversation is None and not has_texts and not places:
             return self._reject(row, *(error or ("no_text", "no conversation and no caption in its columns")))
         cells = _image_cells(row) if conversation is None else conversation.images
         try:
             digests = [self._digest(row, cell) for cell in cells]
         except ImageError as broken:
             return self._reject(row, broken.reason, broken.detail)
-        if has_texts and len(set(digests)) != 1:
+        if (has_texts or places) and len(set(digests)) != 1:
             if conversation is None:
                 return self._reject(row, "several_images", f"a caption of {len(digests)} images")
-            has_texts = False
-            for answer in row.answers:
+            for text in [*row.answers, *(["boxes or points"] if places else [])]:
                 line = {"kind": "text", "id": row.id, "row": row.index, "reason": "several_images"}
-                self.rejected_texts.append(line | {"value": str(len(digests)), "text": answer[:200]})
+                self.rejected_texts.append(line | {"value": str(len(digests)), "text": text[:200]})
+            has_texts, places = False, {}
         images = [self._number(row, place, cell, digest) for place, (cell, digest) in enumerate(zip(cells, digests))]
+        if places:
+            self._records.setdefault(images[0], []).append(places)
         if has_texts:
-            row.image = row._data = row.conversation = None
+            row.image = row._data = row.conversation = row.record = None
+            row.merged_records = []
             self._texts.setdefault(images[0], []).append(row)
         if conversation is None:
             if error:
@@ -155,7 +162,7 @@ class SampleImages(Source):
         for row in self.source.rows(self._places[start][0]):
             while number < len(self._places) and self._places[number][0] == row.index:
                 cells = row.conversation.images if row.conversation is not None else _image_cells(row)
-                texts = self._texts.get(number, [])
+                texts, records = self._texts.get(number, []), self._records.get(number, [])
                 yield Row(
                     id=ids[number],
                     index=number,
@@ -167,6 +174,8 @@ class SampleImages(Source):
                     problems=[problem for own in texts for problem in own.problems],
                     shown=self._shown[number],
                     can_be_mirrored=not self._sided[number],
+                    record=records[0] if records else None,
+                    merged_records=records[1:],
                 )
                 number += 1
             if number == len(self._places):

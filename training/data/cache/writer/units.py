@@ -57,6 +57,9 @@ class UnitWriter:
             "answers": item.answers,
             "patch_features": features,
         }
+        if "view_prompts" in self.cache.columns:
+            record["view_prompts"] = [[prompt for prompt, _ in pairs] for pairs in item.places]
+            record["view_answers"] = [[answer for _, answer in pairs] for pairs in item.places]
         if scale is not None:
             record["scale"] = scale
         self._shards[item.split].add(record)
@@ -107,6 +110,7 @@ class CacheWriter(UnitFolder):
         dtype: type of the stored features.
         values, tokens: number of features and of scales of a row, where it is the same in all rows.
         scores: whether texts have similarities.
+        view_texts: whether views have questions of their own.
     """
 
     kind = "feature cache"
@@ -124,11 +128,12 @@ class CacheWriter(UnitFolder):
         rows_per_unit: int,
         near_duplicates: str = "drop",
         scores: bool = False,
+        view_texts: bool = False,
     ):
         super().__init__(folder, fingerprint, rows_per_unit)
         self.dtype, self.hidden_size = dtype, hidden_size
         self.near_duplicates = near_duplicates
-        self.columns = feature_columns(dtype, values, tokens)
+        self.columns = feature_columns(dtype, values, tokens, view_texts)
         self.index_columns = INDEX_COLUMNS
         if scores:
             self.index_columns = datasets.Features(
