@@ -24,6 +24,7 @@ from tests.stages.tools import draw_dataset, events
 RECIPES = sorted(p.stem for p in (Path(blipren.__file__).parent / "training" / "recipes").glob("*.yaml"))
 OWN_TESTS = {r for r in RECIPES if r.startswith("quickstart")}  # drawn worlds; the default one has a test of its own
 FLICKR = ["flickr8k-mini-words", "flickr8k-mini", "flickr8k-mini-cider"]  # three runs in this order
+COCO = ["coco-mini-boxes"]
 VISION = {
     "google/siglip-base-patch16-224": "siglip_vision_model",
     "google/siglip-so400m-patch14-384": "siglip_vision_model",
@@ -112,7 +113,7 @@ def recipe_settings(command, recipe, flags):
     return settings
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in (*OWN_TESTS, *FLICKR)])
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in (*OWN_TESTS, *FLICKR, *COCO)])
 def test_recipe_runs_two_steps(recipe, stand_ins, pictures, clips, tmp_path):
     sections = load_recipe(recipe)
     wanted = sections["new"]
@@ -156,18 +157,20 @@ def test_recipe_runs_two_steps(recipe, stand_ins, pictures, clips, tmp_path):
         assert train(recipe_settings("train", recipe, run)) == 0
 
 
-def test_flickr8k_mini_runs_two_steps_of_each_of_its_runs(pictures, tmp_path):
+@pytest.mark.parametrize("recipes", [FLICKR, COCO], ids=lambda names: names[-1])
+def test_photos_run_two_steps_of_each_of_their_runs(recipes, pictures, tmp_path):
     """On stand-ins of its own families: MobileNetV2 with three of its layers, and a Llama."""
     vision = tiny_models.make_vision(tmp_path / "vision", "mobilenet_v2")
     llm = tiny_models.make_llm(tmp_path / "llm")
     model, cache = str(tmp_path / "model"), str(tmp_path / "cache")
     small = {"image_processor": {"do_center_crop": False, "size": {"height": 64, "width": 64}}}
-    small["qformer"] = shrunk(load_recipe("flickr8k-mini")["new"]["qformer"])
+    first = next(name for name in recipes if "new" in load_recipe(name))
+    small["qformer"] = shrunk(load_recipe(first)["new"]["qformer"])
     bases = {"out": model, "vision": str(vision), "llm": str(llm)}
-    assert not new(recipe_settings("new", "flickr8k-mini", bases | small))
+    assert not new(recipe_settings("new", first, bases | small))
     source = {"model": model, "dataset": str(pictures), "cache": cache, "workers": 0}
-    assert not embed(recipe_settings("embed", "flickr8k-mini", source))
-    for recipe in FLICKR:
+    assert not embed(recipe_settings("embed", first, source))
+    for recipe in recipes:
         out = tmp_path / recipe
         run = {"model": model, "cache": cache, "out": str(out), "max_steps": 2, "batch_size": 8, "warmup": 0.0}
         run |= {"eval_every": 2, "device": "cpu", "generate_samples": 0, "max_new_tokens": 3, "log_every": 1}

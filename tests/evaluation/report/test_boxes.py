@@ -7,7 +7,7 @@ from PIL import Image
 from blipren.training.cli import main
 from blipren.training.evaluation.examples import Example
 from blipren.training.evaluation.metrics.boxes import PlaceAnswer
-from blipren.training.evaluation.report.boxes import draw_places, phrase_of, place_items
+from blipren.training.evaluation.report.boxes import draw_places, draw_samples, phrase_of, place_items
 from blipren.training.evaluation.results import Evaluation
 
 ANSWER = "a cup [100, 300, 500, 700], a dog [600, 600, 990, 990] at [50, 50]"
@@ -57,6 +57,20 @@ def test_pictures_of_the_report_are_sorted_by_iou():
     assert [item["iou"] for item in items] == [1.0, 0.5, 0.25, 0.0]
     assert items[0]["image"].startswith("data:image/jpeg") and items[0]["question"] == "Find every dog."
     assert [item["iou"] for item in place_items(result, 2)] == [1.0, 0.25]
+
+
+def test_samples_of_the_card_show_captions_and_boxes():
+    """Half of the pictures each; an answer without a box is not shown."""
+    names = [f"{k}" for k in range(8)]
+    truth = (0, 0, 100, 100)
+    places = [PlaceAnswer(k, "find", "Find every dog.", str(list(truth)), (truth,), "[0, 0, 99, 99]") for k in names]
+    places[0] = PlaceAnswer("0", "find", "Find every dog.", str(list(truth)), (truth,), "not in the picture")
+    result = Evaluation(examples=[Picture(name, None, [], {}) for name in names], places=places)
+    result.captions = {name: {"text": f"caption {name}"} for name in names}
+    images, captions = draw_samples(result, 6)
+    assert captions[:3] == ["caption 0", "caption 2", "caption 5"]
+    assert captions[3:] == ["Find every dog. [0, 0, 99, 99]"] * 3 and len(images) == 6
+    assert [len(image.getcolors()) > 1 for image in images] == [False] * 3 + [True] * 3
 
 
 def test_caption_draws_one_image(colours, seeing, tmp_path, capsys):

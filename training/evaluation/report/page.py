@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import html
 import json
@@ -17,7 +16,7 @@ from blipren.training.data.sources.images import ImageError
 from blipren.training.evaluation.attention import Explanation, explain, query_statistics
 from blipren.training.evaluation.conversations import conversation_items
 from blipren.training.evaluation.metrics.hallucination import COCO_WORDS, singular
-from blipren.training.evaluation.report.boxes import draw_places, place_items
+from blipren.training.evaluation.report.boxes import draw_samples, place_items
 from blipren.training.evaluation.report.pictures import image_url, map_bytes, sample_grid
 from blipren.training.evaluation.results import PER_IMAGE, SIMILARITIES, Evaluation
 from blipren.training.files import write_atomically
@@ -376,19 +375,6 @@ def embedded_data(page: Path) -> dict:
     return json.loads(found.group(1)) if found else {}
 
 
-def write_samples(path: Path, result: Evaluation, count: int = 12) -> None:
-    """Draw a few images with captions, spread evenly over the split; nothing if no image can be read."""
-    captioned = [example for example in result.examples if example.id in result.captions]
-    images, captions = [], []
-    count = min(count, len(captioned))
-    for example in (captioned[k * len(captioned) // count] for k in range(count)):
-        with contextlib.suppress(ImageError):  # the images of given captions may be missing
-            captions.append(result.captions[example.id]["text"])
-            images.append(draw_places(example.load(), captions[-1]))
-    if images:
-        sample_grid(path, images, captions)
-
-
 def write_report(
     out: Path, result: Evaluation, settings, model=None, processor=None, before=None, similarities=None
 ) -> Path:
@@ -399,7 +385,9 @@ def write_report(
         title = f"Captions of {Path(settings.predictions).name}"
     counts = result.metrics["counts"]
     subtitle = f"{counts['images']:,} images of split {counts['split']!r} of {settings.dataset}"
-    write_samples(out / "samples.png", result)
+    images, captions = draw_samples(result)
+    if images:
+        sample_grid(out / "samples.png", images, captions)
     path = out / "report.html"
     write_atomically(path, render_page(data, "report.js", title, subtitle))
     return path
