@@ -45,7 +45,7 @@ PARSED = {
     'blipren embed my-vlm "s3://': "needs an object store: tests/data runs --engine ray on local files",
     "blipren caption run photos --out captioned-ray": "tests/captioning/test_ray.py runs the Ray engine",
     "blipren caption full photos --out captioned-vllm": "needs vLLM: tests/with_vllm/prove_captions.py runs it",
-    "blipren quickstart --world clips": "minutes: tests/quickstart/test_clips.py runs it at small size",
+    "blipren quickstart --world": "minutes: tests/quickstart runs each world at small size",
     "torchrun": "needs several processes or machines: tests/stages/test_processes.py runs them",
     "accelerate launch": "needs GPUs: tests/stages/test_processes.py runs this file",
 }
