@@ -46,6 +46,10 @@ PARSED = {
     "blipren caption run photos --out captioned-ray": "tests/captioning/test_ray.py runs the Ray engine",
     "blipren caption full photos --out captioned-vllm": "needs vLLM: tests/with_vllm/prove_captions.py runs it",
     "blipren quickstart --world": "minutes: tests/quickstart runs each world at small size",
+    "blipren new vqa-model --config easy-vqa": "tests/commands/test_recipes.py runs this recipe at small size",
+    "blipren embed vqa-model easy-vqa": "the same recipe",
+    "blipren train vqa-model vqa-cache": "the same recipe",
+    "blipren evaluate vqa easy-vqa": "the same recipe",
     "torchrun": "needs several processes or machines: tests/stages/test_processes.py runs them",
     "accelerate launch": "needs GPUs: tests/stages/test_processes.py runs this file",
 }
@@ -58,6 +62,7 @@ OTHER_PROGRAMS = {
     "python scripts/download_": "needs the network: tests/scripts/test_downloads.py runs it on loopback",
     "BLIPREN_IMAGES=data transformers serve": "tests/remote_code/test_serve.py runs it",
     "vllm serve": "needs vLLM: tests/with_vllm/prove.py runs it",
+    "python scripts/easy_vqa.py": "needs the archive: tests/evaluation/test_easy_vqa.py runs it",
     "lmms-eval": "needs the network: tests/evaluation runs the plugin",
     "pytest": "minutes, on request",
     "python tests/": "needs a package index",
@@ -165,6 +170,20 @@ def write_pairs(photos: Path, folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
 
 
+def write_llava(photos: Path, folder: Path) -> None:
+    """Write conversations about the photos as LLaVA-Instruct has them: one JSON list beside the images."""
+    shutil.copytree(photos / "images", folder / "images")
+    rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    conversations = []
+    for row in rows:
+        texts = [text for pair in zip(row["questions"][:2], row["answers"]) for text in pair]
+        turns = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
+        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        image = row["file_name"].removeprefix("images/")
+        conversations.append({"id": image, "image": image, "conversations": turns, "split": row["split"]})
+    (folder / "instruct.json").write_text(json.dumps(conversations), encoding="utf-8")
+
+
 def write_bert(folder: Path) -> None:
     """Write a tiny BERT with its WordPiece tokenizer."""
     folder.mkdir()
@@ -199,6 +218,7 @@ def prepared(tmp_path_factory):
             metadata.write(json.dumps(row) + "\n")
     shutil.copytree(folder / "photos", folder / "scenes")
     write_pairs(folder / "photos", folder / "pairs")
+    write_llava(folder / "photos", folder / "llava")
     for name in ("tars", "livis/tars", "cc3m/tars"):
         write_tar(folder / name)
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from blipren.training.data.batches.training_data import open_split
 from blipren.training.data.cache import FeatureCache
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
-from blipren.training.evaluation.report.page import text_loss_line
+from blipren.training.evaluation.report.training import text_loss_line
 from blipren.training.stages import train as caption
 from tests import tiny_models
 from tests.stages.test_processes import finish, same

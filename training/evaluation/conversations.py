@@ -20,7 +20,7 @@ from blipren.training.evaluation.features import PatchFeatures, encode_images
 from blipren.training.evaluation.generation import generate_batch, pad_id
 from blipren.training.evaluation.image_use import image_use, token_losses
 from blipren.training.evaluation.metrics.bootstrap import grouped_statistic, interval
-from blipren.training.evaluation.metrics.vqa import answer_table, normalize_answer, vqa_scores
+from blipren.training.evaluation.metrics.vqa import answer_table, most_frequent_accuracy, normalize_answer, vqa_scores
 
 CHUNK = 128  # conversations whose images are held at a time
 
@@ -218,7 +218,9 @@ def conversation_metrics(asked: Sequence[Asked], settings) -> dict:
 
 def _vqa(asked: Sequence[Asked], settings) -> dict:
     given = {n: one.answer for n, one in enumerate(asked)}
-    values, scores = vqa_scores(given, {n: [one.reference] for n, one in enumerate(asked)})
+    references = {n: [one.reference] for n, one in enumerate(asked)}
+    values, scores = vqa_scores(given, references)
+    by_type = answer_table({n: one.question for n, one in enumerate(asked)}, references, scores)
     groups = [one.id for one in asked]
     statistics = {
         name: grouped_statistic([s[part] for s in scores.values()], groups)
@@ -234,7 +236,8 @@ def _vqa(asked: Sequence[Asked], settings) -> dict:
         "questions": len(asked),
         "conversations": len(set(groups)),
         "by_number_of_images": by_images,
-        "by_question_type": answer_table({n: one.question for n, one in enumerate(asked)}, scores),
+        "most_frequent_accuracy": most_frequent_accuracy(by_type),
+        "by_question_type": by_type,
     }
 
 

@@ -23,7 +23,7 @@ from blipren.training.evaluation.metrics.captions import CaptionScores, score_ca
 from blipren.training.evaluation.metrics.hallucination import Hallucination, chair, judge_captions
 from blipren.training.evaluation.metrics.pope import PopeQuestion
 from blipren.training.evaluation.metrics.retrieval import RECALL_AT
-from blipren.training.evaluation.metrics.vqa import answer_table, vqa_scores
+from blipren.training.evaluation.metrics.vqa import answer_table, most_frequent_accuracy, vqa_scores
 from blipren.training.evaluation.refer import place_rows
 from blipren.training.files import write_atomically
 
@@ -150,13 +150,15 @@ def add_answers(result: Evaluation, settings) -> None:
         name: grouped_statistic([s[part] for s in per_question.values()], images)
         for name, part in (("accuracy", "exact"), ("soft_score", "soft"))
     }
+    by_type = answer_table(questions, people, per_question)
     result.answers = {name: {"text": given[name], "people": people[name], **per_question[name]} for name in given}
     result.metrics["vqa"] = {
         **values,
         "intervals": {n: interval(s, settings.resamples, settings.seed) for n, s in statistics.items()},
         "questions": len(given),
         "images": len({key for key, _ in given}),
-        "by_question_type": answer_table(questions, per_question),
+        "most_frequent_accuracy": most_frequent_accuracy(by_type),
+        "by_question_type": by_type,
     }
 
 

@@ -31,6 +31,9 @@ class AnswerTrainer(StageTrainer):
         half_precision: whether the arithmetic is in 16 bits, for the share of the peak FLOPs in the log.
     """
 
+    compared: tuple[str, ...] = ()
+    """Names of validation metrics whose values before and after the run its summary has."""
+
     def __init__(
         self,
         *,
@@ -124,6 +127,12 @@ class AnswerTrainer(StageTrainer):
             found["text_loss"] = {"before": before, "after": self.validation.text_loss()}
         if self.state.best_metric is not None:
             found[self.settings.keep_best] = self.state.best_metric
+        validations = [event for event in self.run_folder.events() if event["kind"] == "validation"]
+        kept = self.state.global_step if best_step is None else best_step
+        for name in self.compared:
+            values = {event["step"]: event[name] for event in validations if name in event}
+            if 0 in values and kept in values:
+                found.setdefault("validation", {})[name] = {"before": values[0], "after": values[kept]}
         return found
 
     def summary_lines(self, summary: dict) -> list[str]:

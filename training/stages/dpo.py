@@ -38,6 +38,8 @@ class DpoTrainer(AnswerTrainer):
         every_pair: all pairs of `train` and `validation`, whose reference is computed.
     """
 
+    compared = ("chosen_likelier", "rewards/accuracies", "rewards/margins")
+
     def __init__(self, *, objective: PackedDPO, every_pair: dict[str, AllPairs], **keywords):
         super().__init__(**keywords)
         self.objective, self.every_pair = objective, every_pair
@@ -136,26 +138,31 @@ class DpoTrainer(AnswerTrainer):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return loss and rewards of the validation pairs, CIDEr where it chooses the model; the sample captions are
-        logged."""
+        """Return loss and rewards of the validation pairs, and `chosen_likelier`, the share whose chosen answer the model
+        finds likelier, without a reference; CIDEr where it chooses the model. The sample captions are logged."""
         every = self.every_pair["validation"]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         was_training = self.model.training
         self.model.eval()
         names = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
-        sums = torch.zeros(2 + len(names), dtype=torch.float64)
+        sums = torch.zeros(3 + len(names), dtype=torch.float64)
         for item in range(rank, len(every), world):
             batch = self._prepare_inputs(every[item])
             with self.compute_loss_context_manager():
                 scores, lengths, _ = self.score(self.model, batch)
                 loss, metrics = self.objective.loss(scores, lengths, *self.reference_of(batch, "validation"))
-            means = torch.tensor([1.0, loss.item(), *(metrics[name] for name in names)], dtype=torch.float64)
-            sums += means * len(batch["pairs"])
+                chosen, rejected = self.objective.reference(scores, lengths)
+            likelier = (chosen > rejected).float().mean()
+            means = [1.0, loss.item(), likelier.item(), *(metrics[name] for name in names)]
+            sums += torch.tensor(means, dtype=torch.float64) * len(batch["pairs"])
         self.model.train(was_training)
         if world > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         pairs, *totals = sums.tolist()
-        metrics = {"pairs": int(pairs), **dict(zip(("loss", *names), (total / pairs for total in totals)))}
+        metrics = {
+            "pairs": int(pairs),
+            **dict(zip(("loss", "chosen_likelier", *names), (total / pairs for total in totals))),
+        }
         if self.settings.keep_best == "CIDEr":
             metrics["CIDEr"] = self.validation.cider()
         self.validation.log_samples("during" if self.state.global_step else "before")

@@ -48,6 +48,8 @@ class GrpoTrainer(AnswerTrainer):
         reference: weights before training; None where beta is 0.
     """
 
+    compared = ("reward",)
+
     def __init__(
         self,
         *,

@@ -3,7 +3,14 @@
 import pytest
 
 from blipren.training.errors import UserError
-from blipren.training.evaluation.metrics.vqa import answer_table, exact_match, normalize_answer, soft_score, vqa_scores
+from blipren.training.evaluation.metrics.vqa import (
+    answer_table,
+    exact_match,
+    most_frequent_accuracy,
+    normalize_answer,
+    soft_score,
+    vqa_scores,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,12 +48,25 @@ def test_few_answers_are_compared_exactly():
 
 
 def test_scores_of_a_set():
-    values, per_question = vqa_scores({1: "yes", 2: "no", 3: "2"}, {1: ["yes"], 2: ["yes"], 3: ["two"]})
+    people = {1: ["yes"], 2: ["yes"], 3: ["two"]}
+    values, per_question = vqa_scores({1: "yes", 2: "no", 3: "2"}, people)
     assert values == {"accuracy": pytest.approx(2 / 3), "soft_score": pytest.approx(2 / 3)}
     assert per_question[2] == {"exact": 0, "soft": 0}
     questions = {1: "Is there a dog?", 2: "Is there a cat?", 3: "How many?"}
-    table = answer_table(questions, per_question)
-    assert list(table) == ["is there", "how many?"] and table["is there"] == {"questions": 2, "accuracy": 0.5}
+    table = answer_table(questions, people, per_question)
+    assert list(table) == ["is there", "how many?"]
+    frequent = {"most_frequent_answer": "yes", "most_frequent_accuracy": 1.0}
+    assert table["is there"] == {"questions": 2, "accuracy": 0.5} | frequent
+
+
+def test_the_most_frequent_answer_is_that_of_the_type_of_question():
+    questions = {k: f"Is there a {k}?" for k in range(4)} | {4: "What is it?", 5: "What is left?"}
+    people = {0: ["no"], 1: ["No."], 2: ["no"], 3: ["yes", "no"], 4: ["dog"], 5: ["cat"]}
+    scores = vqa_scores(dict.fromkeys(questions, "yes"), people)[1]
+    table = answer_table(questions, people, scores)
+    assert (table["is there"]["most_frequent_answer"], table["is there"]["most_frequent_accuracy"]) == ("no", 1.0)
+    assert table["what is"]["most_frequent_accuracy"] == 0.5
+    assert most_frequent_accuracy(table) == pytest.approx((4 * 1 + 2 * 0.5) / 6)
 
 
 def test_a_question_without_an_answer_is_an_error():

@@ -11,8 +11,9 @@ from PIL import Image
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.evaluation.evaluate import evaluate
 from blipren.training.evaluation.metrics.captions import NO_JAVA
-from blipren.training.evaluation.report.page import headline_tiles, render_page, training_curves
+from blipren.training.evaluation.report.page import headline_tiles, render_page
 from blipren.training.evaluation.report.pictures import image_url, map_bytes, similarity_grid
+from blipren.training.evaluation.report.training import preference_lines, training_curves
 from tests.evaluation.conftest import colour_picture, colour_rows, learn, new_model, save
 from tests.evaluation.report.browser import browse, needs_chromium
 
@@ -206,8 +207,12 @@ def test_curves_of_no_run(tmp_path):
     )
     panels, chosen = training_curves(str(tmp_path))
     assert panels == [{"title": "loss", "lines": [{"name": "train loss", "points": [[1, 2.0]]}]}] and chosen is None
-    (tmp_path / "finished.json").write_text(json.dumps({"steps": 9, "kept": "last"}))
+    assert preference_lines(str(tmp_path)) == {}
+    summary = {"steps": 9, "kept": "last", "validation": {"reward": {"before": 0.5, "after": 0.75}}}
+    (tmp_path / "finished.json").write_text(json.dumps(summary))
     assert training_curves(str(tmp_path))[1] == 9
+    lines = preference_lines(str(tmp_path))
+    assert lines == {"mean reward of greedy answers": "0.5000 before training, 0.7500 after"}
 
 
 def test_pictures():

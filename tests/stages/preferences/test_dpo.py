@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from blipren.training.commands.dpo import DpoSettings
 from blipren.training.engine.preference_settings import check_trl
 from blipren.training.errors import UsageError, UserError
+from blipren.training.evaluation.report.training import preference_lines
 from blipren.training.stages.dpo import REFERENCE, dpo
 from tests.stages.preferences.test_grpo import FIVE_KILLS
 from tests.stages.test_processes import finish
@@ -48,6 +49,10 @@ def test_preferences_are_learned(settings, tmp_path, capsys):
     )
     assert after["loss"] < 0.6 and after["rewards/accuracies"] > 0.7 and after["rewards/margins"] > 0.1
     assert after["pairs"] == before["pairs"] == 16
+    chosen, rejected = load_file(tmp_path / "run" / REFERENCE)["validation/0"].T
+    assert before["chosen_likelier"] == (chosen > rejected).float().mean()
+    shown = preference_lines(str(tmp_path / "run"))["pairs whose chosen answer the model finds likelier"]
+    assert shown == f"{before['chosen_likelier']:.4f} before training, {after['chosen_likelier']:.4f} after"
     assert {"objective", "rewards/chosen", "logps/rejected", "entropy"} <= events(tmp_path / "run", "train")[0].keys()
 
 

@@ -91,10 +91,37 @@ def vqa_metrics(predictions: Mapping[object, str], answers: Mapping[object, Sequ
     return vqa_scores(predictions, answers)[0]
 
 
-def answer_table(questions: Mapping[object, str], scores: Mapping[object, Mapping[str, float]]) -> dict[str, dict]:
-    """Return the accuracy by question type, the first two words of the question: type -> {questions, accuracy}."""
-    groups: dict[str, list[float]] = {}
+def answer_table(
+    questions: Mapping[object, str],
+    answers: Mapping[object, Sequence[str]],
+    scores: Mapping[object, Mapping[str, float]],
+) -> dict[str, dict]:
+    """Return the accuracy by question type, the first two words of the question.
+
+    Args:
+        questions, answers, scores: question id -> its text, answers of people, and scores as `vqa_scores` gives them.
+
+    Returns:
+        Question type -> `questions`, `accuracy`, and of always giving the type's `most_frequent_answer` (in normal form)
+        its `most_frequent_accuracy`: what is guessed without an image.
+    """
+    types: dict[str, list] = {}
     for key, question in questions.items():
-        groups.setdefault(" ".join(question.lower().split()[:2]), []).append(scores[key]["exact"])
-    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    return {name: {"questions": len(v), "accuracy": float(np.mean(v))} for name, v in ordered}
+        types.setdefault(" ".join(question.lower().split()[:2]), []).append(key)
+    table = {}
+    for name, keys in sorted(types.items(), key=lambda item: (-len(item[1]), item[0])):
+        given = Counter(answer for key in keys for answer in {normalize_answer(a) for a in answers[key]})
+        answer, times = given.most_common(1)[0]
+        table[name] = {
+            "questions": len(keys),
+            "accuracy": float(np.mean([scores[key]["exact"] for key in keys])),
+            "most_frequent_answer": answer,
+            "most_frequent_accuracy": times / len(keys),
+        }
+    return table
+
+
+def most_frequent_accuracy(table: Mapping[str, Mapping]) -> float:
+    """Return the accuracy over all questions of giving the most frequent answer of each question's type."""
+    questions = sum(own["questions"] for own in table.values())
+    return sum(own["questions"] * own["most_frequent_accuracy"] for own in table.values()) / questions

@@ -20,8 +20,9 @@ from blipren.training.evaluation.metrics.bootstrap import (
 )
 from blipren.training.evaluation.metrics.captions import CaptionScores, score_captions
 from blipren.training.evaluation.metrics.hallucination import image_statistics
-from blipren.training.evaluation.report.page import embedded_data, render_page, training_curves
+from blipren.training.evaluation.report.page import embedded_data, render_page
 from blipren.training.evaluation.report.pictures import image_url
+from blipren.training.evaluation.report.training import training_curves
 from blipren.training.evaluation.results import SIMILARITIES, is_caption, read_lines, recall_statistics
 from blipren.training.files import write_atomically
 

@@ -18,6 +18,7 @@ from blipren.training.evaluation.conversations import conversation_items
 from blipren.training.evaluation.metrics.hallucination import COCO_WORDS, singular
 from blipren.training.evaluation.report.boxes import draw_samples, place_items
 from blipren.training.evaluation.report.pictures import image_url, map_bytes, sample_grid
+from blipren.training.evaluation.report.training import preference_lines, text_loss_line, training_curves
 from blipren.training.evaluation.results import PER_IMAGE, SIMILARITIES, Evaluation
 from blipren.training.files import write_atomically
 
@@ -245,36 +246,7 @@ def explain_images(result: Evaluation, model, processor, settings) -> tuple[list
     return [{"id": key, **attention_item(s)} for key, s in shown], statistics
 
 
-# --------------------------------------------------------------------------------------------- training, retrieval
-def training_curves(folder: str | None) -> tuple[list[dict], int | None]:
-    """Return the panels of a run folder's curves.json and the step whose model was kept, or ([], None) without a run."""
-    if folder is None or not (Path(folder) / "curves.json").is_file():
-        return [], None
-    curves = json.loads((Path(folder) / "curves.json").read_text(encoding="utf-8"))
-    panels: dict[str, list[dict]] = {}
-    for name, points in curves.items():
-        kind, _, quantity = name.partition(" ")
-        if quantity in ("loss", "learning_rate", "grad_norm", "CIDEr") or quantity.startswith(("R@", "recall")):
-            title = "recall" if quantity.startswith("R@") else quantity.replace("_", " ")
-            step = max(1, len(points) // 400)
-            finite = [p for p in points[::step] if p[1] is not None and p[1] == p[1] and abs(p[1]) != float("inf")]
-            if finite:
-                panels.setdefault(title, []).append({"name": name, "points": finite})
-    chosen, finished = None, Path(folder) / "finished.json"
-    if finished.is_file():
-        values = json.loads(finished.read_text(encoding="utf-8"))
-        kept = re.search(r"\d+", str(values.get("kept", "")))
-        chosen = int(kept.group()) if kept else values["steps"] if values.get("kept") == "last" else None
-    return [{"title": title, "lines": lines} for title, lines in panels.items()], chosen
-
-
-def text_loss_line(folder: str | None) -> str | None:
-    """Return what tuning cost the language model: its loss on text without images before and after the run, or None."""
-    file = Path(folder or "") / "finished.json"
-    found = json.loads(file.read_text(encoding="utf-8")).get("text_loss") if file.is_file() else None
-    return found and f"{found['before']:.4f} before training, {found['after']:.4f} after (nats a token)"
-
-
+# --------------------------------------------------------------------------------------------------- retrieval
 def retrieval_item(result: Evaluation, similarities: torch.Tensor | None, count: int = 8) -> dict | None:
     """Return recall in both directions, and the similarity of a few images with their first captions."""
     values = result.metrics.get("retrieval")
@@ -330,6 +302,7 @@ def report_data(result: Evaluation, settings, model=None, processor=None, before
         "connector": f"{config.connector}, {config.projector}" if config is not None else None,
         "versions": ", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
         "loss of text without images": text_loss_line(settings.run or settings.model),
+        **preference_lines(settings.run or settings.model),
         "seconds": metrics["seconds"],
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }

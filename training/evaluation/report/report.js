@@ -231,8 +231,8 @@ function retrieval() {
 
 function answers() {
   if (data.vqa) {
-    const rows = Object.entries(data.vqa.by_question_type).slice(0, 14).map(([name, v]) => [name + " …", number(v.questions), fixed(v.accuracy)]);
-    section("vqa", "Questions", make("div", { class: "card" }, table(["question", "asked", "accuracy"], rows)));
+    const rows = Object.entries(data.vqa.by_question_type).slice(0, 14).map(([name, v]) => [name + " …", number(v.questions), fixed(v.accuracy), `${v.most_frequent_answer}: ${fixed(v.most_frequent_accuracy)}`]);
+    section("vqa", "Questions", make("div", { class: "card" }, table(["question", "asked", "accuracy", "most frequent answer: its accuracy"], rows)));
   }
   if (data.conversations.length) {
     const rows = data.conversations.map((c) => [make("span", { style: { whiteSpace: "pre-wrap" } }, c.context),
