@@ -2,7 +2,7 @@
 
     python benchmarks/caption.py --images 64 --batch-size 32 --out caption.json
     python benchmarks/caption.py --clock cpu --threads 1 --workers 0 --images 16 --batch-size 16     # on a shared machine
-    python benchmarks/caption.py --shape tiny --images 20000 --arms local --memory        # memory over many images
+    python benchmarks/caption.py --shape tiny --photo-size 96 72 --images 20000 --broken-every 1000 --arms local --memory
 
 SigLIP-B/16, a 12-layer Q-Former and a Llama of 135M parameters with random weights, drawn 640x480 JPEGs, float32 and greedy.
 Random weights end no caption, so every arm has the same logits processor: it ends a caption after as many tokens as captions
@@ -209,6 +209,8 @@ def main() -> None:
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, on a shared machine"
     )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--photo-size", nargs=2, type=int, default=[640, 480], help="width and height")
+    parser.add_argument("--broken-every", type=int, help="cut off each so many-th photo behind the first 256")
     parser.add_argument("--memory", action="store_true", help="print the memory of the arm `local` on the way")
     parser.add_argument("--out")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
@@ -223,11 +225,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "photos").mkdir()
-        draw_photos(folder / "photos", min(given.images, 256))
+        draw_photos(folder / "photos", min(given.images, 256), tuple(given.photo_size))
         with (folder / "photos" / "metadata.jsonl").open("a") as metadata:
             for number in range(256, given.images):  # the same photos under further names
                 name = f"{number:05d}.jpg"
-                os.link(folder / "photos" / f"{number % 256:05d}.jpg", folder / "photos" / name)
+                photo = folder / "photos" / f"{number % 256:05d}.jpg"
+                if given.broken_every and number % given.broken_every == 0:
+                    (folder / "photos" / name).write_bytes(photo.read_bytes()[:500])
+                else:
+                    os.link(photo, folder / "photos" / name)
                 metadata.write(json.dumps({"file_name": name, "caption": "a photo"}) + "\n")
         write_model(folder, given.shape)
         seconds: dict[str, list[float]] = {arm: [] for arm in given.arms}

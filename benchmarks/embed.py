@@ -53,13 +53,13 @@ ENCODERS = {
 }
 
 
-def draw_photos(folder: Path, count: int) -> None:
-    """Draw JPEGs of 640x480 with the detail of photos, and write their metadata."""
+def draw_photos(folder: Path, count: int, size: tuple[int, int] = (640, 480)) -> None:
+    """Draw JPEGs of a width and height with the detail of photos, and write their metadata."""
     rng = np.random.default_rng(0)
     lines = []
     for number in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((640, 480), 3)
-        noise = rng.normal(0, 8, (480, 640, 3))
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(size, 3)
+        noise = rng.normal(0, 8, (*size[::-1], 3))
         pixels = (np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:05d}.jpg", quality=90)
         lines.append(

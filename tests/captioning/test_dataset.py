@@ -212,6 +212,17 @@ def test_matching_scores_choose_candidates_and_filter(seeing, aligned, pictures,
     assert "name a checkpoint of `blipren align`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("engine", [["--engine", "vllm"], ["--engine", "ray", "--actor-engine", "vllm"]])
+def test_vllm_refuses_what_it_cannot_do_before_it_starts(engine, seeing, pictures, tmp_path, capsys):
+    for options, message in (
+        (["--num-beams", "2"], "vLLM has no num_beams, or reads it otherwise"),
+        (["--filter", "{min_matching_score: 0.5}"], "vLLM computes no matching scores"),
+    ):
+        assert caption(seeing, pictures, tmp_path / "x", *engine, *options) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -221,6 +232,7 @@ def test_matching_scores_choose_candidates_and_filter(seeing, aligned, pictures,
         (["--filter", "{min_tokens: many}"], "min_tokens in filter is 'many'; it must be a number"),
         (["--prompt", "a", "--prompts", "b", "c"], "give prompt or prompts, not both"),
         (["--engine", "ray"], "engine ray writes a data set: give --out"),
+        (["--actor-engine", "vllm", "--out", "o"], "actor_engine vllm computes in Ray's actors: give --engine ray"),
         (["--out", "o", "--csv", "c.csv"], "leave them out with --out"),
     ],
 )

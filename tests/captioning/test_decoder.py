@@ -5,6 +5,7 @@ import torch
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.captioning.decoder import Decoder
+from blipren.training.captioning.packed_linear import PackedLinear, pack_linears
 from blipren.training.evaluation.features import encode_images
 from blipren.training.evaluation.generation import Sampling, generate_answers
 from blipren.training.evaluation.image_use import answer_losses
@@ -56,6 +57,14 @@ def test_families(family, tmp_path):
         assert [own[p][0].text for own in found] == [one["text"] for one in expected]
         assert [own[p][0].num_tokens for own in found] == [one["num_tokens"] for one in expected]
         assert [own[p][0].ended for own in found] == [one["ended_by_eos"] for one in expected]
+    weight = model.get_output_embeddings().weight.detach().clone()
+    pack_linears(model)
+    packed = decode(model, processor, patches, **NEW_WORDS)
+    assert texts(packed) == texts(found)
+    for own, others in zip(packed, found):
+        assert [a[0].mean_logprob for a in own] == pytest.approx([a[0].mean_logprob for a in others], abs=1e-4)
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    assert layers and torch.equal(model.get_output_embeddings().weight, weight)
 
 
 def test_the_rows_of_this_test_end_at_different_times(tmp_path):

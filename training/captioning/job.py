@@ -24,6 +24,7 @@ from blipren.training.captioning.feature_reader import FeatureReader
 from blipren.training.captioning.image_sources import CacheRows, open_images
 from blipren.training.captioning.matching import Matcher, has_matching_head
 from blipren.training.captioning.output import CaptionFolder, CaptionUnit, encoded, picture_name, text_columns
+from blipren.training.captioning.packed_linear import pack_linears
 from blipren.training.captioning.pictures import PictureBatch, PictureConfig
 from blipren.training.commands.caption import CaptionSettings
 from blipren.training.data.cache.engines.local import Progress, batch_rows
@@ -55,9 +56,10 @@ class CaptionJob:
     source: Source
     columns: list[CaptionColumn]
     model: Any
-    """The captioning model; None where another engine computes."""
+    """The captioning model; None where vLLM computes."""
     processor: Any
     engine: Any
+    """None in the driver of Ray actors with vLLM."""
     matcher: Matcher | None
     reader: FeatureReader
     features: datasets.Features
@@ -68,7 +70,7 @@ class CaptionJob:
         """Open data and model. Raises `UserError`."""
         source = open_images(s.images, s.split, s.limit, s.source_options())
         columns = caption_columns(s.prompts or [s.prompt], list(source.features))
-        if s.engine == "vllm":
+        if computes_with_vllm(s):
             return cls._open_for_vllm(s, source, columns)
         dtype = {} if s.precision == "auto" else {"dtype": getattr(torch, s.precision)}
         model, processor = load_model(s.model, s.device, **dtype)
@@ -84,24 +86,25 @@ class CaptionJob:
         features = output_features(source, s, columns, matcher is not None)
         seed = s.seed if s.temperature else None
         pictures = PictureConfig(None if isinstance(source, CacheRows) else processor.image_processor, seed)
+        if s.out:
+            pack_linears(model)  # it takes as long as captioning a few images
         engine = LocalEngine(model, processor, columns, s)
         reader = FeatureReader(source, model, pictures, s.batch_size, number_of_workers(s))
         return cls(s, source, columns, model, processor, engine, matcher, reader, features)
 
     @classmethod
     def _open_for_vllm(cls, s: CaptionSettings, source: Source, columns: list[CaptionColumn]) -> CaptionJob:
-        from blipren.training.captioning.engines.vllm_engine import VllmEngine
+        from blipren.training.captioning.engines.vllm_engine import VllmEngine, check_vllm
 
         if isinstance(source, CacheRows):
-            raise UserError(
-                f"--engine vllm encodes pictures itself, and {source.name} is a feature cache: use --engine local"
-            )
+            raise UserError(f"vLLM encodes pictures itself, and {source.name} is a feature cache: use --engine local")
         if s.matching_model is not None or s.candidates > s.keep or "min_matching_score" in s.filter:
-            raise UserError("--engine vllm computes no matching scores: use --engine local or ray to choose by them")
+            raise UserError("vLLM computes no matching scores: use --engine local or ray to choose by them")
         processor = load_processor(s.model)
         pictures = PictureConfig(None, s.seed if s.temperature else None, keep_images=True)
         features = output_features(source, s, columns, scored=False)
-        engine = VllmEngine(s, processor, columns)
+        check_vllm(s)
+        engine = VllmEngine(s, processor, columns) if s.engine == "vllm" else None  # with Ray the actors have engines
         reader = FeatureReader(source, None, pictures, s.batch_size, number_of_workers(s))
         return cls(s, source, columns, None, processor, engine, None, reader, features)
 
@@ -116,7 +119,7 @@ class CaptionJob:
             "generation": s.generate_options()
             | {name: getattr(s, name) for name in ("temperature", "top_p", "repetition_penalty", "seed")}
             | {"candidates": s.candidates, "keep": s.keep, "filter": s.filter, "precision": s.precision},
-            "decoder": "vllm" if s.engine == "vllm" else "blipren",
+            "decoder": "vllm" if computes_with_vllm(s) else "blipren",
             "output": {"format": s.format, "images": s.keep_images, "rows_per_shard": s.rows_per_shard},
         }
 
@@ -262,7 +265,13 @@ class CaptionJob:
         s = self.settings
         names = ", ".join(column.name for column in self.columns)
         matching = "" if self.matcher is None else f", matching scores by {s.matching_model or s.model}"
-        return f"caption {self.source.describe()}\nwith {s.model} by the engine {s.engine} into {names}{matching} -> {s.out}"
+        engine = f"{s.engine} ({s.actor_engine} in each actor)" if s.engine == "ray" else s.engine
+        return f"caption {self.source.describe()}\nwith {s.model} by the engine {engine} into {names}{matching} -> {s.out}"
+
+
+def computes_with_vllm(s: CaptionSettings) -> bool:
+    """Return whether vLLM computes, here or in Ray's actors."""
+    return "vllm" in (s.engine, s.actor_engine)
 
 
 def number_of_workers(s: CaptionSettings) -> int:

@@ -49,6 +49,8 @@ class OutputSettings(Settings):
     """local: this process; ray: Ray Data on a cluster (pip install blipren[ray]); vllm: vLLM's engine in this process."""
     workers: int | None = None
     """Processes that decode pictures; one less than the cores when not given (none without --out), 0 for none."""
+    actor_engine: str = choice("local", "vllm", default="local")
+    """Ray: what computes in each actor, local or vllm."""
     actors: int | None = None
     """Ray: models at work at the same time; one a GPU, or one for four cores, when not given."""
     precision: str = choice("auto", "float32", "bfloat16", "float16", default="auto")
@@ -110,6 +112,8 @@ class CaptionSettings(OutputSettings, ChoiceSettings, SamplingSettings, Generati
                 raise UsageError(
                     f"{rule} in filter is {limit!r}; it must be {'true' if rule == 'ended' else 'a number'}"
                 )
+        if self.actor_engine != "local" and self.engine != "ray":
+            raise UsageError(f"actor_engine {self.actor_engine} computes in Ray's actors: give --engine ray")
         if self.engine != "local" and self.out is None:
             raise UsageError(f"engine {self.engine} writes a data set: give --out")
         if self.out is not None and (self.csv or self.json or self.attention or self.out_image):

@@ -1,7 +1,7 @@
 """Captioning on a Ray cluster: the units of the data set are a Ray data set, which a pool of actors captions.
 
-Each actor opens data and model by the same settings and captions whole units with the code of the local engine, so that
-the files are the same. The unit of a killed actor is given to another one. After a killed driver, the same command
+Each actor opens data and model by the same settings and captions whole units with the code of the local engine, or of
+vLLM's, so that the files are the same. The unit of a killed actor is given to another one. After a killed driver, the same command
 captions the units that are not marked as done. With several nodes, OUT has to be on a file system that all of them see.
 """
 
@@ -22,10 +22,17 @@ from blipren.training.errors import UserError
 
 
 class CaptionUnits:
-    """Actor with a model on its device; it takes numbers of units."""
+    """Actor with a model on its device; it takes numbers of units.
 
-    def __init__(self, settings: dict[str, Any]):
+    Args:
+        settings: of the command. folder: the driver's working directory, so that names of data mean the same here.
+    """
+
+    def __init__(self, settings: dict[str, Any], folder: str):
         keep_freed_memory()  # an actor is a process of its own
+        with contextlib.suppress(FileNotFoundError):  # on a node without it, absolute paths and URLs can be read
+            os.chdir(folder)
+        settings = settings | {"engine": settings["actor_engine"], "actor_engine": "local"}
         with contextlib.redirect_stdout(None):
             self.job = CaptionJob.open(CaptionSettings(**settings))
         self.out = Path(self.job.settings.out)
@@ -39,11 +46,10 @@ class CaptionUnits:
 
 
 def absolute(s: CaptionSettings) -> CaptionSettings:
-    """Return settings whose local paths do not depend on the working directory of a process."""
+    """Return settings with absolute paths of models and OUT. Names of images stay: they are written into the data set."""
     models = {name: getattr(s, name) for name in ("model", "matching_model")}
     found = {name: os.path.abspath(path) for name, path in models.items() if path and Path(path).exists()}
-    images = [os.path.abspath(name) if Path(name).exists() else name for name in s.images]
-    return dataclasses.replace(s, images=images, **found, out=os.path.abspath(s.out))
+    return dataclasses.replace(s, **found, out=os.path.abspath(s.out))
 
 
 def caption_with_ray(s: CaptionSettings, job: CaptionJob) -> None:
@@ -60,7 +66,7 @@ def caption_with_ray(s: CaptionSettings, job: CaptionJob) -> None:
         ]
         if units:
             with ray_session() as ray:
-                run_units(ray, CaptionUnits, absolute(s), units)
+                run_units(ray, CaptionUnits, absolute(s), units, os.getcwd())
         missing = [number for number in units if not out.is_done(number)]
         if missing:
             raise UserError(f"{len(missing)} units have no captions, such as {missing[0]}: run the same command again")

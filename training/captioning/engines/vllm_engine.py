@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from blipren.training.captioning.choice import CaptionColumn
@@ -14,35 +15,32 @@ from blipren.training.errors import UserError
 UNSUPPORTED = ("num_beams", "no_repeat_ngram_size", "repetition_penalty")
 
 
+def check_vllm(s: CaptionSettings) -> None:
+    """Raise `UserError` if vLLM is missing, cannot load the checkpoint, or reads a setting otherwise than we do."""
+    for name in UNSUPPORTED:
+        if getattr(s, name) != getattr(CaptionSettings, name):
+            raise UserError(f"vLLM has no {name}, or reads it otherwise: use --engine local, or leave it out")
+    if load_config(s.model).checkpoint_type == "bridge":
+        raise UserError(
+            f"{s.model} is a bridge: vLLM needs a full checkpoint (blipren convert {s.model} FULL --to full)"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("the engine vllm needs vLLM, in an environment of its own: see docs/how-to/caption.md")
+
+
 class VllmEngine:
     """vLLM's engine with a full checkpoint.
 
     Args:
         processor: of the checkpoint. columns: with the prompts.
-
-    Raises:
-        UserError: vLLM is not installed, the checkpoint is a bridge, or a setting that vLLM reads otherwise than we do.
     """
 
     needs_features = False
 
     def __init__(self, s: CaptionSettings, processor: Any, columns: list[CaptionColumn]):
-        for name in UNSUPPORTED:
-            if getattr(s, name) != getattr(CaptionSettings, name):
-                raise UserError(
-                    f"--engine vllm has no {name}, or reads it otherwise: use --engine local, or leave it out"
-                )
+        import vllm
+
         config = load_config(s.model)
-        if config.checkpoint_type == "bridge":
-            raise UserError(
-                f"{s.model} is a bridge: vLLM needs a full checkpoint (blipren convert {s.model} FULL --to full)"
-            )
-        try:
-            import vllm
-        except ImportError as error:
-            raise UserError(
-                "--engine vllm needs vLLM, in an environment of its own: see docs/how-to/caption.md"
-            ) from error
         prompts = [column.prompt for column in columns]
         longest = max(len(processor.encode_prompt(prompt)) for prompt in prompts)
         dtype = str(config.dtype).removeprefix("torch.") if s.precision == "auto" else s.precision

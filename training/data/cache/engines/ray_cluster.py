@@ -211,11 +211,12 @@ def _run(s: EmbedSettings, job: EmbedJob, units: list[int]) -> None:
         run_units(ray, EmbedUnits, s, units)
 
 
-def run_units(ray: Any, actor: type, s: Any, units: list[int]) -> None:
+def run_units(ray: Any, actor: type, s: Any, units: list[int], *more: str) -> None:
     """Give the units to a pool of actors.
 
     Args:
-        ray: the library, connected. actor: made of a mapping of settings; a call takes a batch with the column `unit`.
+        ray: the library, connected. actor: made of a mapping of settings and `more`; a call takes a batch with the column
+            `unit`.
         s: settings with `device`, `actors`, `workers` and `rows_per_shard`.
 
     Raises:
@@ -232,7 +233,7 @@ def run_units(ray: Any, actor: type, s: Any, units: list[int]) -> None:
     data = ray.data.from_items([{"unit": number} for number in units], override_num_blocks=len(units))
     done = data.map_batches(
         actor,
-        fn_constructor_args=(settings,),
+        fn_constructor_args=(settings, *more),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
         **share,
