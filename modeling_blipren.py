@@ -68,14 +68,16 @@ class BliprenCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class BliprenTextEmbedding(nn.Module):
-    """Embedding of a language model for token ids among which the placeholder may lie beyond the vocabulary."""
+    """Embedding of a language model for token ids among which placeholders may lie beyond the vocabulary."""
 
-    def __init__(self, embedding: nn.Module, image_token_id: int):
+    def __init__(self, embedding: nn.Module, placeholders: list[int]):
         super().__init__()
-        self.embedding, self.image_token_id = embedding, image_token_id
+        self.embedding, self.placeholders = embedding, placeholders
 
     def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        return self.embedding(input_ids.masked_fill(input_ids == self.image_token_id, 0))
+        for placeholder in self.placeholders:
+            input_ids = input_ids.masked_fill(input_ids == placeholder, 0)
+        return self.embedding(input_ids)
 
 
 class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
@@ -297,7 +299,8 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         model = BliprenModel._from_config(config, **kwargs)
         text_model, get_embedding = model.language_model, model.language_model.get_input_embeddings
         # vLLM embeds the placeholders too, before it replaces them
-        text_model.get_input_embeddings = lambda: BliprenTextEmbedding(get_embedding(), config.image_token_id)
+        placeholders = [i for i in (config.image_token_id, config.video_token_id) if i is not None]
+        text_model.get_input_embeddings = lambda: BliprenTextEmbedding(get_embedding(), placeholders)
         return model
 
     def get_input_embeddings(self) -> nn.Module:

@@ -274,7 +274,7 @@ class BliprenProcessor(BliprenTextEncodingMixin, ProcessorMixin):
         if self.qformer_reads_prompt:
             raise ValueError("a Q-Former that reads the prompt takes images only")
         check_image_sources(videos)
-        if isinstance(videos, (list, tuple)) and videos and all(v == [] or holds_videos(v) for v in videos):
+        if isinstance(videos, (list, tuple)) and videos and all(map(holds_videos, videos)):
             groups = [list(group) for group in videos]  # the videos of each text
         elif isinstance(text, str):
             groups = [as_videos(videos)]
@@ -313,11 +313,20 @@ class BliprenProcessor(BliprenTextEncodingMixin, ProcessorMixin):
             count = int(image_inputs["pixel_attention_mask"][image_idx].sum())
         return self.image_token * count
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        if image_sizes is None:
-            return MultiModalData()
-        counts = [self.num_visual_tokens] * len(image_sizes)
-        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(image_sizes))
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
+        """Return the placeholders of images and videos of these sizes, which vLLM asks for."""
+        data = {}
+        if image_sizes is not None:
+            if self.num_visual_tokens is None:
+                raise ValueError(
+                    "the visual tokens of an image depend on its shape (tiles or NaFlex with the connector `patches`), and "
+                    "vLLM needs their number: serve a model with a Q-Former"
+                )
+            data["num_image_tokens"] = [self.num_visual_tokens] * len(image_sizes)
+            data["num_image_patches"] = [1] * len(image_sizes)
+        if video_sizes is not None and self.frames_per_video is not None:
+            data["num_video_tokens"] = [self.num_video_tokens] * len(video_sizes)
+        return MultiModalData(**data)
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
         """Decode generated ids, for the built-in pipeline."""

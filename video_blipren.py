@@ -184,13 +184,15 @@ class BliprenVideoProcessor(ImageProcessingMixin):
         image_processor: settings of the image processor, or the image processor itself.
     """
 
-    model_input_names = ["pixel_values_videos"]
-
     def __init__(self, num_frames: int = 8, image_processor=None, **kwargs):
         self.num_frames = num_frames
         if isinstance(image_processor, dict):
             image_processor = with_pieces(with_fast_resize(load_image_processor_settings(image_processor)))
         self.image_processor = image_processor
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [f"{name}_videos" for name in self.image_processor.model_input_names]
 
     def __call__(self, videos, return_tensors: str | None = None, **kwargs) -> BatchFeature:
         """Return `pixel_values_videos` `(num_videos, num_frames, channels, height, width)`, with pieces behind frames.

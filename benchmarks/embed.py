@@ -6,14 +6,16 @@
     python benchmarks/embed.py --encoder siglip-b --images 16 --frames 8
 
 Every arm embeds the same drawn 640x480 JPEGs, or clips of two seconds (H.264, needs PyAV), with the same random weights. With
-scales and frames the bare encoder gets the same number of pieces; figures are images or clips a second. Arms take turns, and each figure is the median
-over the rounds. The ratios are the result: absolute figures depend on the machine and its load.
+scales and frames the bare encoder gets the same number of pieces; figures are images or clips a second. Arms take turns, and each
+figure is the median over the rounds. The ratios are the result: absolute figures depend on the machine and its load. On a machine
+with other work the ratios of processor seconds are the fairer ones; they count all work of the workers.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -117,31 +119,41 @@ def make_model(name: str, scales: list[int], frames: int | None):
     return BliprenForConditionalGeneration(config).eval(), with_pieces(with_fast_resize(processor)), plain
 
 
-def bare(encoder: Encoder, images: int, batch: int, frames: int = 1) -> float:
-    """Return images/s (clips/s) of the encoder alone, on pixels in memory; a batch has that many pieces."""
+def clock() -> np.ndarray:
+    """Return seconds of the wall clock, and processor seconds of this process and of workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return np.array([time.perf_counter(), sum(u.ru_utime + u.ru_stime for u in used)])
+
+
+def bare(encoder: Encoder, images: int, batch: int, frames: int = 1) -> np.ndarray:
+    """Return images (clips) a second and a processor second of the encoder alone, on pixels in memory.
+
+    Args:
+        batch: pieces of a batch.
+    """
     pieces = encoder.pieces * frames
     batch = max(1, batch // pieces)
     blank = encoder.image_processor(images=[Image.new("RGB", (64, 64))] * batch * frames, return_tensors="pt")
     pixels = {"pixel_values": blank["pixel_values"].to(encoder.device)}
-    started = time.perf_counter()
+    started = clock()
     for _ in range(images // batch):
         features, _ = encoder(pixels)
         features.to(torch.float16).cpu()
-    return images // batch * batch / (time.perf_counter() - started)
+    return images // batch * batch / (clock() - started)
 
 
-def plain_loop(encoder: Encoder, processor, photos: list[Path], batch: int) -> float:
-    """Return images/s of a script that decodes, resizes by transformers' processor and encodes one after the other."""
-    started = time.perf_counter()
+def plain_loop(encoder: Encoder, processor, photos: list[Path], batch: int) -> np.ndarray:
+    """Return the rates of a script that decodes, resizes by transformers' processor and encodes one after the other."""
+    started = clock()
     for begin in range(0, len(photos), batch):
         images = [Image.open(path).convert("RGB") for path in photos[begin : begin + batch]]
         features, _ = encoder(dict(processor(images=images, return_tensors="pt")))
         features.to(torch.float16).cpu().numpy()
-    return len(photos) / (time.perf_counter() - started)
+    return len(photos) / (clock() - started)
 
 
-def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dict, frames: int | None) -> float:
-    """Return images/s of `blipren embed` without loading the model: from rows to a finished cache."""
+def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dict, frames: int | None) -> np.ndarray:
+    """Return the rates of `blipren embed` without loading the model: from rows to a finished cache."""
     s = EmbedSettings(model="benchmark", dataset=str(photos), cache=str(cache), **settings)
     source = open_rows(s.dataset)
     config = PrepareConfig(image_processor=encoder.image_processor, num_frames=frames)
@@ -157,10 +169,10 @@ def embed(encoder: Encoder, photos: Path, cache: Path, count: int, settings: dic
         rows_per_unit=s.rows_per_shard,
     )
     writer.start()
-    started = time.perf_counter()
+    started = clock()
     with contextlib.redirect_stderr(io.StringIO()):
         embed_units(s, source, encoder, writer, config)
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     with contextlib.redirect_stdout(io.StringIO()):
         finish_cache(writer, {"views": 1, "num_patches": patches})
     return count / seconds
@@ -203,7 +215,7 @@ def main() -> None:
     encoder = Encoder(model, processor, a.device)
     workers = default_workers() if a.workers is None else a.workers
     settings = {"batch_size": a.batch_size, "workers": workers, "near_duplicates": "keep"}
-    figures: dict[str, list[float]] = {"bare": [], "embed": []} | ({"plain_loop": []} if plain_images else {})
+    figures: dict[str, list[np.ndarray]] = {"bare": [], "embed": []} | ({"plain_loop": []} if plain_images else {})
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder) / "photos"
         photos.mkdir()
@@ -222,16 +234,18 @@ def main() -> None:
             figures["embed"].append(embed(encoder, photos, cache_folder, a.images, settings, a.frames))
             if plain_images:
                 figures["plain_loop"].append(plain_loop(encoder, plain, files, a.batch_size))
-            print({name: round(values[-1], 1) for name, values in figures.items()}, flush=True)
+            print({name: values[-1].round(2).tolist() for name, values in figures.items()}, flush=True)
         cache = FeatureCache.open(Path(folder) / "cache0")
-        ratios = {"embed_to_bare": statistics.median(e / b for e, b in zip(figures["embed"], figures["bare"]))}
+        medians = [{name: statistics.median(v[k] for v in values) for name, values in figures.items()} for k in (0, 1)]
+        ratios = {}
+        for k, suffix in enumerate(("", "_in_processor_seconds")):
+            for other in figures.keys() - {"embed"}:
+                pairs = zip(figures["embed"], figures[other])
+                ratios[f"embed_to_{other}{suffix}"] = statistics.median(e[k] / o[k] for e, o in pairs)
         if plain_images:
             ratios |= {
-                "embed_to_plain_loop": statistics.median(
-                    e / p for e, p in zip(figures["embed"], figures["plain_loop"])
-                ),
-                "embed_to_plain_loop_with_default_allocator": statistics.median(figures["embed"]) / script,
-                "bare_to_bare_with_default_allocator": statistics.median(figures["bare"]) / default_allocator,
+                "embed_to_plain_loop_with_default_allocator": medians[0]["embed"] / script[0],
+                "bare_to_bare_with_default_allocator": medians[0]["bare"] / default_allocator[0],
             }
         result = {
             "encoder": a.encoder,
@@ -240,7 +254,8 @@ def main() -> None:
             "device": str(encoder.device),
             "threads": torch.get_num_threads(),
             "workers": workers,
-            "images_per_s": {name: statistics.median(values) for name, values in figures.items()},
+            "images_per_s": medians[0],
+            "images_per_processor_s": medians[1],
             "ratios": ratios,
             "bytes_per_image": cache.info["bytes"] / cache.counts["cached"],
             "read": read(cache, 30, 32),

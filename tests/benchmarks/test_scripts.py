@@ -56,3 +56,9 @@ def test_places(tmp_path):
     figures = run("places.py", "--share", "0.1", "--steps", "200", out=tmp_path / "places.json")
     alone, read = (figures[f"{name}, MLP, seen"]["mean error"] for name in ("place in the grid", "features and place"))
     assert read < 0.9 * alone
+
+
+def test_scales(tmp_path):
+    figures = run("scales.py", "--shape", "tiny", "--images", "2", "--rounds", "1", out=tmp_path / "scales.json")
+    assert set(figures["visual_tokens"].values()) == {4}
+    assert all(seconds > 0 for kinds in figures["seconds"].values() for seconds in kinds.values())

@@ -43,3 +43,19 @@ class ProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):
     def prepare_processor_dict():
         template = build_chat_template(None, "<image>")
         return {"image_token": "<image>", "num_visual_tokens": 4, "chat_template": template}
+
+
+class VideoProcessorTest(ProcessorTest):
+    """The same for a model that takes videos."""
+
+    @classmethod
+    def _setup_tokenizer(cls):
+        tokenizer = super()._setup_tokenizer()
+        tokenizer.add_tokens(["<video>"], special_tokens=True)
+        return tokenizer
+
+    @staticmethod
+    def prepare_processor_dict():
+        template = build_chat_template(None, "<image>", " ", "<video>")
+        videos = {"video_token": "<video>", "frames_per_video": 2, "num_video_tokens": 4}
+        return ProcessorTest.prepare_processor_dict() | videos | {"chat_template": template}

@@ -75,7 +75,7 @@ def write_model(folder: Path, vision: Path, llm: Path, seed: int = 0, **options)
     options = {"num_queries": 4, "qformer": TINY_QFORMER} | options
     torch.manual_seed(seed)
     model = BliprenForConditionalGeneration.from_vision_text_pretrained(vision, llm, **options)
-    kept = {k: options[k] for k in ("connector", "num_queries") if k in options}
+    kept = {k: v for k, v in options.items() if k not in ("qformer", "projector", "dtype")}
     model.save_pretrained(folder)
     BliprenProcessor.from_vision_text_pretrained(vision, llm, **kept).save_pretrained(folder)
     return folder

@@ -212,6 +212,12 @@ def test_tiles_of_an_image(make):
     assert [round(float(t.mean())) for t in tiles] == [0, 60, 120, 180]
 
 
+def test_images_of_differing_lengths_are_no_model_for_vllm(make):
+    _, processor = make("siglip_vision_model", tiles=4, connector="patches")
+    with pytest.raises(ValueError, match="serve a model with a Q-Former"):
+        processor._get_num_multimodal_tokens(image_sizes=[(40, 30)])
+
+
 def test_what_does_not_fit_together_is_refused(make):
     with pytest.raises(ValueError, match="ascend from 1"):
         make("siglip_vision_model", scales=[2, 4])

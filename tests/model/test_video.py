@@ -272,6 +272,18 @@ def test_messages_with_videos(make, tmp_path):
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
 
 
+def test_videos_as_arrays_and_the_number_of_their_tokens(make):
+    _, processor = make(second=True)
+    arrays = np.stack([np.asarray(frame) for frame in clip(1)])
+    expected = processor(text="What ?", videos=[clip(1)], return_tensors="pt")
+    assert processor.video_processor.model_input_names == ["pixel_values_videos", "second_pixel_values_videos"]
+    for videos in (arrays, [arrays], [[arrays]], torch.from_numpy(arrays)):
+        found = processor(text="What ?", videos=videos, return_tensors="pt")
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(40, 30)], video_sizes=[(8, 40, 30)] * 2)
+    assert counts["num_image_tokens"] == [3] and counts["num_video_tokens"] == [3, 3]
+
+
 def test_video_processor_is_found_as_autovideoprocessor_finds_it(make, tmp_path):
     """AutoVideoProcessor itself needs torchvision; it loads the class that the file names, and calls `from_pretrained`."""
     _, processor = make(scales=[1, 2])

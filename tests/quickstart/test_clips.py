@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+from blipren import BliprenConfig
 from blipren.training.commands.quickstart import QuickstartSettings
 from blipren.training.quickstart.clips import DIRECTIONS, draw_clip, make_clip, write_clip_texts
 from blipren.training.quickstart.glyphs import (
@@ -15,24 +16,37 @@ from blipren.training.quickstart.glyphs import (
     write_digit_texts,
 )
 from blipren.training.quickstart.scenes import HELD_OUT_COMBINATIONS
-from blipren.training.quickstart.worlds import clips
+from blipren.training.quickstart.worlds import clips, glyphs
 
 
-def test_the_world_runs_at_small_size(tmp_path, monkeypatch):
-    real = clips.run_step
+def run_small(world, name: str, out, monkeypatch) -> dict:
+    """Run a world with few rows and steps. Returns its summary."""
+    real = world.run_step
 
     def run_step(command, recipe, **values):
         small = {"max_steps": 2, "batch_size": 4, "eval_every": 2} if command == "train" else {}
         small |= {"workers": 0} if command == "embed" else {}
         real(command, recipe, **values | small)
 
-    monkeypatch.setattr(clips, "run_step", run_step)
-    monkeypatch.setattr(clips, "SPLITS", {"train": 12, "validation": 3, "test": 6})
-    summary = clips.run_world(QuickstartSettings(out=str(tmp_path), world="clips"), tmp_path)
+    monkeypatch.setattr(world, "run_step", run_step)
+    monkeypatch.setattr(world, "SPLITS", {"train": 12, "validation": 3, "test": 6})
+    return world.run_world(QuickstartSettings(out=str(out), world=name), out)
+
+
+def test_the_world_of_clips_runs_at_small_size(tmp_path, monkeypatch):
+    summary = run_small(clips, "clips", tmp_path, monkeypatch)
     assert summary["held_out_clips"] == 6
     for task in ("direction", "order", "number", "digits"):
         assert 0 <= summary[task] <= 1 and 0 <= summary[f"{task}_shuffled"] <= 1
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_the_world_of_small_digits_runs_at_small_size(tmp_path, monkeypatch):
+    summary = run_small(glyphs, "glyphs", tmp_path, monkeypatch)
+    assert summary["held_out_pictures"] == 6
+    for name in ("one_scale", "scales"):
+        assert 0 <= summary[f"digits_read_{name}"] <= 1 and 0 <= summary[f"digits_counted_{name}"] <= 1
+    assert BliprenConfig.from_pretrained(tmp_path / "model").vision_scales == [1, 4]
 
 
 def centre(frame, ground) -> np.ndarray:

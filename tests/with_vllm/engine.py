@@ -4,9 +4,15 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import transformers
 import vllm
 from PIL import Image
+
+
+def shown(path: str) -> dict:
+    """Return the image of a file, or the frames of a `.npy` file, as vLLM takes them."""
+    return {"video": np.load(path)} if path.endswith(".npy") else {"image": Image.open(path).convert("RGB")}
 
 
 def main() -> None:
@@ -19,10 +25,7 @@ def main() -> None:
         enforce_eager=True,
     )
     settings = vllm.SamplingParams(temperature=0, max_tokens=task["max_tokens"], min_tokens=task["max_tokens"])
-    prompts = [
-        {"prompt": row["prompt"], "multi_modal_data": {"image": Image.open(row["photo"]).convert("RGB")}}
-        for row in task["rows"]
-    ]
+    prompts = [{"prompt": row["prompt"], "multi_modal_data": shown(row["shown"])} for row in task["rows"]]
     outputs = engine.generate(prompts, settings)
     found = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],

