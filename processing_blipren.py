@@ -31,7 +31,7 @@ class BliprenProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True}}
 
 
-class BliprenProcessor(BliprenTextEncodingMixin, ProcessorMixin):
+class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
     r"""Image processor, tokenizer, placeholder and prompts of a model.
 
     Args:

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tiny_models import QFORMER, random_image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, pipeline
 
 from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenForImageTextRetrieval, BliprenProcessor
 from blipren.pieces_blipren import choose_tile_grid
+from blipren.pipeline_blipren import BliprenImageToTextPipeline
 
 CAPTIONS = ["A dog runs .", "Two children play .", "A man ."]
 PHOTOS = [random_image(i, size) for i, size in enumerate([(90, 70), (64, 64), (50, 120)])]
@@ -164,6 +165,20 @@ def test_pixels_cache_batches_and_checkpoints_agree(make, kind, tmp_path):
     with torch.no_grad():
         assert torch.equal(again.eval()(**repeated).logits, logits)
     assert its_processor.image_processor.to_dict() == processor.image_processor.to_dict()
+
+
+@pytest.mark.parametrize("kind", ["tiles", "two encoders with scales"])
+def test_pipelines_take_images_in_pieces(make, kind):
+    families, options = KINDS[kind]
+    model, processor = make(*families, **options)
+    captioner = BliprenImageToTextPipeline(model=model, processor=processor, max_new_tokens=4)
+    captions = [captioner(photo) for photo in PHOTOS]
+    assert captioner(PHOTOS, batch_size=2) == captions
+    chat = pipeline("image-text-to-text", model=model, processor=processor, max_new_tokens=4)
+    answer = chat(images=PHOTOS[0], text="What is it ?", return_full_text=False)[0]["generated_text"]
+    inputs = processor(images=PHOTOS[0], text="What is it ?", return_tensors="pt")
+    own = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    assert answer.strip() == processor.decode_answer(own)
 
 
 def test_bridge_of_two_encoders_pins_both(make, tmp_path):

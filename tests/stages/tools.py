@@ -51,7 +51,7 @@ def make_model(folder: Path, vision: Path, llm: Path, **changes) -> Path:
     sizes = {"qformer": tiny_models.QFORMER} if shape["connector"] == "qformer" else {}
     torch.manual_seed(0)
     BliprenForConditionalGeneration.from_vision_text_pretrained(vision, llm, **sizes | shape).save_bridge(folder)
-    known = {k: shape[k] for k in ("connector", "num_queries")}
+    known = {k: shape[k] for k in ("connector", "num_queries", "tiles") if k in shape}
     BliprenProcessor.from_vision_text_pretrained(vision, llm, **known).save_pretrained(folder)
     return folder
 

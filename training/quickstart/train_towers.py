@@ -14,10 +14,14 @@
     cp -r glyphs/vision training/quickstart/towers/glyphs-vision
     python -m blipren.training.quickstart.train_towers --part llm --glyphs --start training/quickstart/towers/llm \
         --out glyphs --seed 3 --llm-steps 2000 --shuffled 0.7 --crowded  # stopped at step 1000
-    cp -r glyphs/llm training/quickstart/towers/glyphs-llm
+    python -m blipren.training.quickstart.train_towers --part llm --glyphs --start glyphs/llm --out digits --seed 4 \
+        --llm-steps 1500
+    cp -r digits/llm training/quickstart/towers/glyphs-llm
 
 write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in about 70 minutes on one core,
-and variants of both for clips: that image tower also reads digits, that language model knows directions and order. The
+and variants of both for clips and small digits: that image tower also reads digits, that language model says digits,
+directions and order. (Digits get new embeddings at the start of each of its runs. The first run was made without this, and
+its model never learned to say one: see `train_llm`.) The
 language model is trained in three runs: on notes in the order in which a caption names the objects, then on notes in any
 order, then mostly on scenes of three objects, whose words the model of the second run still confused. Neither tower is
 trained on a held-out combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of the group
