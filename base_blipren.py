@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from .base_models_blipren import hash_weights, weight_files
 from .configuration_blipren import AUTO_MAP, CUSTOM_PIPELINES, BliprenConfig, copy_code_files
+from .memory_blipren import find_memory
 from .patch_features_blipren import BliprenPatchFeaturesMixin
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -207,6 +208,8 @@ class BliprenPreTrainedModel(BliprenPatchFeaturesMixin, PreTrainedModel):
             sub_config = getattr(self.config, name)
             if sub_config is not None and sub_config.dtype is None:
                 sub_config.dtype = self.dtype
+        if getattr(self, "memory", None) is not None:
+            self.save_memory(save_directory)
         previous, self.config.checkpoint_type = self.config.checkpoint_type, checkpoint_type
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
@@ -307,6 +310,10 @@ class BliprenPreTrainedModel(BliprenPatchFeaturesMixin, PreTrainedModel):
         )
         if adapter is not None:
             model.load_adapter(str(Path(adapter).parent))
+        if cls.can_generate():
+            hub_kwargs.pop("subfolder", None)
+            if (memory := find_memory(pretrained_model_name_or_path, hub_kwargs)) is not None:
+                model.load_memory(memory)
         model.freeze()
         return (model, info) if output_loading_info else model
 

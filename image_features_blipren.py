@@ -8,6 +8,18 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .projector_blipren import BliprenMoeProjector
 
+# arguments that are images, or what belongs to them
+IMAGE_INPUTS = (
+    "pixel_values",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "second_pixel_values",
+    "patch_features",
+    "patch_attention_mask",
+    "qformer_input_ids",
+    "qformer_attention_mask",
+)
+
 
 @dataclass
 class BliprenImageFeatures(ModelOutput):

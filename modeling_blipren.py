@@ -28,7 +28,8 @@ from .assisted_generation_blipren import adapt_candidate_generator, assistant_im
 from .base_blipren import BliprenPreTrainedModel
 from .base_models_blipren import base_model_reference, load_base_code
 from .configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_revision
-from .image_features_blipren import BliprenImageFeatures, BliprenImageFeaturesMixin
+from .image_features_blipren import IMAGE_INPUTS, BliprenImageFeatures, BliprenImageFeaturesMixin
+from .memory_generation_blipren import BliprenMemoryMixin, embed_features
 from .projector_blipren import BliprenMlp, BliprenMoeProjector, build_projector
 from .prompts_blipren import end_of_answer_id, pick_image_token, pick_video_token
 from .qformer_blipren import BliprenQFormer
@@ -268,7 +269,9 @@ def summed_cross_entropy(
     )
 
 
-class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrainedModel, GenerationMixin):
+class BliprenForConditionalGeneration(
+    BliprenImageFeaturesMixin, BliprenMemoryMixin, BliprenPreTrainedModel, GenerationMixin
+):
     """The whole model: generates text from images and text."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -450,10 +453,14 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
         )
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, *args, use_memory: bool | None = None, **kwargs):
         """Generate as in transformers; image and video features are computed once.
 
         An `assistant_model` may be a language model with the same tokenizer, or a model of this class.
+
+        Args:
+            use_memory: `False` leaves the model's memory out, `True` is an error where it cannot be used; by default it is
+                used for captions, see [`BliprenMemoryMixin`].
 
         Raises:
             ValueError: when an assistant that reads images has another number of visual tokens, or is given a video.
@@ -466,20 +473,7 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
                 raise ValueError("assisted generation takes images and no videos: leave the assistant out")
             features = self.get_video_features(**video_kwargs, return_dict=True)
             kwargs["mm_encoder_outputs"] = {"video": features} | (kwargs.get("mm_encoder_outputs") or {})
-        image_kwargs = {
-            key: kwargs.pop(key)
-            for key in (
-                "pixel_values",
-                "pixel_attention_mask",
-                "spatial_shapes",
-                "second_pixel_values",
-                "patch_features",
-                "patch_attention_mask",
-                "qformer_input_ids",
-                "qformer_attention_mask",
-            )
-            if key in kwargs
-        }
+        image_kwargs = {key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}
         if any(image_kwargs.get(key) is not None for key in ("pixel_values", "patch_features")):
             features = self.get_image_features(**image_kwargs, return_dict=True)
             kwargs["mm_encoder_outputs"] = {"image": features} | (kwargs.get("mm_encoder_outputs") or {})
@@ -488,6 +482,11 @@ class BliprenForConditionalGeneration(BliprenImageFeaturesMixin, BliprenPreTrain
                 counts = [len(image) for image in features.pooler_output]
                 own = assistant_image_features(assistant, image_kwargs, counts)
                 kwargs["mm_encoder_outputs"]["assistant_image"] = own
+        features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if inputs is not None and not args and self.memory is not None:
+            inputs, kwargs = None, {"input_ids": inputs, **kwargs}
+        if self._uses_memory(use_memory, features, kwargs):
+            return self._generate_with_memory(embed_features(features, image_kwargs), kwargs)
         return super().generate(inputs, *args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, **kwargs):

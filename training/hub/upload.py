@@ -7,6 +7,7 @@ request by a digest of the files, and what the Hub already has is not sent a sec
 
 import hashlib
 import time
+import warnings
 from dataclasses import dataclass
 
 import httpx2
@@ -171,9 +172,11 @@ class Upload:
         ]
         operations += [CommitOperationDelete(name) for name in self.outdated(list(self.files_at(reference)))]
         try:
-            self.api.create_commit(
-                self.repo, operations, commit_message=self.title, revision=reference, repo_type=self.repo_type
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")  # the memory's
+                self.api.create_commit(
+                    self.repo, operations, commit_message=self.title, revision=reference, repo_type=self.repo_type
+                )
         except (BadRequestError, ValueError) as error:
             raise UserError(f"the Hub refused the files: {one_line(error)}") from error
 

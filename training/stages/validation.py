@@ -109,6 +109,7 @@ class AnswerValidation:
                     features,
                     max_new_tokens=self.settings.max_new_tokens,
                     num_beams=self.settings.num_beams,
+                    use_memory=False,  # a run measures what it trains
                     **beams,
                 )
             found += [caption["text"] for caption in made]

@@ -1,0 +1,304 @@
+"""A memory: neighbours, predicted scores, guidance, and captions through `generate`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from blipren import BliprenForConditionalGeneration, BliprenProcessor, memory_blipren
+from blipren.consensus_blipren import DocumentFrequencies, NgramGuidance, NgramModel, ReferenceTable
+from blipren.memory_blipren import BliprenMemory, MemorySettings
+from blipren.memory_generation_blipren import Candidate
+from blipren.training.cli import main
+from blipren.training.data.cache import FeatureCache
+from blipren.training.memory.build import choose_copy_penalty, memory_info, read_cache
+from blipren.training.objectives.rewards.cider import CiderReward
+from tests.captioning.conftest import seeing  # noqa: F401
+from tests.data.tools import run_embed
+from tests.evaluation.conftest import colour_picture
+
+CAPTIONS = [
+    [[5, 6, 7, 8, 9], [5, 6, 7, 9]],
+    [[5, 6, 7, 10, 11, 12]],
+    [[20, 21, 22, 23], [20, 21, 23, 24, 25]],
+    [[20, 21, 22, 30, 31, 32, 33], [40, 41]],
+]
+
+
+def random_memory(entries: int = 30, width: int = 8, settings: MemorySettings | None = None) -> BliprenMemory:
+    generator = torch.Generator().manual_seed(0)
+    texts = {
+        "id": [f"{i}.jpg" for i in range(entries)],
+        "image_hash": [f"hash {i}" for i in range(entries)],
+        "captions": [[f"caption {i}"] for i in range(entries)],
+        "tokens": [[[i + 3, i + 4]] for i in range(entries)],
+    }
+    embeddings = torch.randn(entries, width, generator=generator)
+    info = {"encoder": {}, "language_model": {}, "prompts": [[1]], "end": 2}
+    return BliprenMemory.build(embeddings, texts, info, settings)
+
+
+def raw(memory: BliprenMemory) -> torch.Tensor:
+    return memory.embeddings.float() * memory.statistics["std"] + memory.statistics["mean"]
+
+
+def test_predicted_cider_is_cider_d_of_each_image_for_a_weight_of_one():
+    table = ReferenceTable(CAPTIONS, DocumentFrequencies(CAPTIONS))
+    words = [[" ".join(f"w{token}" for token in caption) for caption in own] for own in CAPTIONS]
+    reward = CiderReward(dict(enumerate(words)))
+    candidates = [caption for own in CAPTIONS for caption in own] + [[5, 6, 20, 21, 50], [60]]
+    texts = [" ".join(f"w{token}" for token in caption) for caption in candidates]
+    expected = np.array([reward([image] * len(texts), texts) for image in range(len(CAPTIONS))])
+    for image, scores in enumerate(expected):
+        assert table.predicted_cider(candidates, np.eye(len(CAPTIONS))[image]) == pytest.approx(scores, abs=1e-6)
+    weights = np.array([0.5, -0.2, 0.9, 0.1])
+    assert table.predicted_cider(candidates, weights) == pytest.approx(weights @ expected, abs=1e-6)
+    assert expected.max() > 5
+
+
+def test_the_ngram_model_is_a_distribution_that_prefers_what_it_has_seen():
+    model = NgramModel([[5, 6, 7, 2], [5, 6, 8, 2], [9, 2]], [1.0, 3.0, 1.0])
+    for context in ((), (5,), (5, 6), (5, 6, 8), (9, 6), (77,)):
+        ids, logs = model.next_tokens(context)
+        assert len(set(ids.tolist())) == len(ids) and logs.exp().sum() == pytest.approx(1, abs=1e-5)
+    ids, logs = model.next_tokens((5, 6))
+    found = dict(zip(ids.tolist(), logs.exp().tolist()))
+    assert found[8] > 2 * found[7] > 0 and max(found, key=found.get) == 8
+    scores = torch.zeros(4, 16)
+    guide = NgramGuidance([model, None], 0.5, prompt_length=1, rows_per_image=2)
+    mixed = guide(torch.tensor([[1, 5, 6], [1, 9, 9], [1, 5, 6], [1, 5, 6]]), scores)
+    assert mixed.exp().sum(dim=-1) == pytest.approx(torch.ones(4), abs=1e-5)
+    assert mixed[0].argmax() == 8 and mixed[0, 8].exp() == pytest.approx(0.5 / 16 + 0.5 * found[8], abs=1e-5)
+    assert mixed[2:].exp() == pytest.approx(torch.full((2, 16), 1 / 16), abs=1e-6)
+
+
+def test_neighbours_are_the_nearest_without_the_image_itself(monkeypatch):
+    memory = random_memory()
+    queries, stored = raw(memory), memory.embeddings.float()
+    expected = torch.cdist(stored, stored).topk(5, largest=False).indices
+    monkeypatch.setattr(memory_blipren, "BLOCK", 7)
+    found = memory.find(queries, 5)
+    assert torch.equal(found.indices, expected) and found.similarities[:, 0] == pytest.approx(torch.ones(30), abs=1e-3)
+    own = torch.arange(30)[:, None]
+    names = memory.texts["id"].to_pylist()
+    left_out = memory.find(queries, 4, exclude=names)
+    assert not (left_out.indices == own).any() and torch.equal(left_out.indices, expected[:, 1:])
+    # a near duplicate under another name is none either
+    twin = {name: [f"twin {name}"] for name in ("id", "image_hash")} | {"captions": [["x"]], "tokens": [[[3]]]}
+    doubled = memory.extend(queries[:1] + 1e-3, twin)
+    assert doubled.find(queries[:1], 2).indices.tolist() == [[0, 30]] or len(doubled) == 31
+    assert not set(doubled.find(queries[:1], 5, exclude=["0.jpg"]).indices[0].tolist()) & {0, 30}
+    doubled.leave_out_duplicates = True
+    assert not set(doubled.find(queries[:1], 5).indices[0].tolist()) & {0, 30}
+
+
+def test_beyond_a_million_entries_an_index_finds_the_same(monkeypatch, tmp_path):
+    memory = random_memory(200)
+    expected = memory.find(raw(memory), 3)
+    monkeypatch.setattr(memory_blipren, "EXACT_UP_TO", 100)
+    memory.save(tmp_path)
+    assert (tmp_path / "index.usearch").stat().st_size > 0
+    loaded = BliprenMemory.load(tmp_path)
+    found = loaded.find(raw(memory), 3)
+    assert (found.indices == expected.indices).float().mean() > 0.98
+    assert found.similarities == pytest.approx(expected.similarities, abs=1e-3)
+
+
+def test_saved_extended_and_damaged(tmp_path):
+    memory = random_memory(settings=MemorySettings(copy_penalty=0.25, guidance=(0.5,)))
+    memory.save(tmp_path)
+    loaded = BliprenMemory.load(tmp_path)
+    assert loaded.settings == memory.settings and loaded.info == memory.info
+    assert torch.equal(loaded.embeddings, memory.embeddings) and loaded.texts.equals(memory.texts)
+    texts = {
+        "id": ["3.jpg", "new", "other"],
+        "image_hash": ["a", "b", "hash 5"],
+        "captions": [["c"]] * 3,
+        "tokens": [[[70, 71]]] * 3,
+    }
+    more = loaded.extend(torch.zeros(3, 8), texts)
+    assert len(more) == 31 and more.captions([30]) == [["c"]]
+    assert more.are_copies([[70, 71], [3, 4], [3, 5]]).tolist() == [True, True, False]
+    assert loaded.are_copies([[70, 71]]).tolist() == [False]
+    more.save(tmp_path)  # over the files that are memory-mapped
+    assert len(BliprenMemory.load(tmp_path)) == 31 and loaded.captions([29]) == [["caption 29"]]
+    info = json.loads((tmp_path / "memory.json").read_text())
+    (tmp_path / "memory.json").write_text(json.dumps(info | {"entries": 5}))
+    with pytest.raises(ValueError, match="is damaged: 5 entries, 31 embeddings"):
+        BliprenMemory.load(tmp_path)
+    with pytest.raises(ValueError, match="blipren memory MODEL CACHE"):
+        BliprenMemory.load(tmp_path / "none")
+
+
+def test_regression_over_all_and_over_some_predict_alike():
+    memory = random_memory()
+    query = memory.standardise(raw(memory)[:1])[0]
+    table, weights = memory.regress(query, torch.arange(30))
+    assert weights.sum() == pytest.approx(1) and weights.argmax() == 0
+    again, same = memory.regress(query, torch.arange(30).flip(0))
+    assert again is table and same == pytest.approx(weights)
+    _, some = memory.regress(query, torch.arange(29))
+    assert some.shape == (29,) and some.argmax() == 0
+
+
+def test_the_copy_penalty_allows_the_share_and_no_more():
+    def ranked(margin: float) -> list[Candidate]:
+        return [Candidate([1], 1 + margin, True), Candidate([2], 1.0, False)]
+
+    candidates = [ranked(margin / 10) for margin in range(-3, 7)]
+    for share in (0.0, 0.3, 0.5, 1.0):
+        penalty = choose_copy_penalty(candidates, share)
+        chosen = sum(own[0].score - penalty > own[1].score + 1e-9 for own in candidates)
+        assert chosen == min(6, round(10 * share)) and penalty >= 0
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for i in range(14):
+        colour_picture(i).save(folder / f"{i:02d}.png")
+        split = "test" if i % 5 == 4 else "validation" if i % 5 == 3 else "train"
+        rows.append({"file_name": f"{i:02d}.png", "captions": [f"picture {i}"], "split": split})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def remembering(seeing, pictures, tmp_path_factory):  # noqa: F811
+    """A checkpoint with a memory of its pictures, and their cache."""
+    root = tmp_path_factory.mktemp("memory")
+    cache = run_embed(seeing, pictures, root / "cache", dtype="float32").folder
+    model, processor = (
+        BliprenForConditionalGeneration.from_pretrained(seeing),
+        BliprenProcessor.from_pretrained(seeing),
+    )
+    for folder in (root / "model",):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    assert main(["memory", str(root / "model"), str(cache), "--device", "cpu", "--max-copies", "1"]) == 0
+    return root / "model", cache
+
+
+def inputs_of(processor, pictures, names, text=None):  # noqa: F811
+    from PIL import Image
+
+    texts = None if text is None else [text] * len(names)
+    return processor(images=[Image.open(pictures / name) for name in names], text=texts, return_tensors="pt")
+
+
+def test_captions_come_through_the_memory_and_one_argument_leaves_it_out(remembering, seeing, pictures, tmp_path):  # noqa: F811
+    folder, _ = remembering
+    model, processor = (
+        BliprenForConditionalGeneration.from_pretrained(folder).eval(),
+        BliprenProcessor.from_pretrained(folder),
+    )
+    plain = BliprenForConditionalGeneration.from_pretrained(seeing).eval()
+    assert plain.memory is None and len(model.memory) > 5
+    inputs = inputs_of(processor, pictures, ["00.png", "06.png", "11.png"])
+    options = {"max_new_tokens": 12}
+    own = plain.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, use_memory=False), own)
+    ranked = model.rank_captions(**inputs, **options)
+    found = model.generate(**inputs, **options)
+    length = inputs["input_ids"].shape[1]
+    for row, candidates in zip(found[:, length:].tolist(), ranked):
+        assert [c.score for c in candidates] == sorted((c.score for c in candidates), reverse=True)
+        assert row[: len(candidates[0].tokens)] == candidates[0].tokens[:12]
+    assert not torch.equal(found, own) and all(any(c.known for c in own) for own in ranked)
+    # alone as in a batch; the same by position, and from features
+    alone = inputs_of(processor, pictures, ["06.png"])
+    answer = processor.decode_answer(found[1, length:])
+    assert processor.decode_answer(model.generate(**alone, **options)[0, length:]) == answer
+    ids = alone.pop("input_ids")
+    patches = model.encode_images(alone.pop("pixel_values"))
+    given = model.generate(ids, patch_features=patches, **alone, **options)
+    assert processor.decode_answer(given[0, length:]) == answer
+    # questions and samples get the model's own answer
+    asked = inputs_of(processor, pictures, ["00.png", "06.png"], "What is this?")
+    assert torch.equal(model.generate(**asked, **options), plain.generate(**asked, **options))
+    for more in ({"do_sample": True}, {"num_return_sequences": 2, "num_beams": 2}):
+        torch.manual_seed(0)
+        expected = plain.generate(**inputs, **options, **more)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**inputs, **options, **more), expected)
+        with pytest.raises(ValueError, match="use_memory=True, but"):
+            model.generate(**inputs, **options, **more, use_memory=True)
+    with pytest.raises(ValueError, match="no row has a caption prompt"):
+        model.generate(**asked, use_memory=True)
+    with pytest.raises(ValueError, match="has no memory"):
+        plain.generate(**inputs, use_memory=True)
+
+
+def test_a_penalty_keeps_copies_out_and_neighbours_are_shown(remembering, pictures):  # noqa: F811
+    folder, cache = remembering
+    model, processor = (
+        BliprenForConditionalGeneration.from_pretrained(folder).eval(),
+        BliprenProcessor.from_pretrained(folder),
+    )
+    inputs = inputs_of(processor, pictures, ["00.png"])
+    model.memory = model.memory.with_settings(copy_penalty=100.0)
+    best = model.rank_captions(**inputs, max_new_tokens=12)[0]
+    assert any(c.known for c in best) and (not best[0].known or all(c.known for c in best))
+    images = {"pixel_values": inputs["pixel_values"]}
+    shown = model.find_neighbours(3, **images)[0]
+    assert shown[0]["id"] == "00.png" and shown[0]["similarity"] > 0.99 and shown[0]["captions"] == ["picture 0"]
+    others = model.find_neighbours(3, exclude=["00.png"], **images)[0]
+    assert "00.png" not in {one["id"] for one in others}
+
+
+def test_saved_with_the_model_exchanged_and_refused(remembering, pictures, tmp_path):  # noqa: F811
+    folder, cache = remembering
+    model = BliprenForConditionalGeneration.from_pretrained(folder)
+    for save in (model.save_pretrained, model.save_bridge):
+        target = tmp_path / save.__name__
+        save(target)
+        assert len(BliprenForConditionalGeneration.from_pretrained(target).memory) == len(model.memory)
+    assert main(["memory", str(folder), str(cache), "--split", "test", "--out", str(tmp_path / "other"),
+                 "--max-copies", "1", "--device", "cpu"]) == 0  # fmt: skip
+    before = len(model.memory)
+    model.load_memory(tmp_path / "other")
+    assert len(model.memory) < before
+    model.load_memory(folder)  # a checkpoint's
+    assert len(model.memory) == before
+    assert main(["memory", str(folder), str(cache), "--split", "test", "--out", str(tmp_path / "other"),
+                 "--extend"]) == 0  # fmt: skip
+    model.load_memory(None)
+    assert model.memory is None
+    with pytest.raises(ValueError, match="has no memory"):
+        model.load_memory(tmp_path)
+    info = json.loads((tmp_path / "other" / "memory.json").read_text())
+    info["encoder"]["vision"] = "another"
+    (tmp_path / "other" / "memory.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="made for another model: encoder vision is 'another'"):
+        model.load_memory(tmp_path / "other")
+
+
+def test_the_command_counts_chooses_and_refuses(remembering, pictures, tmp_path, capsys):  # noqa: F811
+    folder, cache = remembering
+    out = tmp_path / "out"
+    assert main(["memory", str(folder), str(cache), "--out", str(out), "--device", "cpu", "--max-copies", "0.25"]) == 0
+    printed = capsys.readouterr().out
+    count = FeatureCache.open(cache).num_rows("validation")
+    assert f"choosing the copy penalty on {count} validation images" in printed and "copy penalty" in printed
+    memory = BliprenMemory.load(out)
+    assert len(memory) == FeatureCache.open(cache).num_rows("train")
+    assert main(["memory", str(folder), str(cache), "--out", str(out), "--extend"]) == 0
+    assert "0 new" in capsys.readouterr().out and len(BliprenMemory.load(out)) == len(memory)
+    assert main(["memory", str(folder), str(cache), "--out", str(tmp_path / "none"), "--extend"]) == 1
+    assert "cannot be extended" in capsys.readouterr().err
+    assert main(["memory", str(folder), str(cache), "--max-copies", "2"]) == 2
+    assert main(["memory", "user/model", str(cache)]) == 2
+
+
+def test_the_texts_are_answers_to_the_caption_prompt(remembering):
+    folder, cache = remembering
+    model, processor = (
+        BliprenForConditionalGeneration.from_pretrained(folder),
+        BliprenProcessor.from_pretrained(folder),
+    )
+    embeddings, texts, without = read_cache(FeatureCache.open(cache), "train", processor)
+    assert len(embeddings) == len(texts["id"]) and without == 0
+    assert processor.decode_answer(texts["tokens"][0][0]) == texts["captions"][0][0]
+    assert memory_info(model, processor) == model.memory.info
