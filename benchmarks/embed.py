@@ -222,12 +222,13 @@ def main() -> None:
         (draw_photos if a.frames is None else draw_clips)(photos, a.images)
         files = sorted(photos.glob("*.jpg"))
         frames = a.frames or 1
-        bare(encoder, a.batch_size, a.batch_size, frames)
+        one_batch = max(1, a.batch_size // (encoder.pieces * frames))  # images, to warm up
+        bare(encoder, one_batch, a.batch_size, frames)
         if plain_images:
             default_allocator = bare(encoder, a.images // 2, a.batch_size)
             script = plain_loop(encoder, plain, files[: a.images // 2], a.batch_size)
         keep_freed_memory()  # as every command does; the other arms have it too
-        bare(encoder, a.batch_size, a.batch_size, frames)
+        bare(encoder, one_batch, a.batch_size, frames)
         for turn in range(a.rounds):
             figures["bare"].append(bare(encoder, a.images, a.batch_size, frames))
             cache_folder = Path(folder) / f"cache{turn}"

@@ -15,7 +15,7 @@ from blipren.training.quickstart.steps import TOWERS, export_model, run_step
 
 DURATION = "takes some minutes on two cores"
 RECIPE = "quickstart-clips"
-SPLITS = {"train": 3600, "validation": 60, "test": 300}
+SPLITS = {"train": 1800, "validation": 60, "test": 300}
 TASKS = {  # question -> name in the summary
     "Which way does the shape move?": "direction",
     "Which shape comes first?": "order",
