@@ -74,15 +74,15 @@ def run(given: argparse.Namespace, work: Path) -> dict:
             cache = f"{few}=1,{work / 'truth-cache'}=1"
         elif arm != "labels":
             own, options = work / f"{arm}-captions", greedy if arm == "unfiltered" else sampled
-            run_step("caption", model=work / "labels", images=[str(work / "many")], out=str(own), **options)
+            run_step("caption", model=work / "labels-run", images=[str(work / "many")], out=str(own), **options)
             result["captions"][arm] = dict(zip(("captions", "true"), share_true(own)))
             columns = ["caption"]
             run_step("embed", model=model, dataset=own, cache=work / f"{arm}-cache", caption_columns=columns)
             cache = f"{few}=1,{work / f'{arm}-cache'}=1"
         steps = {"max_steps": given.steps, "eval_every": given.steps, "seed": given.seed}
-        run_step("train", model=aligned, cache=cache, out=work / arm, **steps)
+        run_step("train", model=aligned, cache=cache, out=work / f"{arm}-run", **steps)
         out = work / f"{arm}-results"
-        run_step("evaluate", model=work / arm, dataset=work / "few", out=out, tasks=["captioning"], **SMALL)
+        run_step("evaluate", model=work / f"{arm}-run", dataset=work / "few", out=out, tasks=["captioning"], **SMALL)
         metrics = json.loads((out / "metrics.json").read_text())
         truth = metrics["hallucination"]
         result["arms"][arm] = {

@@ -12,6 +12,7 @@ but not loading the model. The arms:
 - one_by_one: a loop over `pipeline("image-to-text")`. pipeline: the same with `batch_size`.
 - generate: processor and `generate` on batches in the order of the files.
 - local: `blipren caption --out`. local_cache: the same from a feature cache. local_prompts: with three prompts.
+  local_plain: without packed weights. --parts prints where the time of these arms goes.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from transformers import (
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.data.sources.images import decode_image
 
-ARMS = ("one_by_one", "pipeline", "generate", "local", "local_cache", "local_prompts")
+ARMS = ("one_by_one", "pipeline", "generate", "local", "local_cache", "local_prompts", "local_plain")
 # tokens of the 12,500 captions of flickr8k-mini in the vocabulary of its language model, at even quantiles
 LENGTHS = (6, 7, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 14, 14, 15, 16, 17, 18, 19, 23)
 TOWERS = Path(__file__).resolve().parents[1] / "training" / "quickstart" / "towers"
@@ -134,8 +135,8 @@ def run_generate(model: Path, files: list[Path], batch_size: int) -> tuple[float
 
 
 def run_local(arm: str, model: Path, folder: Path, given) -> tuple[float, list[str]]:
+    from blipren.training.captioning import job as captioning_job
     from blipren.training.captioning.decoder import Decoder
-    from blipren.training.captioning.job import CaptionJob
     from blipren.training.cli import main
     from blipren.training.commands.caption import CaptionSettings
     from blipren.training.engine.memory import keep_freed_memory
@@ -168,18 +169,48 @@ def run_local(arm: str, model: Path, folder: Path, given) -> tuple[float, list[s
         workers=given.workers,
         keep_images=False,
     )
-    job = CaptionJob.open(settings)
+    if arm == "local_plain":
+        captioning_job.pack_linears = lambda model: None
+    job = captioning_job.CaptionJob.open(settings)
     job.engine.decoder.__class__ = EndingDecoder
     began = now()
     if given.memory:
         watch_memory(job)
+    parts = time_parts(job) if given.parts else {}
     job.run(out)
     seconds = now() - began
+    if parts:
+        parts["everything else"] = seconds - sum(parts.values())
+        print(
+            {name: f"{1000 * value / job.source.num_rows:.0f} ms an image" for name, value in parts.items()},
+            flush=True,
+        )
     import datasets
 
     name = "caption_0" if arm == "local_prompts" else job.columns[0].name
     rows = datasets.load_dataset(str(out), cache_dir=str(folder / "library"))
     return seconds, [row[name] for split in rows.values() for row in split]
+
+
+def time_parts(job) -> dict[str, float]:
+    """Return the seconds by part, counted while the job runs."""
+    parts: dict[str, float] = {}
+
+    def timed(name, function):
+        def run(*args, **keywords):
+            began = now()
+            result = function(*args, **keywords)
+            part = name(*args) if callable(name) else name
+            parts[part] = parts.get(part, 0.0) + now() - began
+            return result
+
+        return run
+
+    job.reader.features = timed("encoder", job.reader.features)
+    job.model.get_image_features = timed("Q-Former", job.model.get_image_features)
+    decoder = job.engine.decoder
+    decoder._forward = timed(lambda ids, *more: "tokens" if ids.shape[1] == 1 else "prompt", decoder._forward)
+    return parts
 
 
 def watch_memory(job) -> None:
@@ -211,6 +242,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--photo-size", nargs=2, type=int, default=[640, 480], help="width and height")
     parser.add_argument("--broken-every", type=int, help="cut off each so many-th photo behind the first 256")
+    parser.add_argument("--parts", action="store_true", help="print the time of the arms `local` by part")
     parser.add_argument("--memory", action="store_true", help="print the memory of the arm `local` on the way")
     parser.add_argument("--out")
     parser.add_argument("--arm", help=argparse.SUPPRESS)

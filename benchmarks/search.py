@@ -1,7 +1,7 @@
 """Recall of `blipren search` against `evaluate --tasks retrieval`, with the same checkpoint of stage 1 and held-out images.
 
     blipren quickstart --out run
-    python benchmarks/search.py run/aligned run/scenes --query "a small red circle above a blue square" --out search-scenes
+    python benchmarks/search.py run/aligned run/scenes --query "a small orange circle below a large black circle" --out found
 
 Searches for every caption of the test split in the index that `blipren search` writes, and runs the retrieval task on the same
 split. OUT gets recall.json, and the contact sheet of the query (sheet.png).
@@ -32,8 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="checkpoint of stage 1")
     parser.add_argument("dataset", type=Path)
-    parser.add_argument("--query", default="a small red circle above a blue square")
-    parser.add_argument("--out", type=Path, default=Path("search-scenes"))
+    parser.add_argument("--query", required=True, help="for the contact sheet")
+    parser.add_argument("--out", type=Path, default=Path("found"))
     given = parser.parse_args()
     shown = {"query": given.query, "split": "test", "top": 12, "workers": 0}
     run_step("search", model=given.model, dataset=given.dataset, out=given.out, **shown)

@@ -1,6 +1,9 @@
 """A model that names colours, an aligned one with the same encoder, and a folder of pictures with broken ones."""
 
+import dataclasses
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,23 @@ import torch
 from tests.evaluation.conftest import COLOURS, QUESTION, colour_picture, colour_rows, learn, new_model, save
 
 __all__ = ["COLOURS", "QUESTION"]
+
+
+def caption_in_actor(settings, elsewhere, monkeypatch) -> None:
+    """Caption as a Ray actor does, in this process: unit by unit, last one first, from another working directory."""
+    from blipren.training.captioning.engines.ray_cluster import CaptionUnits, absolute
+    from blipren.training.captioning.job import CaptionJob
+
+    settings = absolute(settings)
+    job, folder = CaptionJob.open(settings), os.getcwd()
+    out = job.folder(Path(settings.out))
+    out.start()
+    elsewhere.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(elsewhere)
+        units = range(-(-job.source.count_rows() // settings.rows_per_shard))
+        CaptionUnits(dataclasses.asdict(settings), folder)({"unit": units[::-1]})
+    job.complete(out)
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,15 @@ import json
 import tarfile
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from blipren.training.cli import main
+from blipren.training.commands.caption import CaptionSettings
 from blipren.training.data.sources.open_rows import open_rows
-from tests.captioning.conftest import COLOURS, QUESTION
+from tests.captioning.conftest import COLOURS, QUESTION, caption_in_actor
 from tests.data.tools import encoded, run_embed, write_tar
 from tests.evaluation.conftest import colour_picture
 
@@ -33,6 +35,22 @@ def rows_of(out) -> list[dict]:
     """All rows as `datasets` reads them, of all splits."""
     loaded = datasets.load_dataset(str(out), cache_dir=str(out.parent / "library"))
     return [row for split in loaded.values() for row in split]
+
+
+def rows_of_tars(out) -> list[dict]:
+    """All rows of a WebDataset. Of columns that the first rows lack, `datasets` cannot infer the types."""
+    rows = []
+    for path in sorted((out / "data").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            rows += [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]
+    return rows
+
+
+def content(out) -> dict[str, bytes]:
+    """All files of a data set but the one with the library's lock."""
+    return {
+        str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"
+    }
 
 
 def names_its_colour(row: dict, number: int) -> bool:
@@ -86,19 +104,22 @@ def sources(seeing, pictures, tmp_path_factory):
     for i in range(5):
         colour_picture(i).save(plain / "deep" / f"{i}.png")
     (plain / "notes.txt").write_text("no picture")
+    for file in parquet.iterdir():
+        fsspec.filesystem("memory").pipe(f"/captioned/{file.name}", file.read_bytes())
     run_embed(seeing, pictures, root / "cache", dtype="float32")
     return {
         "parquet": (f"{parquet}/*.parquet", 14, 1),
         "tars": (root / "tars", 6, 0),
         "saved": (root / "saved", 6, 0),
         "plain": (plain, 6, 1),
+        "remote": ("memory://captioned/*.parquet", 14, 1),
         "cache": (root / "cache", 18, 0),  # some of the pictures are near duplicates
         "both": (f"{parquet},{root / 'saved'}", 20, 1),
     }
 
 
-@pytest.mark.parametrize("kind", ["parquet", "tars", "saved", "plain", "cache", "both"])
-def test_every_source(kind, seeing, sources, tmp_path):
+@pytest.mark.parametrize("kind", ["parquet", "tars", "saved", "plain", "remote", "cache", "both"])
+def test_every_source(kind, seeing, sources, tmp_path, monkeypatch):
     given, rows, broken = sources[kind]
     out = tmp_path / "out"
     assert caption(seeing, given, out) == 0
@@ -109,10 +130,10 @@ def test_every_source(kind, seeing, sources, tmp_path):
     assert (counts["rows"], counts["rejected"]) == (rows, broken)
     found = rows_of(out)
     assert len(found) == rows - broken
-    name = "generated_caption" if kind in ("parquet", "both") else "caption"
+    name = "generated_caption" if kind in ("parquet", "remote", "both") else "caption"
     for row in found:
         assert row[name].split()[-1] == "." and row[f"{name}_ended"]
-    if kind == "parquet":
+    if kind in ("parquet", "remote"):
         assert {row["caption"] for row in found} == {f"old {i}" for i in range(14) if i != 9}
         assert all(list(COLOURS)[int(row["key"][1:]) % 6] in row[name] for row in found)
     if kind == "saved":
@@ -124,6 +145,18 @@ def test_every_source(kind, seeing, sources, tmp_path):
         assert sorted(row["file_name"] for row in found) == [f"deep/{i}.png" for i in range(5)]
     if kind == "cache":
         assert all(int(row["id"][:2]) % 6 == list(COLOURS).index(colour_in(row["caption"])) for row in found)
+    # folders and Parquet have tests of these forms below; a cache has no pictures that metadata.jsonl could name
+    forms = {"tars": ("webdataset", "metadata"), "saved": ("webdataset", "metadata"), "cache": ("webdataset",)}
+    forms["both"] = forms["saved"]
+    for form in forms.get(kind, ()):
+        assert caption(seeing, given, tmp_path / form, "--format", form) == 0
+        assert info(tmp_path / form)["counts"] == counts
+        others = rows_of_tars(tmp_path / form) if form == "webdataset" else rows_of(tmp_path / form)
+        assert sorted(row[name] for row in others) == sorted(row[name] for row in found)
+    options = {"engine": "ray", "device": "cpu", "workers": 0, "rows_per_shard": 5, "batch_size": 3}
+    settings = CaptionSettings(model=str(seeing), images=[str(given)], out=str(tmp_path / "ray"), **options)
+    caption_in_actor(settings, tmp_path / "elsewhere", monkeypatch)
+    assert content(tmp_path / "ray") == content(out)
 
 
 def colour_in(text: str) -> str:

@@ -1,6 +1,5 @@
 """The Ray engine writes the files of the local one, also when an actor and the driver are killed."""
 
-import dataclasses
 import multiprocessing
 import os
 import shutil
@@ -8,10 +7,10 @@ import time
 
 import pytest
 
-from blipren.training.captioning.engines.ray_cluster import CaptionUnits, absolute
-from blipren.training.captioning.job import CaptionJob
 from blipren.training.commands.caption import CaptionSettings
-from tests.captioning.test_restart import content, marks, run
+from tests.captioning.conftest import caption_in_actor
+from tests.captioning.test_dataset import content
+from tests.captioning.test_restart import marks, run
 
 
 def drive(model, data, out):
@@ -66,18 +65,11 @@ def test_an_actor_in_another_folder_names_rows_as_the_local_engine(seeing, pictu
     (tmp_path / "photos").mkdir()
     for number in (1, 7, 12, 15):  # 7 and 12 are broken
         shutil.copy(pictures / f"{number:02d}.png", tmp_path / "photos")
-    (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     assert run(seeing, "photos", tmp_path / "local") == 0
     settings = CaptionSettings(
         model=str(seeing), images=["photos"], out="ray", engine="ray", device="cpu", workers=0, rows_per_shard=3
     )
-    settings = absolute(settings)
-    job = CaptionJob.open(settings)
-    out = job.folder(tmp_path / "ray")
-    out.start()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    CaptionUnits(dataclasses.asdict(settings), str(tmp_path))({"unit": [0, 1]})
-    job.complete(out)
+    caption_in_actor(settings, tmp_path / "elsewhere", monkeypatch)
     assert content(tmp_path / "ray") == content(tmp_path / "local")
     assert '"id": "photos/07.png"' in (tmp_path / "ray" / "rejected.jsonl").read_text()

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from blipren.training.cli import main
-from tests.captioning.test_dataset import OPTIONS
+from tests.captioning.test_dataset import OPTIONS, content
 
 fork = multiprocessing.get_context("fork")
 
@@ -27,13 +27,6 @@ def run_in_child(model, data, out, *more, limit=None):
     with (out.parent / "message.txt").open("w") as file, contextlib.redirect_stderr(file):
         status = run(model, data, out, *more)
     os._exit(status)
-
-
-def content(out) -> dict[str, bytes]:
-    """All files of a data set but the one with the library's lock."""
-    return {
-        str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"
-    }
 
 
 def marks(out) -> int:

@@ -9,10 +9,10 @@ captions, their lengths and ends are equal; log-probabilities may differ by 0.00
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import datasets
@@ -36,12 +36,18 @@ def draw(folder: Path, count: int) -> Path:
     return folder
 
 
+def processor_seconds() -> float:
+    """Return the processor time of all ended children."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def caption(python: Path, arguments: list[str], engine: list[str], out: Path) -> tuple[list[dict], float]:
-    """Return the rows of a captioned data set and the seconds that it took, the start included."""
-    began = time.perf_counter()
+    """Return the rows of a captioned data set and the processor seconds that it took, the start included."""
+    began = processor_seconds()
     command = [python, "-m", "blipren.training.cli", "caption", *arguments, "--engine", *engine, "--out", out]
     subprocess.run(list(map(str, command)), env=environment(), check=True)
-    seconds = time.perf_counter() - began
+    seconds = processor_seconds() - began
     return list(datasets.load_dataset(str(out), split="train", cache_dir=str(out.parent / "library"))), seconds
 
 
@@ -68,16 +74,19 @@ def main() -> int:
     parser.add_argument("--dataset", type=Path)
     parser.add_argument("--limit", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=12)
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         checkpoint = given.checkpoint or make_checkpoint(folder, 384)
         dataset = given.dataset or draw(folder / "scenes", given.limit)
         arguments = [checkpoint, dataset, "--device", "cpu", "--precision", "float32", "--limit", given.limit]
-        arguments += ["--max-new-tokens", given.max_new_tokens, "--workers", 0, "--prompts", *PROMPTS]
+        arguments += ["--max-new-tokens", given.max_new_tokens, "--workers", 0, "--prompts", *given.prompts]
         local, seconds = caption(Path(sys.executable), arguments, ["local"], folder / "local")
         texts = {row["caption_0"] for row in local}
-        print(f"local: {len(local)} pictures, {len(texts)} different captions, {seconds:.1f} s with its start")
+        print(
+            f"local: {len(local)} pictures, {len(texts)} different captions, {seconds:.1f} processor seconds with its start"
+        )
         if len(texts) < 2:
             raise ValueError("the model gives one caption for all pictures, so equal captions prove nothing")
         python, wrong = given.environment / "bin" / "python", 0
@@ -85,7 +94,9 @@ def main() -> int:
         for engine in [["vllm"], ["ray", *shards]][: 2 if given.ray else 1]:
             rows, seconds = caption(python, arguments, engine, folder / engine[0])
             found = differences(local, rows)
-            print(f"{' '.join(engine)}: {len(rows)} pictures, {found} differences, {seconds:.1f} s with its start")
+            print(
+                f"{' '.join(engine)}: {len(rows)} pictures, {found} differences, {seconds:.1f} processor seconds with its start"
+            )
             wrong += found
     return 1 if wrong else 0
 

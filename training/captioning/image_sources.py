@@ -98,6 +98,8 @@ class CacheRows(Source):
             rows = self.cache.split(split)
             skipped = min(len(rows), start - index) if start > index else 0
             index += skipped
+            if skipped == len(rows):  # `select` does not start at the end
+                continue
             for number, record in enumerate(rows.select(range(skipped, len(rows))), skipped):
                 kept = {name: record[name] for name in self.features}
                 yield Row(record["id"], index, (split, number), split=split, record=kept)

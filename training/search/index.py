@@ -60,7 +60,7 @@ class ImageIndex:
         scores = torch.empty(len(queries), 0)
         numbers = torch.empty(len(queries), 0, dtype=torch.long)
         for start in range(0, len(self.rows), BLOCK):
-            block = torch.from_numpy(np.ascontiguousarray(self.vectors[start : start + BLOCK]))
+            block = torch.from_numpy(np.array(self.vectors[start : start + BLOCK]))  # a copy: the file is read-only
             block = pooled(block, "mean") if by_mean else block
             found = (block.flatten(0, 1) @ queries.T).view(*block.shape[:2], -1).amax(1).T
             own = torch.arange(start, start + len(block)).expand(len(queries), -1)
