@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from PIL import Image
 
+from blipren.model_card.commands import training_commands
 from blipren.model_card.facts import (
     CardSources,
     count_parameters,
@@ -50,8 +51,12 @@ def build_card(repo: str, sources: CardSources) -> dict[str, bytes]:
         raise UserError(f"{sources.evaluation} has no metrics.json: it was not written by `blipren evaluate`")
     files: dict[str, bytes] = {}
     curves, samples = "pictures/curves.png", "pictures/samples.png"
+    attention, example = "pictures/attention.png", "pictures/example.png"
     if sources.pictures:
-        files |= _picture(sources.run, curves) | _picture(sources.evaluation, samples)
+        files |= _picture(sources.run, curves)
+        for name in (samples, attention, example):
+            files |= _picture(sources.evaluation, name)
+    widget = [{"src": f"https://huggingface.co/{repo}/resolve/main/{example}", "example_title": "Held-out image"}]
     parts = _parts(config, sources)
     license_name, license_text = _license(parts, sources)
     dataset = _dataset(metrics)
@@ -69,6 +74,7 @@ def build_card(repo: str, sources: CardSources) -> dict[str, bytes]:
         metrics=sorted({row["type"] for row in results}) or None,
         model_name=repo.split("/")[-1],
         eval_results=[_eval_result(row, dataset) for row in results] or None,
+        widget=widget if example in files else None,
     )
     card = ModelCard.from_template(
         data,
@@ -86,6 +92,9 @@ def build_card(repo: str, sources: CardSources) -> dict[str, bytes]:
         results=results,
         results_text=_results_text(metrics),
         samples=samples if samples in files else None,
+        attention=attention if attention in files else None,
+        space=sources.space,
+        commands=training_commands(config, run_settings(sources.run), dataset),
         limits=_limits(metrics),
         cost=_cost(sources),
     )

@@ -31,7 +31,8 @@ class CardSources:
 
     model: checkpoint folder; run: run folder of `train` or `align` (settings.yaml, log.jsonl, curves, environment);
     evaluation: folder of `evaluate`; cache: feature cache; pictures: whether pictures may be published;
-    license: of the published weights, where it is not the strictest of the parts; base_licenses: by part.
+    license: of the published weights, where it is not the strictest of the parts; base_licenses: by part; space: whether
+    the demo is published as a Space of the same name.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class CardSources:
     license: str | None = None
     base_licenses: dict[str, str | None] = field(default_factory=dict)
     tag: str | None = None
+    space: bool = False
 
 
 def read_json(path: Path | None) -> dict:

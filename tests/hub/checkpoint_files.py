@@ -88,5 +88,6 @@ def write_evaluation(folder: Path, dataset: str = "org/photos") -> Path:
         "settings": {"num_beams": 3, "max_new_tokens": 30},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    Image.fromarray(np.full((20, 30, 3), 99, np.uint8)).save(folder / "samples.png")
+    for name in ("samples", "attention", "example"):
+        Image.fromarray(np.full((20, 30, 3), 99, np.uint8)).save(folder / f"{name}.png")
     return folder

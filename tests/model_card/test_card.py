@@ -1,5 +1,6 @@
 """The model card: made of what was measured, valid by the Hub's own classes, nothing left to fill in."""
 
+import dataclasses
 import json
 import re
 
@@ -30,6 +31,12 @@ def test_the_card_holds_what_the_run_left(sources):
     assert card.data.license == "llama3.2"
     assert card.data.base_model == ["org/vision", "org/llm"]
     assert card.data.datasets == ["org/photos"]
+    (widget,) = card.data.widget
+    assert widget["src"] == "https://huggingface.co/user/thing/resolve/main/pictures/example.png"
+    space = "[the demo of this model](https://huggingface.co/spaces/user/thing)"
+    assert space not in text
+    with_space = build_card("user/thing", dataclasses.replace(sources, space=True))
+    assert space in with_space["README.md"].decode()
     results = {result.metric_name: result for result in card.data.eval_results}
     assert results["CIDEr"].metric_value == 0.3123
     assert results["CIDEr"].metric_args == {"interval_95": [0.29, 0.335]}
@@ -46,6 +53,8 @@ def test_the_card_holds_what_the_run_left(sources):
         "Training took 3.0 minutes. Hardware: CPU, 2 threads. Energy was not measured.",
         "![Training and validation loss](pictures/curves.png)",
         "![Held-out images with their captions](pictures/samples.png)",
+        "![A held-out image with the attention map of each word of its caption](pictures/attention.png)",
+        "blipren demo user/thing",
         "| connector | this training run | 65.5K | trained | apache-2.0 |",
     ):
         assert line in text, line
@@ -54,7 +63,9 @@ def test_the_card_holds_what_the_run_left(sources):
     assert {e.task_id: e.value for e in entries}["CIDEr"] == 0.3123
     assert set(files) == {
         "README.md",
+        "pictures/attention.png",
         "pictures/curves.png",
+        "pictures/example.png",
         "pictures/samples.png",
         ".eval_results/captioning.yaml",
         ".eval_results/vqa.yaml",
@@ -121,8 +132,6 @@ def test_damaged_sources_are_named(sources):
 
 
 def test_pictures_are_left_out_on_request(sources):
-    import dataclasses
-
     files = build_card("user/thing", dataclasses.replace(sources, pictures=False))
     assert not [name for name in files if name.startswith("pictures/")]
     assert "pictures/" not in files["README.md"].decode()
@@ -172,7 +181,10 @@ def test_the_card_of_a_real_run(tmp_path, monkeypatch):
         r"Whether the model uses its image, measured: ",
         r"!\[Held-out images with their captions\]\(pictures/samples.png\)",
         r"!\[Training and validation loss\]\(pictures/curves.png\)",
+        r"```bash\nblipren new my-vlm --vision vision --llm llm --connector qformer --projector \w+ --queries 4\n"
+        r"blipren embed my-vlm photos cache\nblipren train my-vlm cache run [^\n]*--batch-size 4[^\n]*--max-steps 4[^\n]*\n```",
     ):
         assert re.search(pattern, text), (pattern, text)
     assert str(tmp_path) not in text
-    assert {"pictures/samples.png", "pictures/curves.png"} <= set(files)
+    pictures = {f"pictures/{name}.png" for name in ("samples", "curves", "attention", "example")}
+    assert pictures <= set(files)

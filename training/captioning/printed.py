@@ -62,7 +62,7 @@ def print_captions(job: CaptionJob) -> None:
         attention_picture(Path(s.attention), explained)
         print(f"the attention maps of {len(explained.words)} words are in {s.attention}", file=sys.stderr)
     if s.out_image is not None:
-        from blipren.training.evaluation.report.boxes import draw_places
+        from blipren.training.evaluation.report.places import draw_places
 
         image = next(iter(job.source.rows())).load()
         draw_places(image, rows[0]["caption"], s.prompt).save(s.out_image)

@@ -28,7 +28,7 @@ class Conversation:
 
     Attributes:
         messages: turns of `role` and `content`, in the form that chat templates take; image parts without data.
-        images: the images in the order of their parts.
+        images: the images, or the sampled frames of each video, in the order of their parts.
         cached_ids: token ids that the key-value cache holds.
     """
 
@@ -39,7 +39,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget all turns and images."""
         self.messages: list[dict] = []
-        self.images: list[Image.Image] = []
+        self.images: list[Image.Image | list[Image.Image]] = []
         self.features: list[PatchFeatures] = []  # of each image
         self.cached_ids: list[int] = []
         self._cache: DynamicCache | None = None
@@ -48,7 +48,7 @@ class Conversation:
     def ask(
         self,
         text: str | None,
-        images: Sequence[Image.Image] = (),
+        images: Sequence[Image.Image | list[Image.Image]] = (),
         streamer: BaseStreamer | None = None,
         sampling: Sampling | None = None,
         **generation,
@@ -57,7 +57,7 @@ class Conversation:
 
         Args:
             text: the question; None is the model's caption prompt.
-            images: images that come with the question.
+            images: images, or lists of frames of videos, that come with the question; a conversation has one kind.
             streamer: gets the tokens of the answer as they are generated.
             sampling: temperature, top-p and repetition penalty; greedy search without it.
             generation: keyword arguments of `generate`. Beam search does not use the cache.
@@ -66,8 +66,10 @@ class Conversation:
             The answer.
 
         Raises:
-            UserError: the conversation is longer than the language model reads.
+            UserError: the conversation is longer than the language model reads, or has images and videos.
         """
+        if len({isinstance(image, list) for image in [*self.images, *images]}) > 1:
+            raise UserError("a conversation has images or videos, not both: begin a new one")
         text = self.processor.prompts[0] if text is None else text.strip()
         parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": parts}]

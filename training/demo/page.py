@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
 import gradio as gr
 from PIL import Image
 
-from blipren.training.conversation.conversation import Conversation
+from blipren.grounding_blipren import read_places
+from blipren.training.demo.pictures import thumbnail
+from blipren.training.demo.talk import Talk
 from blipren.training.demo.visit import Limits, Visit, read_uploads
 from blipren.training.errors import UserError
 from blipren.training.evaluation.generation import Sampling
+from blipren.training.evaluation.report.places import draw_places
 
 READY_QUESTIONS = ("What is in the picture?", "What colours are in it?", "How many things are in it?")
 # words as buttons of a finger's size, without circles, in a box that scrolls
 CSS = """
-#words .wrap { max-height: 18rem; overflow-y: auto; gap: 4px }
-#words label { min-height: 2.5rem; padding: 4px 10px }
-#words label input { position: absolute; opacity: 0 }
-#words label span { margin: 0 }
-#words label:has(input:checked) { border-color: var(--color-accent); background: var(--color-accent-soft) }
-#words label:focus-within { outline: 2px solid var(--color-accent) }
+.words .wrap { max-height: 18rem; overflow-y: auto; gap: 4px }
+.words label { min-height: 2.5rem; padding: 4px 10px }
+.words label input { position: absolute; opacity: 0 }
+.words label span { margin: 0 }
+.words label:has(input:checked) { border-color: var(--color-accent); background: var(--color-accent-soft) }
+.min_value, .max_value { color: var(--body-text-color) !important }
+[aria-label="Share"] { display: none } /* it would send a picture to another host */
+.example img { width: 3rem; height: 3rem; border-radius: 4px }
+.words label:focus-within { outline: 2px solid var(--color-accent) }
 """
 
 
+# names for a screen reader where Gradio's components have none: each conversation, and the pictures that can be enlarged
+SCRIPT = """() => {
+    const name = () => {
+        for (const log of document.querySelectorAll("[role=log]"))
+            log.ariaLabel = log.closest(".block").querySelector("label").innerText.trim();
+        for (const image of document.querySelectorAll("button:not([aria-label]) > .image-frame > img"))
+            image.closest("button").ariaLabel = image.closest(".map") ? "Enlarge the map" : "Enlarge the picture";
+    };
+    new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+    name();
+}"""
+UNCHANGED = gr.skip()
 READY_BOX = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
-NOTHING = gr.Radio(choices=[], value=None, visible=False), gr.Image(value=None, visible=False)  # no words, no map
+NO_WORDS, NO_MAP = gr.Radio(choices=[], value=None, visible=False), gr.Image(value=None, visible=False)
 
 
 async def refuse_address(path: str) -> str:
@@ -38,81 +58,140 @@ async def refuse_address(path: str) -> str:
     return path
 
 
-def build_page(model, processor, title: str, limits: Limits) -> gr.Blocks:
-    """Return the page of a model.
+def build_page(
+    models: Sequence[tuple[str, object, object]],
+    limits: Limits,
+    examples: Sequence[Path] = (),
+    on_device: Callable[[Callable], Callable] = lambda function: function,
+) -> gr.Blocks:
+    """Return the page of one model, or of two that answer side by side.
 
     Args:
-        model, processor: as `load_model` returns them.
-        title: name of the model.
+        models: name, model and processor of each, as `load_model` returns them.
+        examples: pictures that a visitor can have captioned at a touch; their names say what they show.
+        on_device: decorates the functions that compute, where a device is lent for each call. They take and return no
+            model, and what they return can be pickled.
     """
+    takes = {processor.frames_per_video for _, _, processor in models}
+    frames = takes.pop() if len(takes) == 1 and find_spec("av") else None
 
-    def answer(message: dict, visit: Visit | None, tokens: int, beams: int, temperature: float) -> Iterator[tuple]:
-        """Yield the messages, the state, the text box, the words and no map, again and again until an answer is there."""
-        visit = visit or Visit(Conversation(model, processor, keep_cache=False))
+    @on_device
+    def stream_answer(
+        number: int, talk: Talk, question, pictures, sampling, options
+    ) -> Iterator[tuple[str, Talk | None]]:
+        """Yield the answer of a model so far, and at the end the conversation with it."""
+        text = ""
+        for text in talk.stream(*models[number][1:], question, pictures, sampling, **options):
+            yield text, None
+        yield text, talk
+
+    @on_device
+    def draw_map(number: int, talk: Talk, place: int) -> Image.Image:
+        return talk.word_picture(*models[number][1:], place)
+
+    def answer(message: dict, visit: Visit | None, tokens: int, beams: int, temperature: float) -> Iterator[list]:
+        """Yield the messages, the state, the text box, the words and no map, again and again until the answers are there."""
+        visit = visit or Visit([Talk() for _ in models])
         question, paths = (message["text"] or "").strip(), message["files"] or []
         if not question and not paths:
-            yield (gr.skip(),) * 5
+            yield [UNCHANGED] * len(outputs)
             return
+
+        def shown(box=UNCHANGED, words: Sequence = (NO_WORDS,) * len(models)) -> list:
+            return [*visit.shown, visit, box, *words, *([NO_MAP] * len(models))]
+
         try:
-            images = read_uploads(paths, limits)
-            if not images and not visit.conversation.images:
-                raise UserError("Add a picture first: drop it on the text box, paste it, or press the clip.")
+            pictures = read_uploads(paths, limits, frames)
+            visit.check(pictures, limits)
         except UserError as error:
-            visit.shown += [says("user", question or Path(paths[0]).name), says("assistant", f"⚠ {error}")]
-            yield visit.shown, visit, gr.MultimodalTextbox({"text": question if paths else "", "files": []}), *NOTHING
+            visit.say("user", question or Path(paths[0]).name)
+            visit.say("assistant", f"⚠ {error}")
+            yield shown(gr.MultimodalTextbox({"text": question if paths else "", "files": []}))
             return
-        visit.shown += [says("user", {"path": store(image), "alt_text": "uploaded picture"}) for image in images]
-        visit.shown += [says("user", question)] if question else []
-        visit.shown.append(says("assistant", "…"))
-        yield visit.shown, visit, gr.MultimodalTextbox(None, submit_btn=False, stop_btn=True), *NOTHING
+        visit.say("user", *(shown_picture(thumbnail(each), "uploaded picture") for each in pictures))
+        visit.say("user", *([question] if question else []))
+        visit.say("assistant", "…")
+        yield shown(gr.MultimodalTextbox(None, submit_btn=False, stop_btn=True))
         sampling = Sampling(temperature, 0.95 if temperature else 1.0, 1.0, [0])
         options = {"max_new_tokens": min(int(tokens), limits.tokens), "num_beams": 1 if temperature else int(beams)}
-        try:
-            for text in visit.stream(question or None, images, limits, sampling, **options):
-                visit.shown[-1] = says("assistant", text or "(an empty answer)")
-                yield visit.shown, visit, gr.skip(), *NOTHING
-        except UserError as error:
-            visit.shown[-1] = says("assistant", f"⚠ {error}")
-        except Exception:  # the visitor gets no word of what went wrong inside
-            logging.getLogger(__name__).exception("an answer failed")
-            visit.shown[-1] = says("assistant", "⚠ The model failed on this question. Try another one.")
-        choices = [(word, place) for place, (word, _) in enumerate(visit.words)]
-        words = gr.Radio(choices=choices, value=None, visible=bool(choices))
-        yield visit.shown, visit, READY_BOX, words, NOTHING[1]
+        options["max_time"] = limits.seconds
+        for number, messages in enumerate(visit.shown):
+            given = number, visit.talks[number], question or None, pictures, sampling, options
+            try:
+                for text, talk in stream_answer(*given):
+                    messages[-1]["content"] = text or "(an empty answer)"
+                    visit.talks[number] = talk or visit.talks[number]
+                    yield shown()
+                if drawn := drawn_places(visit.talks[number], text, question):
+                    messages.append({"role": "assistant", "content": drawn})
+            except UserError as error:
+                messages[-1]["content"] = f"⚠ {error}"
+            except Exception:  # the visitor gets no word of what went wrong inside
+                logging.getLogger(__name__).exception("an answer failed")
+                messages[-1]["content"] = "⚠ The model failed on this question. Try another one."
+        choices = [[(word, place) for place, (word, _) in enumerate(talk.words)] for talk in visit.talks]
+        yield shown(READY_BOX, [gr.Radio(choices=own, value=None, visible=bool(own)) for own in choices])
 
-    def store(image: Image.Image) -> str:
-        """Write a picture, made small, to a file of the page, once: a component would be written at every step."""
-        small = image.copy()
-        small.thumbnail((320, 320))
-        path = Path(chat.GRADIO_CACHE) / uuid4().hex / "picture.jpg"
+    def drawn_places(talk: Talk, text: str, question: str) -> dict | None:
+        """Return the latest picture with the boxes and points of an answer, or None if it has none."""
+        found, picture = read_places(text), talk.images[-1]
+        if isinstance(picture, list) or not (found.boxes or found.points):
+            return None
+        return shown_picture(
+            thumbnail(draw_places(picture, text, question), 640), "picture with the boxes of the answer"
+        )
+
+    def shown_picture(image: Image.Image, alt_text: str) -> dict:
+        """Write a picture to a file of the page, once: a component would be written at every step."""
+        path = Path(chats[0].GRADIO_CACHE) / uuid4().hex / "picture.jpg"
         path.parent.mkdir(parents=True)
-        small.save(path, quality=90)
-        chat.temp_files.add(str(path))  # deleted when it is old
-        return str(path)
+        image.save(path, quality=90)
+        chats[0].temp_files.add(str(path))  # deleted when it is old
+        return {"path": str(path), "alt_text": alt_text}
 
-    def look(place: int | None, visit: Visit | None) -> dict:
+    def look(number: int, place: int | None, visit: Visit | None) -> dict:
         """Return the map of a word over the pictures."""
-        if place is None or visit is None or not visit.words:
-            return NOTHING[1]
-        word = visit.words[place][0]
-        return gr.Image(visit.word_picture(place), label=f"Where the model looked for “{word}”", visible=True)
+        if place is None or visit is None or place >= len(visit.talks[number].words):
+            return NO_MAP
+        word = visit.talks[number].words[place][0]
+        return gr.Image(
+            draw_map(number, visit.talks[number], place), label=f"Where the model looked for “{word}”", visible=True
+        )
 
+    def forget(request: gr.Request) -> None:
+        page.app.state_holder.delete_state(request.session_hash)
+
+    names = [name for name, _, _ in models]
+    title = " and ".join(names)
+    kinds = "pictures" if frames is None else "pictures, or clips,"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         visit = gr.State(None, time_to_live=3600)
         gr.Markdown(
-            f"# {title}\nAdd one or several pictures and ask. With an empty question the model writes a caption."
+            f"# {title}\nAdd one or several {kinds} and ask. With an empty question the model writes a caption."
         )
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
-                chat = gr.Chatbot(label="Conversation", height=420, buttons=["copy"], feedback_options=None)
+                with gr.Row():
+                    labels = ["Conversation"] if len(models) == 1 else names
+                    chats = [
+                        gr.Chatbot(label=label, height=420, min_width=280, buttons=["copy"], feedback_options=None)
+                        for label in labels
+                    ]
                 box = gr.MultimodalTextbox(
                     label="Picture and question", show_label=False, placeholder="Ask about a picture",
-                    file_types=["image"], file_count="multiple", elem_id="question",
-                    html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+                    file_types=["image"] if frames is None else ["image", "video"], file_count="multiple",
+                    elem_id="question", html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
                 )  # fmt: skip
                 box.async_move_resource_to_block_cache = refuse_address
                 with gr.Row():
                     ready = [gr.Button(text, size="sm", min_width=120) for text in READY_QUESTIONS]
+                with gr.Row():
+                    touched = [
+                        gr.Button(
+                            path.stem.replace("-", " "), icon=path, size="sm", min_width=120, elem_classes="example"
+                        )
+                        for path in examples
+                    ]
                 new = gr.Button("New conversation", size="sm", variant="secondary")
                 with gr.Accordion("Settings", open=False):
                     tokens = gr.Slider(
@@ -121,31 +200,37 @@ def build_page(model, processor, title: str, limits: Limits) -> gr.Blocks:
                     beams = gr.Slider(1, 5, 1, step=1, label="Beams (without temperature)")
                     temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0 takes the likeliest words)")
             with gr.Column(scale=2, min_width=320):
-                gr.Markdown("### What it looked at\nTap a word of the last answer.")
-                seen = gr.Image(visible=False, interactive=False, buttons=["fullscreen"], format="jpeg", elem_id="map")
-                words = gr.Radio([], label="Words of the last answer", visible=False, elem_id="words")
-        outputs = [chat, visit, box, words, seen]
+                gr.Markdown("## What it looked at\nTap a word of the last answer.")
+                maps, words = [], []
+                for name in names:
+                    whose = "the last answer" if len(models) == 1 else f"the last answer of {name}"
+                    maps.append(
+                        gr.Image(
+                            visible=False, interactive=False, buttons=["fullscreen"], format="jpeg", elem_classes="map"
+                        )
+                    )
+                    words.append(gr.Radio([], label=f"Words of {whose}", visible=False, elem_classes="words"))
+        outputs = [*chats, visit, box, *words, *maps]
         settings = [visit, tokens, beams, temperature]
         running = [box.submit(answer, [box, *settings], outputs, api_visibility="private")]
-        for button in ready:
-            message = gr.State({"text": button.value, "files": []})
+        messages = [{"text": text, "files": []} for text in READY_QUESTIONS]
+        messages += [{"text": "", "files": [str(path)]} for path in examples]
+        for button, message in zip(ready + touched, map(gr.State, messages)):
             running.append(button.click(answer, [message, *settings], outputs, api_visibility="private"))
         box.stop(lambda: READY_BOX, None, box, cancels=running, api_visibility="private")
-        words.input(look, [words, visit], seen, api_visibility="private")
-        for event in (new.click, chat.clear):
-            event(lambda: ([], None, READY_BOX, *NOTHING), None, outputs, cancels=running, api_visibility="private")
-    page.queue(max_size=32, default_concurrency_limit=1, api_open=False)
+        for number in range(len(models)):
+            words[number].input(partial(look, number), [words[number], visit], maps[number], api_visibility="private")
+        nothing = [*([] for _ in chats), None, READY_BOX, *([NO_WORDS] * len(chats)), *([NO_MAP] * len(chats))]
+        for event in (new.click, *(chat.clear for chat in chats)):
+            event(lambda: nothing, None, outputs, cancels=running, api_visibility="private")
+        page.unload(forget)
+    page.queue(max_size=64, default_concurrency_limit=1, api_open=False)
     return page
-
-
-def says(role: str, content) -> dict:
-    """Return a message of the page."""
-    return {"role": role, "content": content}
 
 
 def launch(page: gr.Blocks, **options):
     """Start the server of a page. Nothing of this machine but the page and uploads of this run is served."""
     return page.launch(
-        max_file_size="20mb", show_error=False, allowed_paths=[], ssr_mode=False, footer_links=[], css=CSS, quiet=True,
+        max_file_size="20mb", show_error=False, allowed_paths=[], ssr_mode=False, footer_links=[], css=CSS, js=SCRIPT, quiet=True,
         enable_monitoring=False, mcp_server=False, **options,
     )  # fmt: skip

@@ -155,12 +155,15 @@ def answer_maps(
         tokens: places of the tokens in the answer; all by default.
 
     Returns:
-        For each image maps [tokens, height, width], scaled so that the maximum of a token over all images is 1 (all zero
+        For each image maps [tokens, height, width], for each video [tokens, frames, height, width], scaled so that the maximum of a token over all images is 1 (all zero
         if nothing is positive), and the log-probability of each token.
     """
     tokens = range(len(answer_ids)) if tokens is None else tokens
     ids, mask = (part.to(model.device) for part in pad_right([[*prompt_ids, *answer_ids]], 0))
     grids = [grid_of(model.config, features.pixels, row) for row in range(len(features))]
+    frames = 1
+    if model.config.num_frames is not None:
+        frames = features.patches.shape[1] // model.config.patches_per_frame
     with torch.enable_grad():
         inputs = features.model_inputs(model.device)
         # all parameters are frozen; the gradient is taken with respect to the patch features
@@ -181,9 +184,10 @@ def answer_maps(
             else:
                 (gradient,) = torch.autograd.grad(log_probability, inputs["patch_features"], retain_graph=again)
                 relevance = (gradient * inputs["patch_features"]).float().sum(dim=-1).clamp(min=0)
-            own = [
-                grid.maps(values) for grid, values in zip(grids, relevance.detach())
-            ]  # relevance: [images, patches]
+            if frames > 1:  # Q-Formers that read each frame for itself give it a row of its own
+                relevance = relevance.reshape(len(grids), frames, -1)
+            # relevance: [images, patches] or [videos, frames, patches]
+            own = [grid.maps(values) for grid, values in zip(grids, relevance.detach())]
             largest = torch.stack([values.max() for values in own]).max().clamp(min=1e-12)
             for found, values in zip(maps, own):
                 found.append(values / largest)

@@ -17,7 +17,8 @@ class PatchFeatures:
 
     Attributes:
         patches: [images, patches, vision_hidden]. mask: [images, patches], or None if all patches are valid.
-        pixels: output of the image processor, for pictures of what the encoder saw; None unless it was asked for.
+        pixels: output of the image processor, for pictures of what the encoder saw, of videos [videos, frames, ...]; None
+            unless it was asked for.
     """
 
     patches: torch.Tensor
@@ -62,8 +63,10 @@ def encode_images(
     if images and isinstance(images[0], list):
         num_frames = len(images[0])
         frames = [frame for video in images for frame in video]
-        features = encode_images(model, processor, frames, batch_size)
-        return PatchFeatures(features.patches.unflatten(0, (-1, num_frames)).flatten(1, 2))
+        features = encode_images(model, processor, frames, batch_size, keep_pixels)
+        kept = {name: value.unflatten(0, (-1, num_frames)) for name, value in (features.pixels or {}).items()}
+        patches = features.patches.unflatten(0, (-1, num_frames)).flatten(1, 2)
+        return PatchFeatures(patches, None, kept if keep_pixels else None)
     for start in range(0, len(images), batch_size):
         inputs = processor.image_processor(images=list(images[start : start + batch_size]), return_tensors="pt")
         parts.append(model.encode_images(**{name: value.to(model.device) for name, value in inputs.items()}).cpu())

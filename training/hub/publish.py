@@ -42,7 +42,8 @@ def publish(settings: PushSettings) -> str | None:
         commit = upload(files, settings.repo, settings)
     if settings.space:
         space = replace(settings, revision="main", tag=None)  # a Space runs its main branch
-        upload(space_files(settings.repo, commit), settings.repo, space, repo_type="space")
+        takes_videos = read_config(Path(settings.model)).get("num_frames") is not None
+        upload(space_files(settings.repo, commit, takes_videos), settings.repo, space, repo_type="space")
     return commit
 
 
@@ -75,6 +76,7 @@ def collect_files(folder: Path, settings: PushSettings) -> list[PublishedFile]:
         cache=Path(settings.cache) if settings.cache else None,
         pictures=settings.pictures,
         tag=settings.tag,
+        space=settings.space,
         license=settings.license,
         base_licenses={"vision": settings.vision_license, "llm": settings.llm_license},
     )

@@ -18,18 +18,19 @@ REQUIREMENTS = (
 )  # fmt: skip
 
 
-def space_files(model: str, revision: str) -> list[PublishedFile]:
+def space_files(model: str, revision: str, takes_videos: bool = False) -> list[PublishedFile]:
     """Return the files of a Space that shows a model of the Hub at a commit.
 
-    They are the page's program, the modules of this package that it imports, requirements pinned to the versions
-    installed here, and the Space's card.
+    They are the page's program, the modules of this package that it imports, example pictures with their licence,
+    requirements pinned to the versions installed here (with PyAV for a model that takes videos), and the Space's card.
     """
     values = {"model": model, "name": model.split("/")[-1], "revision": revision}
     values["gradio"] = importlib.metadata.version("gradio")
     card = (TEMPLATES / "README.md").read_text()
     for name, value in values.items():
         card = card.replace(f"@@{name}@@", value)
-    pins = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}\n" for name in REQUIREMENTS]
+    names = (*REQUIREMENTS, "av") if takes_videos else REQUIREMENTS
+    pins = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}\n" for name in names]
     contents = {
         "README.md": card,
         "app.py": (TEMPLATES / "app.py").read_text(),
@@ -38,6 +39,7 @@ def space_files(model: str, revision: str) -> list[PublishedFile]:
     }
     contents |= {f"blipren/{path}": (PACKAGE / path).read_text() for path in needed_modules()}
     files = [PublishedFile(name, content.encode()) for name, content in contents.items()]
+    files += [PublishedFile(f"examples/{path.name}", path.read_bytes()) for path in (TEMPLATES / "examples").iterdir()]
     for file in files:
         check_no_local_path(file)
     return sorted(files, key=lambda file: file.name)

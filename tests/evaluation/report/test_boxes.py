@@ -7,7 +7,8 @@ from PIL import Image
 from blipren.training.cli import main
 from blipren.training.evaluation.examples import Example
 from blipren.training.evaluation.metrics.boxes import PlaceAnswer
-from blipren.training.evaluation.report.boxes import draw_places, draw_samples, phrase_of, place_items
+from blipren.training.evaluation.report.boxes import draw_samples, place_items
+from blipren.training.evaluation.report.places import draw_places, phrase_of
 from blipren.training.evaluation.results import Evaluation
 
 ANSWER = "a cup [100, 300, 500, 700], a dog [600, 600, 990, 990] at [50, 50]"

@@ -17,6 +17,7 @@ from blipren.training.evaluation.attention import Explanation, explain, query_st
 from blipren.training.evaluation.conversations import conversation_items
 from blipren.training.evaluation.metrics.hallucination import COCO_WORDS, singular
 from blipren.training.evaluation.report.boxes import draw_samples, place_items
+from blipren.training.evaluation.report.card_pictures import write_example
 from blipren.training.evaluation.report.pictures import image_url, map_bytes, sample_grid
 from blipren.training.evaluation.report.training import preference_lines, text_loss_line, training_curves
 from blipren.training.evaluation.results import PER_IMAGE, SIMILARITIES, Evaluation
@@ -351,7 +352,7 @@ def embedded_data(page: Path) -> dict:
 def write_report(
     out: Path, result: Evaluation, settings, model=None, processor=None, before=None, similarities=None
 ) -> Path:
-    """Write report.html into the evaluation folder, and samples.png for the model card."""
+    """Write report.html into the evaluation folder, and samples.png, attention.png and example.png for the model card."""
     data = report_data(result, settings, model, processor, before, similarities)
     title = f"Evaluation of {Path(settings.model).name}"
     if settings.predictions is not None:
@@ -361,6 +362,8 @@ def write_report(
     images, captions = draw_samples(result)
     if images:
         sample_grid(out / "samples.png", images, captions)
+    if model is not None and settings.attention_images > 0:
+        write_example(out, result, model, processor, settings.prompt)
     path = out / "report.html"
     write_atomically(path, render_page(data, "report.js", title, subtitle))
     return path

@@ -66,7 +66,7 @@ def draw_found(scenes: Path, rows: list[dict], file: Path) -> None:
     from PIL import Image
 
     from blipren.grounding_blipren import read_places
-    from blipren.training.evaluation.report.boxes import draw_places
+    from blipren.training.evaluation.report.places import draw_places
 
     lines = -(-len(rows) // 4)
     figure, axes = plt.subplots(lines, 4, figsize=(12, 3.3 * lines), squeeze=False)
