@@ -56,7 +56,7 @@ class Recorder:
     def save(self, path: Path) -> None:
         """Write the recording."""
         first, *others = self.frames
-        first.save(path, save_all=True, append_images=others, duration=self.milliseconds, loop=0, quality=60, method=6)
+        first.save(path, save_all=True, append_images=others, duration=self.milliseconds, loop=0, quality=85, method=6)
 
 
 def record(address: str, path: Path) -> None:

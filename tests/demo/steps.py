@@ -10,6 +10,9 @@ def upload(tab, *files):
     from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
     for attempt in range(6):
+        tab.evaluate(
+            "document.querySelector('#question input[type=file]').value = ''"
+        )  # as a click on the button does
         tab.set_input_files("#question input[type=file]", [str(file) for file in files])
         try:
             arrived = f"document.querySelectorAll('#question .thumbnail-item').length == {len(files)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -118,10 +119,13 @@ def build_page(
         for number, messages in enumerate(visit.shown):
             given = number, visit.talks[number], question or None, pictures, sampling, options
             try:
+                due = 0.0
                 for text, talk in stream_answer(*given):
                     messages[-1]["content"] = text or "(an empty answer)"
                     visit.talks[number] = talk or visit.talks[number]
-                    yield shown()
+                    if talk or time.monotonic() >= due:  # ten times a second: more would keep the server busy
+                        due = time.monotonic() + 0.1
+                        yield shown()
                 if drawn := drawn_places(visit.talks[number], text, question):
                     messages.append({"role": "assistant", "content": drawn})
             except UserError as error:
