@@ -11,6 +11,14 @@ from blipren.training.commands.train import TrainSettings
 # what says where a run was, not what it was
 LEFT_OUT = ("model", "cache", "out", "device", "workers", "log_every", "report_to", "push_to", "public", "resume")
 
+QFORMER_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "cross_attention_frequency",
+)
+
 
 def training_commands(config: dict, settings: dict, dataset: str | None) -> list[str]:
     """Return `new`, `embed` and `train` with the settings that are not the defaults; [] for a run of another stage.
@@ -25,8 +33,10 @@ def training_commands(config: dict, settings: dict, dataset: str | None) -> list
     vision = " ".join(_base(bases, part) for part in ("vision", "second_vision") if part in bases)
     new = f"blipren new my-vlm --vision {vision} --llm {_base(bases, 'llm')} --connector {config.get('connector')}"
     new += f" --projector {config.get('projector')}"
-    if queries := (config.get("qformer_config") or {}).get("num_query_tokens"):
-        new += f" --queries {queries}"
+    qformer = config.get("qformer_config") or {}
+    if queries := qformer.get("num_query_tokens"):
+        sizes = {name: qformer[name] for name in QFORMER_SIZES if name in qformer}
+        new += f" --queries {queries} --qformer {shlex.quote(_as_yaml(sizes))}"
     if frames := config.get("num_frames"):
         new += f" --frames {frames}"
     train = ["blipren train my-vlm cache run"]
@@ -39,10 +49,14 @@ def training_commands(config: dict, settings: dict, dataset: str | None) -> list
         if isinstance(value, bool):
             train.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, dict):
-            train.append(f"--{flag} {shlex.quote(yaml.safe_dump(value, default_flow_style=True).strip())}")
+            train.append(f"--{flag} {shlex.quote(_as_yaml(value))}")
         else:  # lists are one text here, with commas
             train.append(f"--{flag} {shlex.join(str(value).split(', '))}")
     return [new, f"blipren embed my-vlm {dataset or 'photos'} cache", " ".join(train)]
+
+
+def _as_yaml(values: dict) -> str:
+    return yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=10_000).strip()
 
 
 def _base(bases: dict, part: str) -> str:

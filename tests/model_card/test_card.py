@@ -181,7 +181,7 @@ def test_the_card_of_a_real_run(tmp_path, monkeypatch):
         r"Whether the model uses its image, measured: ",
         r"!\[Held-out images with their captions\]\(pictures/samples.png\)",
         r"!\[Training and validation loss\]\(pictures/curves.png\)",
-        r"```bash\nblipren new my-vlm --vision vision --llm llm --connector qformer --projector \w+ --queries 4\n"
+        r"```bash\nblipren new my-vlm --vision vision --llm llm --connector qformer --projector \w+ --queries 4 --qformer '{hidden_size: [^\n]*}'\n"
         r"blipren embed my-vlm photos cache\nblipren train my-vlm cache run [^\n]*--batch-size 4[^\n]*--max-steps 4[^\n]*\n```",
     ):
         assert re.search(pattern, text), (pattern, text)
