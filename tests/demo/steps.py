@@ -1,5 +1,6 @@
 """What a visitor of the page does, in a browser and without one."""
 
+import functools
 import json
 
 import requests
@@ -53,13 +54,18 @@ def map_of(tab, word):
     return tab.locator(".map img").get_attribute("src")
 
 
+@functools.cache
+def submit_number(address):
+    """Number of the function that the text box calls."""
+    functions = requests.get(f"{address}/config", timeout=60).json()["dependencies"]
+    return next(f["id"] for f in functions if any(target[1] == "submit" for target in f["targets"]))
+
+
 def call(address, files, session):
     """Send a question with these files as the page does, without a browser. Returns what the server says."""
     data = [{"text": "What is it?", "files": files}, None, 8, 1, 0]
-    functions = requests.get(f"{address}/config", timeout=10).json()["dependencies"]
-    number = next(f["id"] for f in functions if any(target[1] == "submit" for target in f["targets"]))
-    body = {"data": data, "fn_index": number, "session_hash": session}
-    requests.post(f"{address}/gradio_api/queue/join", json=body, timeout=10).raise_for_status()
+    body = {"data": data, "fn_index": submit_number(address), "session_hash": session}
+    requests.post(f"{address}/gradio_api/queue/join", json=body, timeout=60).raise_for_status()
     events = []
     stream = requests.get(
         f"{address}/gradio_api/queue/data", params={"session_hash": session}, stream=True, timeout=120

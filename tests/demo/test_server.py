@@ -68,7 +68,8 @@ def test_fifty_visitors_at_once_get_their_own_answers_and_leave_nothing(address,
         files = [{"path": uploaded[number % 2], "meta": {"_type": "gradio.FileData"}}]
         session = uuid.uuid4().hex
         with requests.get(f"{address}/gradio_api/heartbeat/{session}", stream=True, timeout=120) as open_tab:
-            next(open_tab.iter_lines())
+            beats = open_tab.iter_lines()  # kept: without it the connection is closed
+            next(beats)
             said[number] = call(address, files, session)
 
     def memory():
