@@ -235,6 +235,6 @@ def build_page(
 def launch(page: gr.Blocks, **options):
     """Start the server of a page. Nothing of this machine but the page and uploads of this run is served."""
     return page.launch(
-        max_file_size="20mb", show_error=False, allowed_paths=[], ssr_mode=False, footer_links=[], css=CSS, js=SCRIPT, quiet=True,
-        enable_monitoring=False, mcp_server=False, state_session_capacity=200, **options,
+        max_file_size="20mb", show_error=False, allowed_paths=[], ssr_mode=False, footer_links=[], css=CSS, js=SCRIPT,
+        quiet=True, enable_monitoring=False, mcp_server=False, state_session_capacity=200, **options,
     )  # fmt: skip
