@@ -287,7 +287,7 @@ def test_flags_in_the_text_exist(page):
             known |= {f"--{flag}", f"--no-{flag}"}
     text = BLOCK.sub("", (DOCS / page).read_text(encoding="utf-8"))
     for code in re.findall(r"`([^`\n]+)`", text):
-        if code.startswith("python benchmarks/"):  # flags of its own
+        if code.startswith(("python benchmarks/", "python tests/")):  # flags of their own
             continue
         for flag in re.findall(r"(?<![\w-])--[\w-]+", code):
             assert flag in known, f"{page}: {flag}"
