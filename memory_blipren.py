@@ -5,6 +5,7 @@ float16, with the `mean`, `std` and `scale` (median squared distance) that do it
 `texts.arrow` holds id, image hash, captions and their token ids. `memory.json` holds what decided them, and the settings.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -118,11 +119,13 @@ class BliprenMemory:
             raise ValueError(f"a memory needs at least 2 entries and as many texts; {len(embeddings)} were given")
         embeddings = embeddings.float()
         mean, std = embeddings.mean(dim=0), embeddings.std(dim=0).clamp_min(1e-6)
-        step = max(1, len(embeddings) // MOST_REGRESSED)
-        some = (embeddings[::step] - mean) / std
+        standard = torch.empty(embeddings.shape, dtype=torch.float16)
+        for start in range(0, len(embeddings), BLOCK):
+            standard[start : start + BLOCK] = (embeddings[start : start + BLOCK] - mean) / std
+        some = standard[:: max(1, len(embeddings) // MOST_REGRESSED)].float()
         scale = torch.cdist(some, some).square().median().clamp_min(1e-6)
         memory = cls(
-            ((embeddings - mean) / std).half(),
+            standard,
             {"mean": mean, "std": std, "scale": scale, "caption_hashes": torch.zeros(0, dtype=torch.int64)},
             _require_arrow().table(texts, schema=_schema()),
             info,
@@ -206,6 +209,12 @@ class BliprenMemory:
         return BliprenMemory(
             self.embeddings, self.statistics, self.texts, self.info, replace(self.settings, **settings), self.index
         )
+
+    def fingerprint(self) -> str:
+        """Return a hash of what the captions depend on."""
+        digest = hashlib.sha256(json.dumps([self.info, asdict(self.settings), len(self)], sort_keys=True).encode())
+        digest.update(self.statistics["caption_hashes"].numpy().tobytes() + self.statistics["mean"].numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     # ---- neighbours ---------------------------------------------------------------------------------------------
 

@@ -62,3 +62,10 @@ def test_scales(tmp_path):
     figures = run("scales.py", "--shape", "tiny", "--images", "2", "--rounds", "1", out=tmp_path / "scales.json")
     assert set(figures["visual_tokens"].values()) == {4}
     assert all(seconds > 0 for kinds in figures["seconds"].values() for seconds in kinds.values())
+
+
+def test_memory(tmp_path):
+    report = run("memory.py", "--entries", "50", "--width", "8", "--queries", "4", out=tmp_path / "memory.json")
+    (figures,) = report["results"]
+    assert figures["entries"] == 50 and figures["bytes"]["embeddings.safetensors"] > 50 * 8 * 2
+    assert min(figures["processor milliseconds a query"].values()) > 0

@@ -302,3 +302,22 @@ def test_the_texts_are_answers_to_the_caption_prompt(remembering):
     assert len(embeddings) == len(texts["id"]) and without == 0
     assert processor.decode_answer(texts["tokens"][0][0]) == texts["captions"][0][0]
     assert memory_info(model, processor) == model.memory.info
+
+
+def test_evaluate_says_neighbours_and_copies(remembering, pictures, tmp_path, capsys):
+    folder, _ = remembering
+    options = ["--split", "train", "--resamples", "10", "--no-report", "--device", "cpu", "--max-new-tokens", "12"]
+    assert main(["evaluate", str(folder), str(pictures), str(tmp_path / "with"), *options]) == 0
+    metrics = json.loads((tmp_path / "with" / "metrics.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "with" / "predictions.jsonl").open()]
+    assert (
+        metrics["memory"]["copies"] == sum(row["copied"] for row in rows)
+        and "captions of it" in capsys.readouterr().out
+    )
+    for row in rows:  # on the images of the memory itself no image is its own neighbour
+        assert row["id"] not in {one["id"] for one in row["neighbours"]} and len(row["neighbours"]) <= 3
+    assert any(row["neighbours"] for row in rows)
+    assert main(["evaluate", str(folder), str(pictures), str(tmp_path / "without"), "--no-memory", *options]) == 0
+    assert "memory" not in json.loads((tmp_path / "without" / "metrics.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "without" / "predictions.jsonl").open()]
+    assert not any("neighbours" in row for row in rows)

@@ -67,6 +67,8 @@ class EvaluateSettings(ReportSettings, MetricSettings, GenerationSettings, Groun
     """Score these captions instead of generating any: JSON lines with id and caption, or one JSON object."""
     before: str | None = None
     """An earlier checkpoint, or its evaluation folder: the report shows its captions and scores for comparison."""
+    memory: bool = True
+    """Use the model's memory for captions, if it has one; near duplicates of an image are left out of it."""
     device: str = choice("auto", "cpu", "cuda", "mps", default="auto")
     """Device to compute on."""
     seed: int = 0

@@ -36,6 +36,7 @@ from blipren.training.evaluation.results import (
     add_captions,
     add_clip_scores,
     add_image_use,
+    add_memory,
     add_ranks,
     add_routing,
     is_caption,
@@ -106,12 +107,17 @@ def _evaluate_answers(
     settings: EvaluateSettings, split: Split, result: Evaluation, model, processor, partial: Path
 ) -> None:
     """Run the inference pass and add captioning, VQA, image use, routing and POPE to the result."""
+    options = settings.generate_options()
+    if model.memory is not None and settings.memory:
+        model.memory.leave_out_duplicates = True  # the data set may be the one of the memory
+    elif model.memory is not None:
+        options["use_memory"] = False
     plan = InferencePlan(
         captions="captioning" in settings.tasks,
         questions="vqa" in settings.tasks,
         image_use=settings.probe,
         prompt=settings.prompt,
-        generation=settings.generate_options(),
+        generation=options,
         num_frames=model.config.num_frames if split.examples[0].row.video else None,
         batch_size=settings.batch_size,
         seed=settings.seed,
@@ -119,7 +125,10 @@ def _evaluate_answers(
         bbox_format=settings.bbox_format,
         category_names=split.category_names,
     )
-    records = run_inference(model, processor, split, plan, partial, model_fingerprint(settings.model))
+    fingerprint = model_fingerprint(settings.model)
+    if model.memory is not None:
+        fingerprint += model.memory.fingerprint()
+    records = run_inference(model, processor, split, plan, partial, fingerprint)
     result.records = {record["id"]: record for record in records}
     result.examples = [e for e in split.examples if "rejected" not in result.records[e.id]]
     if not result.examples:
@@ -127,6 +136,8 @@ def _evaluate_answers(
     if plan.captions:
         captions = {e.id: result.records[e.id]["caption"] for e in result.examples}
         add_captions(result, settings, captions, settings.meteor)
+        if model.memory is not None and settings.memory:
+            add_memory(result, model.memory)
         if settings.similarity:
             _score_similarity(settings, result, model)
     if plan.questions:
@@ -324,6 +335,12 @@ def summary_lines(metrics: dict) -> list[str]:
         rest = ", ".join(f"{n} {'none' if v is None else format(v, '.4f')}" for n, v in values.items())
         lines.append(f"captioning: CIDEr {captioning['CIDEr']:.4f} ({low:.4f} to {high:.4f}), {rest}")
         lines += [f"  {note}" for note in captioning["notes"]]
+    if "memory" in metrics:
+        memory = metrics["memory"]
+        lines.append(
+            f"memory: {memory['entries']:,} images; {memory['copies']} captions ({memory['share_of_copies']:.1%}) are "
+            "captions of it, word for word"
+        )
     if "hallucination" in metrics:
         shown = {n: v for n, v in metrics["hallucination"].items() if isinstance(v, float)}
         lines.append("hallucination: " + ", ".join(f"{n} {v:.3f}" for n, v in shown.items()))

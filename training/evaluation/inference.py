@@ -27,6 +27,8 @@ from blipren.training.evaluation.image_use import answer_losses, other_images
 from blipren.training.evaluation.metrics.pope import PopeQuestion
 from blipren.training.evaluation.refer import ANSWER_TOKENS, place_questions
 
+SHOWN_NEIGHBOURS = 3  # of a memory, for each image
+
 
 @dataclasses.dataclass(frozen=True)
 class InferencePlan:
@@ -147,6 +149,11 @@ def run_chunk(
         captions = generate_answers(model, processor, features, plan.prompt, plan.batch_size, **plan.generation)
         for record, caption in zip(records, captions):
             record["caption"] = caption
+        if model.memory is not None and plan.generation.get("use_memory") is not False and plan.num_frames is None:
+            names = [example.id for example in good]
+            found = model.find_neighbours(SHOWN_NEIGHBOURS, names, **features.model_inputs(model.device))
+            for record, neighbours in zip(records, found):
+                record["neighbours"] = neighbours
     if plan.questions:
         _answer_questions(model, processor, features, good, others, plan, records)
     if plan.grounding:

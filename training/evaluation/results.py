@@ -23,6 +23,7 @@ from blipren.training.evaluation.metrics.captions import CaptionScores, score_ca
 from blipren.training.evaluation.metrics.hallucination import Hallucination, chair, judge_captions
 from blipren.training.evaluation.metrics.pope import PopeQuestion
 from blipren.training.evaluation.metrics.retrieval import RECALL_AT
+from blipren.training.evaluation.metrics.tokenizer import tokenize
 from blipren.training.evaluation.metrics.vqa import answer_table, most_frequent_accuracy, vqa_scores
 from blipren.training.evaluation.refer import place_rows
 from blipren.training.files import write_atomically
@@ -121,6 +122,16 @@ def add_captions(result: Evaluation, settings, captions: dict[str, dict], meteor
             ids = [e.id for e in judged if e.facts.get("group") == group]
             part = judge_captions({key: predictions[key] for key in ids}, {key: contents[key] for key in ids}, judge)
             result.metrics["hallucination"][group] = part.values
+
+
+def add_memory(result: Evaluation, memory) -> None:
+    """Add how many captions are captions of the model's memory, word for word after the metrics' tokenizer."""
+    known = set(tokenize([text for own in memory.texts["captions"].to_pylist() for text in own], "python"))
+    said = dict(zip(result.captions, tokenize([caption["text"] for caption in result.captions.values()], "python")))
+    for name, text in said.items():
+        result.captions[name]["copied"] = text in known
+    copies = sum(text in known for text in said.values())
+    result.metrics["memory"] = {"entries": len(memory), "copies": copies, "share_of_copies": copies / len(said)}
 
 
 def add_clip_scores(result: Evaluation, settings, scores: Mapping[str, Sequence[float]], encoder: str) -> None:
@@ -279,6 +290,8 @@ def prediction_rows(result: Evaluation, prompt: str | None) -> list[dict]:
                 row |= {n: round(scores.per_image[n][example.id], 6) for n in PER_IMAGE if n in scores.per_image}
             if result.hallucination is not None and example.id in result.hallucination.per_image:
                 row |= result.hallucination.per_image[example.id]
+            if "copied" in caption:
+                row |= {"copied": caption["copied"], "neighbours": result.records[example.id]["neighbours"]}
             rows.append(row | result.ranks.get(example.id, {}))
         elif example.id in result.ranks:
             rows.append({"id": example.id, "references": example.references, **result.ranks[example.id]})

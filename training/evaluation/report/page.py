@@ -188,6 +188,8 @@ def image_items(result: Evaluation, positions: Sequence[int], before: Evaluation
                 item["wrong_words"] = _wrong_words(item["caption"], found["hallucinated"])
             else:
                 item |= {"true": found["true"], "problems": found["problems"]}
+        if "copied" in caption:
+            item |= {"copied": caption["copied"], "neighbours": result.records[example.id]["neighbours"]}
         if before is not None and example.id in before.captions:
             item["before"] = before.captions[example.id]["text"]
             item["before_score"] = before.caption_scores.per_image["CIDEr"].get(example.id)
