@@ -2,6 +2,7 @@
 
 import dataclasses
 import posixpath
+import re
 import shutil
 from pathlib import Path
 
@@ -98,11 +99,15 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turn links between docs/ and benchmarks/README.md, which are right in the repository, into links of the site."""
+    """Turn links between docs/ and benchmarks/README.md, which are right in the repository, into links of the site.
+
+    Notebooks are no part of the site: their links become their names.
+    """
     path = page.file.src_uri
     if path == BENCHMARKS:
         return markdown.replace("](../docs/", "](../")
     to_root = posixpath.relpath(".", posixpath.dirname(path) or ".")
+    markdown = re.sub(r"\[([^\]]+)\]\((?:\.\./)+(notebooks/[\w-]+\.ipynb)\)", r"\1 (`\2`)", markdown)
     depth = "../" if to_root == "." else f"../{to_root}/"
     return markdown.replace(
         f"]({depth}benchmarks/README.md", f"]({posixpath.relpath(BENCHMARKS, posixpath.dirname(path) or '.')}"
