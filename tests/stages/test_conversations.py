@@ -19,7 +19,8 @@ from blipren.training.errors import UserError
 from blipren.training.evaluation.report.training import text_loss_line
 from blipren.training.stages import train as caption
 from tests import tiny_models
-from tests.stages.test_processes import finish, same
+from tests.stages.test_processes import finish, needs_deepspeed, same, with_deepspeed
+from tests.stages.test_resume import run_with_kills, same_bits
 from tests.stages.tools import events, make_model, run_command, weights
 
 
@@ -104,6 +105,30 @@ def test_a_run_resumes_to_the_same_bits_and_two_processes_equal_one(mixed, tmp_p
     caption.train(mixed(micro_batches=6))
     again = weights(tmp_path / "run")
     assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.slow
+def test_five_kills_end_with_the_same_bits(mixed, tmp_path):
+    """Captions and conversations, with everything that draws: system prompts, conversations, dropout; with an average."""
+    never = mixed(
+        max_steps=18, eval_every=6, workers=2, generate_samples=0, micro_batches=2, llm_tuning="lora", ema=0.9,
+        answers_per_image=1, feature_noise=0.1,
+    )  # fmt: skip
+    killed = type(never)(**never.__dict__ | {"out": str(tmp_path / "killed")})
+    caption.train(never)
+    run_with_kills(killed, tmp_path / "killed", [(1, 0.0), (4, 0.02), (7, 0.011), (11, 0.007), (14, 0.03)])
+    same_bits(weights(tmp_path / "run"), weights(tmp_path / "killed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp", pytest.param("zero2", marks=needs_deepspeed)])
+def test_sharded_conversations_train_as_one_process_does(how, mixed, tmp_path):
+    one = mixed(micro_batches=6, generate_samples=0)
+    two = type(one)(**one.__dict__ | {"out": str(tmp_path / "two"), "fsdp": how == "fsdp"})
+    process = run_command(two if how == "fsdp" else with_deepspeed(two, how), processes=2)
+    caption.train(one)
+    assert "2 processes" in finish(process)
+    same(tmp_path / "run", tmp_path / "two")
 
 
 def test_conversations_alone_log_answers_in_their_context(settings, chat_cache, tmp_path):

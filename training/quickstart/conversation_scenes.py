@@ -1,9 +1,10 @@
 """Conversations about drawn scenes: several questions about one, and questions about two at once.
 
-The questions about two pictures are balanced: what one picture shows says nothing about the answer, or as little as
-possible. `PAIR_QUESTIONS` has them.
+The questions about two pictures (`PAIR_QUESTIONS`) are balanced: who sees one picture guesses the answer no better than who
+sees none.
 """
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -19,15 +20,18 @@ from blipren.training.quickstart.scenes import (
     draw_scene,
     held_out_reason,
     make_scene,
+    place_in_cell,
+    vary_colour,
 )
-from blipren.training.quickstart.wording import place_answer, write_captions, write_questions
+from blipren.training.quickstart.wording import NUMBERS, place_answer, write_captions, write_questions
 
 DIFFERENCES = ("color", "shape", "size", "place")
 PAIR_QUESTIONS = {
-    "different": "What is different, the color, the shape, the size or the place?",
+    "different": "What is different?",
     "same number": "Do both pictures have the same number of shapes?",
     "more": "Which picture has more shapes?",
 }
+LEFT, RIGHT = "Left picture:", " Right picture:"  # in front of the pictures of a pair
 TURNS = 4  # of a conversation about one scene
 
 
@@ -69,14 +73,13 @@ def change_scene(scene: Scene, what: str, rng: random.Random) -> Scene:
     o = objects[index]
     if what == "color":
         colour = rng.choice([c for c in COLOURS if c != o.colour])
-        new = replace(o, colour=colour, rgb=COLOURS[colour])
+        new = replace(o, colour=colour, rgb=vary_colour(colour, rng))
     elif what == "shape":
         new = replace(o, shape=rng.choice([s for s in SHAPES if s != o.shape]))
     elif what == "size":
         size = next(s for s in SIZES if s != o.size)
-        new = replace(
-            o, size=size, radius=SIZES[size], x=round((o.column + 0.5) / 3, 4), y=round((o.row + 0.5) / 3, 4)
-        )
+        x, y, radius = place_in_cell(o.row, o.column, size, rng)
+        new = replace(o, size=size, x=x, y=y, radius=radius)
     else:
         taken = {(p.row, p.column) for p in objects}
         row, column = rng.choice([(r, c) for r in range(3) for c in range(3) if (r, c) not in taken])
@@ -106,6 +109,44 @@ def answer_pair(kind: str, first: Scene, second: Scene) -> str:
     return "left" if a > b else "right" if b > a else "equal"
 
 
+def draw_pair_kind(rng: random.Random) -> str:
+    """Return a kind of question about two pictures; half of them are `different`."""
+    return rng.choice(("different", "different", "same number", "more"))
+
+
+def draw_counts(kind: str, rng: random.Random, numbers: tuple[int, ...] = (1, 2, 3)) -> tuple[int, int]:
+    """Return numbers of shapes of two pictures, such that one of them tells nothing about the answer.
+
+    Of `same number`, half are equal. Of `more`, the numbers differ by one at most, and all such pairs are equally likely:
+    the likeliest answer is right in 3 of 7 pairs, with and without one of the numbers.
+    """
+    pairs = [(a, b) for a in numbers for b in numbers]
+    if kind == "same number":
+        equal = rng.random() < 0.5
+        return rng.choice([(a, b) for a, b in pairs if (a == b) == equal])
+    return rng.choice([(a, b) for a, b in pairs if abs(a - b) < 2])
+
+
+def draw_scene_of(seed: int, index: int, number: int, part: int) -> Scene:
+    """Return a scene with a number of objects. Each `part` of a text about several scenes draws others."""
+    for attempt in itertools.count():
+        scene = make_scene(seed, 10**8 * part + 100 * index + attempt)
+        if len(scene.objects) == number:
+            return scene
+
+
+def more_pair_turns(kind: str, left: Scene, right: Scene) -> list[tuple[str, str]]:
+    """Return questions with answers about each picture of a pair, which teach to compare them. For training alone."""
+    if kind != "different":
+        sides = (("left", left), ("right", right))
+        return [(f"How many shapes are on the {side}?", NUMBERS[len(scene.objects)]) for side, scene in sides]
+    turns = []
+    for side, scene, other in (("left", left, right), ("right", right, left)):
+        (o,) = set(scene.objects) - set(other.objects)
+        turns.append((f"What is only on the {side}?", f"{o.size} {o.colour} {o.shape} {place_answer(o)}"))
+    return turns
+
+
 def best_guess_share(answers: list[tuple[object, str]]) -> float:
     """Return the share of answers that are right when the likeliest answer to what is known is always given.
 
@@ -126,10 +167,9 @@ def _messages(turns: list[tuple[str, str]], images: int) -> list[dict]:
         if number == 0 and images == 1:
             content = [{"type": "image"}, *content]
         elif number == 0:
-            words = ("Left picture:", " Right picture:")
-            content = [part for text in words for part in ({"type": "text", "text": text}, {"type": "image"})] + [
-                {"type": "text", "text": " " + question}
-            ]
+            content = [
+                part for text in (LEFT, RIGHT) for part in ({"type": "text", "text": text}, {"type": "image"})
+            ] + [{"type": "text", "text": " " + question}]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return messages
 
@@ -151,24 +191,24 @@ def iterate_rows(seed: int, parts: tuple[Part, ...] = DEFAULT_PARTS) -> Iterator
             yield row | {"captions": write_captions(scene, rng), "kind": "scene"} | shared, {names[i]: scene}
         for k in range(part.pairs):
             rng = random.Random(f"{seed}/pair/{part.group}/{offset + k}")
-            first = rng.choice(sorted(scenes))
-            kind = rng.choice(("different", "different", "same number", "more"))
+            kind = draw_pair_kind(rng)
             new: dict[str, Scene] = {}
             if kind == "different":
-                answer = rng.choice(DIFFERENCES)
+                first, answer = rng.choice(sorted(scenes)), rng.choice(DIFFERENCES)
                 name = f"images/{part.group}-{offset + k:06d}-changed.png"
                 new[name] = _changed_pair(scenes[first], answer, rng, part.group)
                 images = [names[first], name]
                 rng.shuffle(images)
+                pair = [(scenes[first], new[name])[n != names[first]] for n in images]
             else:
-                number = len(scenes[first].objects)
-                others = [n for n in by_count if n != number]
-                equal = rng.random() < (1 / 2 if kind == "same number" or number != 2 else 1 / 3)
-                second = rng.choice(by_count[number if equal else rng.choice(others)])
-                images = [names[first], names[second]]
-                answer = answer_pair(kind, scenes[first], scenes[second])
+                first, second = (rng.choice(by_count[n]) for n in draw_counts(kind, rng, tuple(sorted(by_count))))
+                images, pair = [names[first], names[second]], [scenes[first], scenes[second]]
+                answer = answer_pair(kind, *pair)
+            turns = [(PAIR_QUESTIONS[kind], answer)]
+            if part.split == "train":
+                turns += more_pair_turns(kind, *pair)
             row = {"id": f"pair-{part.group}-{offset + k}", "image": images, "kind": kind}
-            yield row | {"messages": _messages([(PAIR_QUESTIONS[kind], answer)], 2), "captions": []} | shared, new
+            yield row | {"messages": _messages(turns, 2), "captions": []} | shared, new
         offset += max(part.scenes, part.pairs)
 
 

@@ -110,6 +110,20 @@ def held_out_reason(scene: Scene) -> str | None:
     return None
 
 
+def place_in_cell(row: int, column: int, size: str, rng: random.Random) -> tuple[float, float, float]:
+    """Return x, y and radius of an object that stays inside its cell, as shares of the image's side."""
+    radius = SIZES[size] * rng.uniform(0.95, 1.05)
+    room = max(0.0, 1 / 6 - radius - 0.003)
+    x = (column + 0.5) / 3 + rng.uniform(-room, room)
+    y = (row + 0.5) / 3 + rng.uniform(-room, room)
+    return round(x, 4), round(y, 4), round(radius, 4)
+
+
+def vary_colour(colour: str, rng: random.Random) -> tuple[int, ...]:
+    """Return a colour as it is drawn: near the one of `COLOURS`."""
+    return tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in COLOURS[colour])
+
+
 def _random_scene(rng: random.Random) -> Scene:
     """Return any scene, held out or not. Objects of one colour and shape have one size, so that counts are unambiguous."""
     # Number of objects in each group of identical ones.
@@ -124,8 +138,7 @@ def _random_scene(rng: random.Random) -> Scene:
     for count, (colour, shape, size) in zip(layout, kinds):
         for _ in range(count):
             row, column = cells.pop()
-            radius = SIZES[size] * rng.uniform(0.95, 1.05)
-            room = max(0.0, 1 / 6 - radius - 0.003)  # stay inside the cell
+            x, y, radius = place_in_cell(row, column, size, rng)
             objects.append(
                 SceneObject(
                     colour=colour,
@@ -133,10 +146,10 @@ def _random_scene(rng: random.Random) -> Scene:
                     size=size,
                     row=row,
                     column=column,
-                    x=round((column + 0.5) / 3 + rng.uniform(-room, room), 4),
-                    y=round((row + 0.5) / 3 + rng.uniform(-room, room), 4),
-                    radius=round(radius, 4),
-                    rgb=tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in COLOURS[colour]),
+                    x=x,
+                    y=y,
+                    radius=radius,
+                    rgb=vary_colour(colour, rng),
                 )
             )
     objects.sort(key=lambda o: (o.row, o.column))

@@ -16,6 +16,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blipren.training.data.sources import grounding
 from blipren.training.quickstart.clips import clip_notes, make_clip, write_clip_texts
+from blipren.training.quickstart.conversation_scenes import (
+    DIFFERENCES,
+    LEFT,
+    PAIR_QUESTIONS,
+    RIGHT,
+    answer_pair,
+    change_scene,
+    draw_counts,
+    draw_pair_kind,
+    draw_scene_of,
+    more_pair_turns,
+    write_turns,
+)
 from blipren.training.quickstart.glyphs import digit_notes, make_digit_picture, write_digit_texts
 from blipren.training.quickstart.grounded_scenes import object_box, scene_truth
 from blipren.training.quickstart.optimization import make_optimizer, save_half_precision, take_step
@@ -31,6 +44,7 @@ PLACE_STEPS = 20  # of a side
 PLACE_BYTES = [chr(byte) for byte in (*range(161, 173), *range(174, 246))]  # tokens of no text
 PLACE_WAVES = 6
 PLACE_NOISE = 0.006  # shares of the side; a soft token is not exact either
+UNSAID_NORM = 3  # the embeddings of words have norms of 0.9 to 1.6, those of tokens that no text has 5.1
 LAST_DIGIT_WEIGHT = 0.1  # of the loss: the notes do not tell thousandths
 
 # Colours and shapes that no scene has: texts about them teach that any colour goes with any shape.
@@ -41,10 +55,14 @@ MORE_SHAPES = tuple("heart ring arrow hexagon moon cube cone leaf cloud bell key
 
 
 class Note(NamedTuple):
-    """What one position before the prompt holds: words, and the box of an object as shares of the side."""
+    """What one position before the prompt holds: words, and the box of an object as shares of the side.
+
+    A `written` note is text as a prompt is: it takes a position for each token.
+    """
 
     text: str
     box: tuple[float, ...] | None = None
+    written: bool = False
 
 
 class Cell(NamedTuple):
@@ -110,7 +128,7 @@ def place_embeddings(width: int) -> Tensor:
     return (curve @ torch.randn(4, 2 * PLACE_WAVES, width) * width**-0.5).flatten(0, 1)
 
 
-def rename(texts: list[str], scene: Scene, rng: random.Random) -> list[str]:
+def rename(texts: list[str], rng: random.Random) -> list[str]:
     """Return the texts with some colours and shapes replaced by ones that no scene has."""
     share = rng.random()
     swaps = {c: n for c, n in zip(COLOURS, rng.sample(MORE_COLOURS, len(COLOURS))) if rng.random() < share}
@@ -133,6 +151,8 @@ class Course:
     """Notes hold the box of their object, and there are questions about boxes and points."""
     glyphs: bool = False
     """Four of five texts are about small digits, or about clips."""
+    conversations: bool = False
+    """Three of four texts are about two scenes, one of eight is a conversation of several turns."""
 
 
 def write_document(seed: int, index: int, course: Course) -> tuple[list[Note], list[tuple[str, str]]]:
@@ -140,6 +160,8 @@ def write_document(seed: int, index: int, course: Course) -> tuple[list[Note], l
     rng = random.Random(f"{seed}/text/{index}")
     if course.glyphs and index % 5:
         return write_glyph_document(seed, index, rng)
+    if course.conversations and index % 8 < 6:
+        return write_pair_document(seed, index, rng, course)
     scene = make_scene(seed, index)
     for number in range(2 if course.crowded else 0):
         if len(scene.objects) < 3:
@@ -156,12 +178,42 @@ def write_document(seed: int, index: int, course: Course) -> tuple[list[Note], l
         pairs = pairs[:1]
         questions = rng.sample(questions, 2) + rng.sample(about_boxes, 5)
     pairs += [(form.format(q), " " + a) for q, a in questions]
-    if rng.random() < 0.5:
-        texts = rename([note.text for note in notes] + [t for pair in pairs for t in pair], scene, rng)
-        notes = [note._replace(text=text) for note, text in zip(notes, texts)]
-        texts = texts[len(notes) :]
-        pairs = list(zip(texts[::2], texts[1::2]))
-    return notes, pairs
+    if course.conversations and index % 8 == 6:
+        turns = write_turns(scene, rng, False)
+        pairs = [("".join(f"{q} {a}{EOS}" for q, a in turns[:k]) + q, " " + a) for k, (q, a) in enumerate(turns)]
+    return rename_document(notes, pairs, rng) if rng.random() < 0.5 else (notes, pairs)
+
+
+def write_pair_document(
+    seed: int, index: int, rng: random.Random, course: Course
+) -> tuple[list[Note], list[tuple[str, str]]]:
+    """Return a text about two scenes: their notes behind "Left picture:" and "Right picture:", questions, answers."""
+    kind = draw_pair_kind(rng)
+    numbers = (1, 2, 3, 3) if kind == "different" else draw_counts(kind, rng)
+    first = draw_scene_of(seed, index, rng.choice(numbers) if kind == "different" else numbers[0], 2)
+    if kind == "different":
+        answer = rng.choice(DIFFERENCES)
+        second = change_scene(first, answer, rng)
+        first, second = rng.sample((first, second), 2)
+    else:
+        second = draw_scene_of(seed, index, numbers[1], 3)
+    asked = ("different",) if kind == "different" else ("same number", "more")
+    turns = [(PAIR_QUESTIONS[k], answer if k == "different" else answer_pair(k, first, second)) for k in asked]
+    turns += more_pair_turns(kind, first, second)
+    notes = [Note(LEFT, written=True), *write_notes(first, rng, course.shuffled)]
+    notes += [Note(RIGHT, written=True), *write_notes(second, rng, course.shuffled)]
+    pairs = [(" " + question, " " + answer) for question, answer in turns]
+    return rename_document(notes, pairs, rng) if rng.random() < 0.5 else (notes, pairs)
+
+
+def rename_document(
+    notes: list[Note], pairs: list[tuple[str, str]], rng: random.Random
+) -> tuple[list[Note], list[tuple[str, str]]]:
+    """Return notes and pairs with some colours and shapes replaced by ones that no scene has, the same ones in all."""
+    texts = rename([note.text for note in notes] + [t for pair in pairs for t in pair], rng)
+    notes = [note._replace(text=text) for note, text in zip(notes, texts)]
+    texts = texts[len(notes) :]
+    return notes, list(zip(texts[::2], texts[1::2]))
 
 
 def write_glyph_document(seed: int, index: int, rng: random.Random) -> tuple[list[Note], list[tuple[str, str]]]:
@@ -222,25 +274,31 @@ def text_batch(tokenizer, seed: int, indices: range, course: Course) -> dict[str
     for index in indices:
         notes, pairs = write_document(seed, index, course)
         answers = [(tokenizer.encode(p), tokenizer.encode(a) + [tokenizer.eos_token_id]) for p, a in pairs]
-        words = [[(token, 1.0) for token in tokenizer.encode(note.text)] for note in notes]
-        if course.boxes:
-            rng = random.Random(f"{seed}/places/{index}")
-            words = [w + (place_words(tokenizer, n.box, rng) if n.box else []) for w, n in zip(words, notes)]
-        documents.append((words, answers))
-    length = max(len(notes) + sum(len(p) + len(a) for p, a in answers) for notes, answers in documents)
+        rng = random.Random(f"{seed}/places/{index}")
+        words, soft = [], []
+        for note in notes:
+            own = [(token, 1.0) for token in tokenizer.encode(note.text)]
+            if course.boxes and note.box:
+                own += place_words(tokenizer, note.box, rng)
+            words += [[word] for word in own] if note.written else [own]
+            soft += [not note.written] * (len(own) if note.written else 1)
+        documents.append((words, soft, answers))
+    length = max(len(notes) + sum(len(p) + len(a) for p, a in answers) for notes, _, answers in documents)
     ids = torch.zeros(len(documents), length, WORDS_PER_POSITION + course.boxes * PLACE_WORDS, dtype=torch.long)
     weights = torch.zeros(ids.shape)
     labels = torch.full((len(documents), length), -100)
     scale = torch.ones(len(documents), length)
     positions = torch.zeros_like(labels)
     segments = torch.full_like(labels, -1)  # 0 notes, 1, 2, ... the answers
-    for row, (notes, answers) in enumerate(documents):
+    for row, (notes, soft, answers) in enumerate(documents):
         end = len(notes)
         for place, note in enumerate(notes):
             ids[row, place, : len(note)] = torch.tensor([token for token, _ in note])
             weights[row, place, : len(note)] = torch.tensor([weight for _, weight in note])
         # the norm of a soft token varies
-        scale[row, :end] = math.exp(random.Random(f"{seed}/scale/{indices[row]}").uniform(-0.3, 0.3))
+        scale[row, :end][torch.tensor(soft, dtype=torch.bool)] = math.exp(
+            random.Random(f"{seed}/scale/{indices[row]}").uniform(-0.3, 0.3)
+        )
         positions[row, :end] = torch.arange(end)
         segments[row, :end] = 0
         for number, (prompt, answer) in enumerate(answers, start=1):
@@ -311,6 +369,9 @@ def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, star
         if course.glyphs:
             space = tokenizer.convert_tokens_to_ids("Ġ")  # the one in front of a digit
             weight[space] = torch.randn(WIDTH) * config.initializer_range
+        if course.conversations:
+            unsaid = (weight.norm(dim=1) > UNSAID_NORM).nonzero()[:, 0]
+            weight[unsaid] = torch.randn(len(unsaid), WIDTH) * config.initializer_range
     model.set_attn_implementation("sdpa")
     print(f"llm: {model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
     optimizer, schedule = make_optimizer(model.parameters(), learning_rate, steps)

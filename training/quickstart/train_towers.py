@@ -17,11 +17,14 @@
     python -m blipren.training.quickstart.train_towers --part llm --glyphs --start glyphs/llm --out digits --seed 4 \
         --llm-steps 1500
     cp -r digits/llm training/quickstart/towers/glyphs-llm
+    python -m blipren.training.quickstart.train_towers --part llm --start training/quickstart/towers/llm \
+        --out turns --seed 20 --llm-steps 900 --batch 48 --shuffled 0.7 --crowded --conversations
+    cp -r turns/llm training/quickstart/towers/conversations-llm
 
 write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in about 70 minutes on one core,
-and variants of both for clips and small digits: that image tower also reads digits, that language model says digits,
-directions and order. (Digits get new embeddings at the start of each of its runs. The first run was made without this, and
-its model never learned to say one: see `train_llm`.) The
+and variants of both: an image tower that also reads digits, and language models that say digits, directions and order, or
+have read texts with boxes, or texts of several turns and about two scenes. (Digits get new embeddings at the start of each run
+with `--glyphs`. The first one was made without this, and its model never learned to say one: see `train_llm`.) The
 language model is trained in three runs: on notes in the order in which a caption names the objects, then on notes in any
 order, then mostly on scenes of three objects, whose words the model of the second run still confused. Neither tower is
 trained on a held-out combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of the group
@@ -54,8 +57,9 @@ def main() -> None:
     parser.add_argument("--shuffled", type=float, default=0.1)
     parser.add_argument("--crowded", action="store_true")
     parser.add_argument("--boxes", action="store_true", help="notes hold boxes, and questions ask for them")
+    parser.add_argument("--conversations", action="store_true", help="texts about two scenes, and of several turns")
     args = parser.parse_args()
-    course = Course(args.shuffled, args.crowded, args.boxes, args.glyphs)
+    course = Course(args.shuffled, args.crowded, args.boxes, args.glyphs, args.conversations)
     print(json.dumps({k: str(v) for k, v in vars(args).items()}))
     if args.part in ("all", "vision"):
         train_vision(args.out / "vision", args.seed, args.vision_steps, args.batch, args.glyphs, args.start)

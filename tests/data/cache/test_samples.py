@@ -9,6 +9,7 @@ import torch
 from blipren.prompts_blipren import build_chat_template
 from blipren.training.commands.embed import EmbedSettings
 from blipren.training.commands.embed import run as embed
+from blipren.training.data.cache.engines import ray_cluster
 from blipren.training.data.cache.samples.tokens import encode_sample, split_trace
 from blipren.training.data.sources.conversations import read_conversation
 from blipren.training.engine.loading import load_checkpoint
@@ -77,6 +78,22 @@ def test_every_image_is_stored_once_and_every_row_accounted_for(cache):
         "empty": "empty_turn", "missing": "missing_file", "broken": "image",
     }  # fmt: skip
     assert cache.verify() == []
+
+
+def test_the_ray_engine_gives_the_same_cache(tmp_path, chat_model, llava, cache, monkeypatch):
+    """Its actors' own class embeds every unit, in this process: tests/data/cache/test_ray.py starts Ray."""
+
+    def run_here(s, job, units):
+        actor = ray_cluster.EmbedUnits({name: getattr(s, name) for name in s.__dataclass_fields__})
+        for number in units:
+            actor({"unit": [number]})
+
+    monkeypatch.setattr(ray_cluster, "_run", run_here)
+    found = run_embed(chat_model, llava, tmp_path / "c", engine="ray", rows_per_shard=3)
+    assert found.counts == cache.counts and found.verify() == []
+    for split in ("train", "validation", "test"):
+        assert found.split(split).to_list() == cache.split(split).to_list()
+        assert found.samples(split).to_list() == cache.samples(split).to_list()
 
 
 def test_a_dry_run_names_the_rejected_conversations(tmp_path, chat_model, llava, capsys):
