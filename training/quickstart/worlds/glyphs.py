@@ -1,4 +1,4 @@
-"""Pictures with digits a few pixels high, of four times the side that the encoder sees: read at one scale, and at two.
+"""Pictures with digits a few pixels high, of four times the side that the encoder sees, asked for at one scale and at two.
 
     pictures -> for scale 1, then scales 1 3: new -> embed -> train -> answers on held-out pictures
 
