@@ -7,8 +7,10 @@
         --seed 2 --llm-steps 8000 --shuffled 0.7 --crowded
     cp -r first/vision training/quickstart/towers/
     python -m blipren.training.quickstart.train_towers --part llm --start training/quickstart/towers/llm --out places \
-        --seed 10 --llm-steps 900 --shuffled 0.7 --boxes
-    cp -r places/llm training/quickstart/towers/boxes-llm    # as it was after 500 of the 900 steps
+        --seed 10 --llm-steps 1400 --shuffled 0.7 --boxes    # all notes said the place in words; stopped at step 1000
+    python -m blipren.training.quickstart.train_towers --part llm --start places/llm --out boxes --seed 11 \
+        --llm-steps 700 --shuffled 0.7 --boxes
+    cp -r boxes/llm training/quickstart/towers/boxes-llm
     python -m blipren.training.quickstart.train_towers --part vision --glyphs --start training/quickstart/towers/vision \
         --out glyphs --seed 0 --vision-steps 3500
     cp -r glyphs/vision training/quickstart/towers/glyphs-vision

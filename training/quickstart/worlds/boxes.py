@@ -16,7 +16,7 @@ from blipren.training.quickstart.grounded_scenes import iterate_grounded_rows
 from blipren.training.quickstart.scenes import Split, write_scenes
 from blipren.training.quickstart.steps import TOWERS, export_model, run_step
 
-DURATION = "takes less than ten minutes on two cores"
+DURATION = "takes about five minutes on two cores"
 SPLITS = (
     Split("train", "seen", 3000),
     Split("validation", "seen", 100),
