@@ -166,7 +166,7 @@ def write_document(seed: int, index: int, course: Course) -> tuple[list[Note], l
     for number in range(2 if course.crowded else 0):
         if len(scene.objects) < 3:
             scene = make_scene(seed, 10**8 + 2 * index + number)
-    # words that say where a thing is nearly would keep the model from reading its box
+    # most notes leave out the words that say nearly where a thing is, since they are no box
     notes = write_notes(scene, rng, course.shuffled, placed=not course.boxes or rng.random() < 0.3)
     pairs = [(rng.choice(CAPTION_PROMPTS), " " + c) for c in write_captions(scene, rng)[:2]]
     if rng.random() < 0.05:
