@@ -85,7 +85,7 @@ SMALL = {
 QFORMER = "{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4}"
 FOREIGN_FLAGS = {"--help", "--config", "--node-rank", "--allowed-media-domains", "--revision"} | {
     "--allowed-local-media-path", "--tensor-parallel-size", "--data-parallel-size", "--include_path", "--encoder", "--environment",
-    "--media-io-kwargs",
+    "--media-io-kwargs", "--ray",
 }  # fmt: skip
 
 
