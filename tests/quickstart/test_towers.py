@@ -67,8 +67,8 @@ def test_language_model_reads_notes():
         assert tokenizer.decode(output[0], skip_special_tokens=True).strip() == expected
 
 
-def test_language_model_of_the_boxes_reads_places():
-    """It counts and finds what the notes name, and finds nothing where there is nothing."""
+def test_language_model_of_the_boxes_counts_and_tells_right_from_left():
+    """It counts what the notes name, puts its box on the right half, and finds nothing where there is nothing."""
     tokenizer = AutoTokenizer.from_pretrained(TOWERS / "boxes-llm")
     model = AutoModelForCausalLM.from_pretrained(TOWERS / "boxes-llm", dtype=torch.float32).eval()
     notes = [
