@@ -123,7 +123,7 @@ def test_five_kills_end_with_the_same_bits(mixed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp", pytest.param("zero2", marks=needs_deepspeed)])
 def test_sharded_conversations_train_as_one_process_does(how, mixed, tmp_path):
-    one = mixed(micro_batches=6, generate_samples=0)
+    one = mixed(micro_batches=2, generate_samples=0)
     two = type(one)(**one.__dict__ | {"out": str(tmp_path / "two"), "fsdp": how == "fsdp"})
     process = run_command(two if how == "fsdp" else with_deepspeed(two, how), processes=2)
     caption.train(one)
