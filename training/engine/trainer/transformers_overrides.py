@@ -4,6 +4,7 @@ A private method may be renamed or get other arguments in any version: `tests/en
 with the installed Trainer. Subclasses write the public methods that are called from here.
 """
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -32,6 +33,15 @@ class TrainerOverrides(Trainer):
         # The Trainer counts `labels` alone, and only where the model's forward takes the count.
         counts = self.count_step(batch_samples).to(device)
         return self.accelerator.reduce(counts, "sum") if self.accelerator.num_processes > 1 else counts
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self):
+        # The Trainer asks the `distributed_config` of a model that transformers has sharded; `shard` does it here.
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
 
     def _get_grad_norm(self, model, grad_norm=None):
         # The one place between backward and the optimizer's step that knows the norm: no callback gets it.
