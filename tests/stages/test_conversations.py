@@ -121,11 +121,25 @@ def test_five_kills_end_with_the_same_bits(mixed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["fsdp", pytest.param("zero2", marks=needs_deepspeed)])
-def test_sharded_conversations_train_as_one_process_does(how, mixed, tmp_path):
+@needs_deepspeed
+def test_deepspeed_trains_conversations_as_one_process_does(mixed, tmp_path):
     one = mixed(micro_batches=2, generate_samples=0)
-    two = type(one)(**one.__dict__ | {"out": str(tmp_path / "two"), "fsdp": how == "fsdp"})
-    process = run_command(two if how == "fsdp" else with_deepspeed(two, how), processes=2)
+    process = run_command(with_deepspeed(type(one)(**one.__dict__ | {"out": str(tmp_path / "two")}), "zero2"), 2)
+    caption.train(one)
+    assert "2 processes" in finish(process)
+    same(tmp_path / "run", tmp_path / "two")
+
+
+def test_sharded_conversations_train_as_one_process_does(mixed, chat_rows, dataset_dir, model_dir, tmp_path):
+    """FSDP2 with two micro-batches a process. A conversation without an image is refused: its connector would not run."""
+    refused = run_command(mixed(fsdp=True, out=str(tmp_path / "refused")), processes=2)
+    rows = dataset_dir / "chat-with-images.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows if "image" in row))
+    cache = str(tmp_path / "cache")
+    embed(EmbedSettings(model=str(model_dir), dataset=str(rows), cache=cache, dtype="float32", workers=0))
+    assert "8 conversations have no image: with fsdp" in refused.communicate(timeout=300)[0] and refused.returncode
+    one = mixed(cache=cache, micro_batches=4, generate_samples=0)
+    process = run_command(type(one)(**one.__dict__ | {"out": str(tmp_path / "two"), "fsdp": True}), processes=2)
     caption.train(one)
     assert "2 processes" in finish(process)
     same(tmp_path / "run", tmp_path / "two")

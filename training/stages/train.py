@@ -206,9 +206,15 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
         sources, validation = open_online(settings.cache, model, processor, settings, settings.augment)
     else:
         sources, validation = open_caches(caches, model, processor, settings.traces)
-    if experiments and any(isinstance(source, CachedSamples) for source in sources):
+    samples = [source for source in sources if isinstance(source, CachedSamples)]
+    if experiments and samples:
         raise UserError(
             "experiments learn from captions alone: train on a cache without conversations, or without them"
+        )
+    if settings.fsdp and processes > 1 and (texts := sum(not images for own in samples for images in own.images)):
+        raise UserError(
+            f"{texts} conversations have no image: with fsdp, a process whose micro-batch has none would not run the "
+            "connector that all gather their shares for. Leave them out of the cache, or leave fsdp out"
         )
     for experiment in experiments:
         experiment.prepare(model, processor, sources)
