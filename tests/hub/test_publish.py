@@ -47,6 +47,7 @@ def test_everything_that_is_needed_and_nothing_else(hub, model, tmp_path, capsys
         "generation_config.json",
         "model.safetensors",
         "modeling_blipren.py",
+        "pictures/attention.png",
         "pictures/curves.png",
         "pictures/samples.png",
         "processing_blipren.py",
