@@ -49,6 +49,7 @@ def test_everything_that_is_needed_and_nothing_else(hub, model, tmp_path, capsys
         "modeling_blipren.py",
         "pictures/attention.png",
         "pictures/curves.png",
+        "pictures/example.png",
         "pictures/samples.png",
         "processing_blipren.py",
         "processor_config.json",
