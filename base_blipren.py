@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
-from .base_models_blipren import hash_weights, weight_files
+from .base_models_blipren import hash_weights, optional_file, weight_files
 from .configuration_blipren import AUTO_MAP, CUSTOM_PIPELINES, BliprenConfig, copy_code_files
 from .memory_blipren import find_memory
 from .patch_features_blipren import BliprenPatchFeaturesMixin
@@ -301,17 +300,11 @@ class BliprenPreTrainedModel(BliprenPatchFeaturesMixin, PreTrainedModel):
                     f"{pretrained_model_name_or_path} is not a complete {cls.__name__}: {len(keys)} {kind} weights, such "
                     f"as {keys[0]!r}"
                 )
-        adapter = cached_file(
-            pretrained_model_name_or_path,
-            "adapter/adapter_config.json",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **{key: value for key, value in hub_kwargs.items() if key != "subfolder"},
-        )
+        hub_kwargs.pop("subfolder", None)
+        adapter = optional_file(pretrained_model_name_or_path, "adapter/adapter_config.json", hub_kwargs)
         if adapter is not None:
-            model.load_adapter(str(Path(adapter).parent))
+            model.load_adapter(str(adapter.parent))
         if cls.can_generate():
-            hub_kwargs.pop("subfolder", None)
             if (memory := find_memory(pretrained_model_name_or_path, hub_kwargs)) is not None:
                 model.load_memory(memory)
         model.freeze()

@@ -2,18 +2,40 @@
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+logger = logging.getLogger(__name__)
+
 # environment variable with the code that may run: "user/name@COMMIT", several separated by spaces
 TRUST_VARIABLE = "BLIPREN_TRUST_BASE_CODE"
 _AUTO_CLASSES = {"vision": (AutoModel,), "llm": (AutoModel, AutoModelForCausalLM)}
 _registered: dict[str, str] = {}  # model type -> id@commit
+
+
+def optional_file(path: str | os.PathLike, name: str, hub_kwargs: dict) -> Path | None:
+    """Return a file that a checkpoint may have, fetched if it is on the Hub; `None` if it has none.
+
+    A warning says so where that is not known, since the Hub does not answer and the cache does not tell.
+
+    Raises:
+        OSError: the checkpoint is not there, or may not be read.
+    """
+    try:
+        return Path(cached_file(path, name, **hub_kwargs))
+    except OSError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            logger.warning("%s is loaded without %s: the Hub was not reached, so that it may have one", path, name)
+        elif error.__cause__ is not None:  # a file that is missing has no cause
+            raise
+        return None
 
 
 def weight_files(model_id: str, revision: str | None = None, **hub_kwargs) -> list[Path]:

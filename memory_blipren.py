@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import cached_file
 
+from .base_models_blipren import optional_file
 from .consensus_blipren import DocumentFrequencies, ReferenceTable, hash_captions
 
 try:  # only a model with a memory needs it
@@ -95,6 +96,7 @@ class BliprenMemory:
         self.embeddings, self.statistics, self.texts = embeddings, statistics, texts
         self.info, self.settings, self.index = info, settings, index
         self.leave_out_duplicates = False  # of the image itself, where a memory is evaluated on its own images
+        self.folder: Path | None = None  # whose files these are
         self._ids, self._frequencies, self._all = None, None, None
 
     def __len__(self) -> int:
@@ -202,7 +204,9 @@ class BliprenMemory:
                 f"the memory in {folder} is damaged: {entries} entries, {len(embeddings)} embeddings, {len(texts)} texts"
             )
         index = folder / INDEX if (folder / INDEX).is_file() else None
-        return cls(embeddings, tensors, texts, info, MemorySettings(**settings), index)
+        memory = cls(embeddings, tensors, texts, info, MemorySettings(**settings), index)
+        memory.folder = folder
+        return memory
 
     def with_settings(self, **settings) -> "BliprenMemory":
         """Return the same memory with some settings changed."""
@@ -354,14 +358,13 @@ def copy_memory(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 def find_memory(path: str | os.PathLike, hub_kwargs: dict) -> Path | None:
     """Return the folder of a checkpoint's memory, fetched if it is on the Hub; `None` if it has none."""
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    first = cached_file(path, f"{FOLDER}/{FILES[0]}", **options, **hub_kwargs)
+    first = optional_file(path, f"{FOLDER}/{FILES[0]}", hub_kwargs)
     if first is None:
         return None
     for name in FILES[1:]:
         cached_file(path, f"{FOLDER}/{name}", **hub_kwargs)
-    cached_file(path, f"{FOLDER}/{INDEX}", **options, **hub_kwargs)
-    return Path(first).parent
+    optional_file(path, f"{FOLDER}/{INDEX}", hub_kwargs)
+    return first.parent
 
 
 def _require_arrow():

@@ -92,17 +92,11 @@ class BliprenMemoryMixin:
             self.memory = None
             return
         folder = Path(path)
-        if not (folder / FILES[0]).is_file():
-            try:
-                found = find_memory(path, hub_kwargs)
-            except OSError:  # neither a folder nor an id
-                found = None
-            if found is None:
-                raise ValueError(
-                    f"{path} has no memory: neither {FILES[0]} nor {FOLDER}/{FILES[0]} is there; make one with "
-                    "`blipren memory MODEL CACHE`"
-                )
-            folder = found
+        if not (folder / FILES[0]).is_file() and (folder := find_memory(path, hub_kwargs)) is None:
+            raise ValueError(
+                f"{path} has no memory: neither {FILES[0]} nor {FOLDER}/{FILES[0]} is there; make one with "
+                "`blipren memory MODEL CACHE`"
+            )
         memory = BliprenMemory.load(folder)
         for name, own in (
             ("encoder", memory_encoder(self.config)),
@@ -114,13 +108,12 @@ class BliprenMemoryMixin:
                         f"the memory {path} was made for another model: {name} {key} is {memory.info[name][key]!r} there "
                         f"and {value!r} in this model; make one with `blipren memory MODEL CACHE`"
                     )
-        memory.folder = folder
         self.memory = memory
 
     def save_memory(self, checkpoint: str | os.PathLike) -> None:
         """Write the memory into the folder `memory` of a checkpoint."""
         target = Path(checkpoint) / FOLDER
-        folder = getattr(self.memory, "folder", None)
+        folder = self.memory.folder
         if folder is None:
             self.memory.save(target)
         elif not (target.is_dir() and target.samefile(folder)):
@@ -135,7 +128,11 @@ class BliprenMemoryMixin:
 
         Returns:
             For each image dictionaries with `id`, `similarity` (cosine) and `captions`, nearest first.
+
+        Raises:
+            ValueError: the model has no memory.
         """
+        self._require_memory()
         features = self.get_image_features(**image_inputs, return_dict=True)
         found = self.memory.find(embed_features(features, image_inputs), k, exclude)
         result = []
@@ -150,6 +147,10 @@ class BliprenMemoryMixin:
                 ]
             )
         return result
+
+    def _require_memory(self) -> None:
+        if self.memory is None:
+            raise ValueError("the model has no memory: load one with load_memory")
 
     def _uses_memory(self, use_memory: bool | None, features, kwargs: dict) -> bool:
         """Return whether an answer of `generate` goes through the memory; by default wherever that makes sense."""
@@ -188,7 +189,11 @@ class BliprenMemoryMixin:
         """Return the candidates of each row, best first; arguments are those of `generate`.
 
         Rows that are no caption prompt have one candidate, the model's own answer.
+
+        Raises:
+            ValueError: the model has no memory.
         """
+        self._require_memory()
         image_inputs = {key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}
         features = self.get_image_features(**image_inputs, return_dict=True)
         kwargs["mm_encoder_outputs"] = {"image": features}

@@ -275,6 +275,22 @@ def test_saved_with_the_model_exchanged_and_refused(remembering, pictures, tmp_p
         model.load_memory(tmp_path / "other")
 
 
+def test_what_is_asked_of_a_model_without_a_memory_and_of_a_hub_that_is_not_reached(remembering, tmp_path, caplog):
+    folder, _ = remembering
+    model = BliprenForConditionalGeneration.from_pretrained(folder)
+    assert not caplog.records  # a folder without an adapter is no reason for a warning
+    model.load_memory(None)
+    for ask in (model.find_neighbours, model.rank_captions):
+        with pytest.raises(ValueError, match="the model has no memory"):
+            ask()
+    options = {"local_files_only": True, "cache_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match="has no memory"):
+        model.load_memory("user/model", **options)
+    assert "user/model is loaded without memory/memory.json: the Hub was not reached" in caplog.text
+    with pytest.raises(OSError, match="Repo id must"):
+        model.load_memory("neither/a/folder/nor/an/id", **options)
+
+
 def test_the_command_counts_chooses_and_refuses(remembering, pictures, tmp_path, capsys):  # noqa: F811
     folder, cache = remembering
     out = tmp_path / "out"

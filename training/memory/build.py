@@ -32,7 +32,7 @@ def make_memory(s: MemoryCommandSettings) -> None:
     if s.extend:
         try:
             model.load_memory(out)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{out} cannot be extended: {error}") from error
         before = len(model.memory)
         memory = model.memory.extend(embeddings, texts)
