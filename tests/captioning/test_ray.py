@@ -1,9 +1,7 @@
 """The Ray engine writes the files of the local one, also when an actor and the driver are killed."""
 
-import multiprocessing
 import os
 import shutil
-import time
 
 import pytest
 
@@ -13,50 +11,18 @@ from tests.captioning.test_dataset import content
 from tests.captioning.test_restart import marks, run
 
 
-def drive(model, data, out):
-    """A driver in a process of its own; Ray's processes are its children and end with it."""
-    import ray
-
-    niceness = {"worker_niceness": 0}  # by default 15: beside another busy test an actor would hardly run
-    ray.init(
-        num_cpus=1,
-        log_to_driver=False,
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        _system_config=niceness,
-    )
-    os._exit(run(model, data, out, "--engine", "ray", "--actors", "1"))
-
-
-def wait_for(count: int, out, child, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while marks(out) < count and child.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.02)
-
-
 def test_killed_actor_and_driver_change_nothing(seeing, pictures, tmp_path):
     pytest.importorskip("ray", reason="the Ray engine's extra is not installed")
-    psutil = pytest.importorskip("psutil")
-    fork = multiprocessing.get_context("fork")
-    out, killed = tmp_path / "out", []
-    for turn in range(2):
-        child = fork.Process(target=drive, args=(seeing, pictures, out))
-        child.start()
-        try:
-            if turn == 0:
-                wait_for(1, out, child)
-                assert child.is_alive(), f"the driver ended with status {child.exitcode} before it could be killed"
-                for process in psutil.Process(child.pid).children(recursive=True):
-                    if "CaptionUnits" in " ".join(process.cmdline()):
-                        process.kill()
-                        killed.append(process.pid)
-                wait_for(marks(out) + 1, out, child)
-                child.kill()
-            child.join(300)
-        finally:
-            if child.is_alive():
-                child.kill()
-    assert killed and child.exitcode == 0
+    pytest.importorskip("psutil")
+    from tests.data.ray_kills import run_with_kills, start_ray
+
+    out = tmp_path / "out"
+
+    def drive():
+        start_ray()
+        os._exit(run(seeing, pictures, out, "--engine", "ray", "--actors", "1"))
+
+    run_with_kills(drive, "CaptionUnits", lambda: marks(out))
     assert run(seeing, pictures, tmp_path / "local") == 0
     assert content(out) == content(tmp_path / "local")
 

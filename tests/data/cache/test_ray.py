@@ -1,8 +1,6 @@
 """The Ray engine gives the cache of the local one, byte for byte: after kills, and on another file system."""
 
-import multiprocessing
 import os
-import time
 
 import fsspec
 import pyarrow as pa
@@ -45,56 +43,21 @@ def local(tmp_path_factory, tiny_model, parquet):
     return cache
 
 
-def drive(model, data, path):
-    """A driver in a process of its own; Ray's processes are its children and end with it."""
-    import ray
-
-    niceness = {"worker_niceness": 0}  # by default 15: beside another busy test an actor would hardly run
-    ray.init(
-        num_cpus=1,
-        log_to_driver=False,
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        _system_config=niceness,
-    )
-    settings = EmbedSettings(model=str(model), dataset=data, cache=str(path), engine="ray", actors=1, **OPTIONS)
-    os._exit(embed(settings) or 0)  # Ray's processes end with their driver
-
-
-def marks(path) -> int:
-    return len(list((path / "units").glob("[0-9]*.json")))
-
-
-def wait_for(count: int, path, child, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while marks(path) < count and child.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.02)
-
-
 def test_killed_workers_and_driver_change_nothing(tmp_path, tiny_model, parquet, local):
     pytest.importorskip("ray", reason="the Ray engine's extra is not installed")
-    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("psutil")
+    from tests.data.ray_kills import run_with_kills, start_ray
+
     path = tmp_path / "c"
-    fork = multiprocessing.get_context("fork")
-    killed = []
-    for turn in range(2):
-        child = fork.Process(target=drive, args=(tiny_model, f"{parquet}/*.parquet", path))
-        child.start()
-        try:
-            if turn == 0:
-                wait_for(1, path, child)
-                assert child.is_alive(), f"the driver ended with status {child.exitcode} before it could be killed"
-                for process in psutil.Process(child.pid).children(recursive=True):
-                    if "EmbedUnits" in " ".join(process.cmdline()):
-                        process.kill()
-                        killed.append(process.pid)
-                wait_for(marks(path) + 1, path, child)
-                child.kill()
-            child.join(300)
-        finally:
-            if child.is_alive():
-                child.kill()
-    assert killed and child.exitcode == 0
+
+    def drive():
+        start_ray()
+        settings = EmbedSettings(
+            model=str(tiny_model), dataset=f"{parquet}/*.parquet", cache=str(path), engine="ray", actors=1, **OPTIONS
+        )
+        os._exit(embed(settings) or 0)  # Ray's processes end with their driver
+
+    run_with_kills(drive, "EmbedUnits", lambda: len(list((path / "units").glob("[0-9]*.json"))))
     cache = FeatureCache.open(path)
     assert cache.info["content_hash"] == local.info["content_hash"] and not cache.verify()
     for split in ("train", "validation", "test"):
