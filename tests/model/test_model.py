@@ -1,4 +1,4 @@
-"""The model: pixels and patch features, labels, token counts, freezing, projectors, equality with BLIP-2."""
+"""The model: pixels and patch features, labels, token counts, freezing, base models."""
 
 import pytest
 import torch
@@ -8,24 +8,14 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModel,
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
-    OPTConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from blipren import (
-    BliprenConfig,
     BliprenForConditionalGeneration,
     BliprenModel,
     BliprenProcessor,
-    BliprenQFormer,
-    BliprenQFormerConfig,
 )
-from blipren.projector_blipren import BliprenMoeProjector
-from blipren.qformer_weights_blipren import copy_bert_weights, copy_blip2_weights
 
 
 @pytest.fixture(scope="module")
@@ -154,178 +144,6 @@ def test_frozen_parts_stay_in_eval_mode(pair):
     assert not model.model.qformer.training and model.model.projector.training
     with pytest.raises(ValueError, match="no part 'eyes'"):
         model.freeze(train=["eyes"])
-
-
-@pytest.mark.parametrize("projector", ["linear", "mlp2", "mlp", "moe"])
-@pytest.mark.parametrize("connector", ["qformer", "patches"])
-def test_projectors_start_at_the_scale_of_embeddings(projector, connector, pair):
-    model, processor = pair(projector=projector, connector=connector)
-    features = model(**processor(images=random_image(), return_tensors="pt")).image_hidden_states
-    embeddings = model.get_input_embeddings().weight
-    assert 0.1 < features.square().mean().sqrt() / embeddings.square().mean().sqrt() < 10
-
-
-def moe(**values) -> tuple[BliprenMoeProjector, torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    config = BliprenConfig(projector="moe", vision_hidden_size=12, num_experts=4, **values)
-    config.qformer_config.hidden_size = 8
-    return BliprenMoeProjector(config, 6), torch.randn(5, 3, 8), torch.randn(5, 7, 12)
-
-
-def test_moe_routes_each_image_by_its_pooled_patches():
-    projector, states, patches = moe()
-    mixed, probs, aux = projector.train()(states, patches, None)
-    assert mixed.shape == (5, 3, 6) and aux is not None
-    torch.testing.assert_close(probs.sum(-1), torch.ones(5))
-    expected = sum(probs[:, e, None, None] * expert(states) for e, expert in enumerate(projector.experts))
-    torch.testing.assert_close(mixed, expected)
-    moved = patches.clone()
-    moved[:, [0, 1]] = moved[:, [1, 0]]  # the order of patches does not matter
-    torch.testing.assert_close(projector(states, moved, None)[1], probs)
-    mask = torch.ones(5, 7)
-    mask[:, 5:] = 0
-    padded = patches.clone()
-    padded[:, 5:] = 99.0
-    torch.testing.assert_close(projector(states, padded, mask)[1], projector(states, patches[:, :5], None)[1])
-
-
-def test_moe_top_k_uses_k_experts_and_their_normalised_weights():
-    projector, states, patches = moe(experts_top_k=2)
-    mixed, probs, _ = projector.eval()(states, patches, None)
-    values, chosen = probs.topk(2)
-    for image in range(5):
-        weights = values[image] / values[image].sum()
-        expected = sum(w * projector.experts[e](states[image]) for w, e in zip(weights, chosen[image]))
-        torch.testing.assert_close(mixed[image], expected)
-
-
-def test_moe_top_1_weighs_its_expert_by_its_probability_which_trains_the_router():
-    projector, states, patches = moe(experts_top_k=1)
-    mixed, probs, _ = projector.eval()(states, patches, None)
-    for image in range(5):
-        expected = probs[image].max() * projector.experts[probs[image].argmax()](states[image])
-        torch.testing.assert_close(mixed[image], expected)
-    mixed.square().sum().backward()
-    assert projector.router[-1].weight.grad.abs().max() > 1e-3
-
-
-def test_moe_losses_are_smallest_when_balanced_and_part_of_the_loss(pair):
-    projector, states, patches = moe(router_balance_weight=1.0, router_z_weight=0.0)
-    projector.train()
-    torch.nn.init.zeros_(projector.router[-1].weight)
-    torch.nn.init.zeros_(projector.router[-1].bias)
-    torch.testing.assert_close(projector(states, patches, None)[2], torch.tensor(1.0))
-    projector.router[-1].bias.data[0] = 9.0
-    assert projector(states, patches, None)[2] > 3.5  # all images go to one of four experts
-    model, processor = pair(projector="moe", projector_options={"router_noise": 0.5})
-    batch = supervised(processor, CAPTIONS, [random_image(i) for i in range(3)])
-    assert model(**batch).router_aux_loss is None and model(**batch).router_probs.shape == (3, 4)
-    model.config.router_noise = 0.0
-    plain = model(**batch).loss
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for module in model.model.qformer.layers:
-        module.self_attention.dropout = 0.0
-        if module.has_cross_attention:
-            module.cross_attention.dropout = 0.0
-    trained = model(**batch)
-    torch.testing.assert_close(trained.loss, plain + trained.router_aux_loss)
-
-
-@pytest.mark.parametrize("norm_position", ["pre", "post"])
-@pytest.mark.parametrize("frequency", [1, 2])
-def test_qformer_shapes_norms_and_cross_attentions(norm_position, frequency):
-    config = BliprenQFormerConfig(
-        **QFORMER,
-        num_query_tokens=5,
-        encoder_hidden_size=12,
-        norm_position=norm_position,
-        cross_attention_frequency=frequency,
-    )
-    qformer = BliprenQFormer(config).eval()
-    patches = torch.randn(2, 7, 12)
-    sdpa, explicit = qformer(patches), qformer(patches, output_attentions=True)
-    assert sdpa.cross_attentions is None and len(explicit.cross_attentions) == 2 // frequency
-    torch.testing.assert_close(sdpa.query_states, explicit.query_states)
-    for weights in explicit.cross_attentions:
-        assert weights.shape == (2, 4, 5, 7)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 5))
-
-
-def tiny_blip2() -> Blip2ForConditionalGeneration:
-    torch.manual_seed(0)
-    vision = Blip2VisionConfig(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    qformer = Blip2QFormerConfig(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, encoder_hidden_size=24
-    )
-    text = OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=60)
-    text.word_embed_proj_dim = 16
-    config = Blip2Config(
-        vision_config=vision.to_dict(),
-        qformer_config=qformer.to_dict(),
-        text_config=text.to_dict(),
-        num_query_tokens=5,
-    )
-    model = Blip2ForConditionalGeneration(config).eval()
-    torch.nn.init.normal_(model.query_tokens)
-    return model
-
-
-def test_blip2_weights_give_blip2_outputs():
-    theirs = tiny_blip2()
-    config = BliprenQFormerConfig(
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_query_tokens=5,
-        encoder_hidden_size=24,
-    )
-    ours = BliprenQFormer(config).eval()
-    copy_blip2_weights(ours, theirs.state_dict())
-    pixels = torch.randn(3, 3, 28, 28)
-    patches = theirs.vision_model(pixels).last_hidden_state  # class token included: vision_feature_select="full"
-    expected = theirs.qformer(
-        query_embeds=theirs.query_tokens.expand(3, -1, -1), encoder_hidden_states=patches
-    ).last_hidden_state
-    assert (ours(patches).query_states - expected).abs().max() < 1e-5
-    with pytest.raises(ValueError, match="lack"):
-        copy_blip2_weights(ours, {k: v for k, v in theirs.state_dict().items() if "layer.3." not in k})
-
-
-@pytest.mark.parametrize("kind", ["bert", "distilbert"])
-def test_qformer_starts_from_bert(kind):
-    from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
-
-    torch.manual_seed(0)
-    if kind == "bert":
-        bert = BertModel(
-            BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50)
-        )
-    else:
-        bert = DistilBertModel(DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=50))
-    bert.eval()
-    config = BliprenQFormerConfig(**QFORMER, use_text=True, vocab_size=50, encoder_hidden_size=12)
-    qformer = BliprenQFormer(config).eval()
-    new = qformer.layers[0].cross_attention.query.weight.clone()
-    copied = copy_bert_weights(qformer, bert)
-    assert torch.equal(qformer.layers[0].cross_attention.query.weight, new)
-    assert not any("cross_attention" in name or "query_tokens" in name for name in copied)
-    ids = torch.randint(1, 50, (2, 6))
-    expected = bert(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    torch.testing.assert_close(qformer(input_ids=ids).text_states, expected, rtol=1e-4, atol=1e-5)
-    narrow = BliprenQFormer(BliprenQFormerConfig(**{**QFORMER, "hidden_size": 16}))
-    with pytest.raises(ValueError, match="32 wide"):
-        copy_bert_weights(narrow, bert)
-
-
-def test_opt_projector_has_the_width_of_the_embeddings(pair):
-    model, _ = pair(llm="opt")
-    assert model.config.text_config.hidden_size == 32 and model.model.projector.fc2.out_features == 16
 
 
 def test_encoder_decoder_is_refused(bases, tmp_path):

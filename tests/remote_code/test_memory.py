@@ -9,7 +9,7 @@ from blipren.training.data.cache.tokens import encode_answers
 from blipren.training.hub.publish import publish
 from blipren.training.memory.build import memory_info
 from tests.hub.fresh import fresh_result
-from tests.remote_code.test_loading import LOAD, bases, full, photo  # noqa: F401
+from tests.remote_code.test_loading import LOAD
 
 REPO = "user/blipren-remembers"
 CAPTIONS = ["a red ball on the green grass", "two dogs run on a beach", "a picture of the grass", "a dog on a ball"]
@@ -24,7 +24,7 @@ def random_memory(model, processor, seed: int) -> BliprenMemory:
     return BliprenMemory.build(embeddings, texts, memory_info(model, processor))
 
 
-def test_published_with_the_model_and_exchanged(hub, full, photo, tmp_path):  # noqa: F811
+def test_published_with_the_model_and_exchanged(hub, full, photo, tmp_path):
     from PIL import Image
 
     model, processor = BliprenForConditionalGeneration.from_pretrained(full), BliprenProcessor.from_pretrained(full)
