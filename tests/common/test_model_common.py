@@ -100,7 +100,7 @@ class Common:
         config.num_frames = 2
         return config, {"pixel_values_videos": torch.stack([inputs["pixel_values"]] * 2, dim=1)}
 
-    test_missing_keys = False  # a missing weight is an error in our models, see tests/remote_code/test_refused_checkpoints.py
+    test_missing_keys = False  # an error in ours, see tests/remote_code/test_refused_checkpoints.py
 
     def check_training_gradient_checkpointing(self, gradient_checkpointing_kwargs=None):
         # the mixin checks the first layer of the vision tower, which is frozen by default and recomputes nothing
