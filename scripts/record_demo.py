@@ -38,10 +38,10 @@ class Recorder:
             self.frames.append(frame)
             self.milliseconds.append(milliseconds)
 
-    def show_answer(self) -> None:
-        """Record an answer as it grows."""
-        self.page.wait_for_selector("#question button.stop-button")
-        while self.page.locator("#question button.submit-button").count() == 0:
+    def show_answer(self, number: int) -> None:
+        """Record the answer of this number as it grows, which may be at once."""
+        answers, ready = self.page.locator(".bot.message"), self.page.locator("#question button.submit-button")
+        while answers.count() < number or ready.count() == 0 or answers.last.inner_text().strip() == "…":
             self.show(120)
         self.page.wait_for_timeout(800)
         self.show(1500)
@@ -73,13 +73,13 @@ def record(address: str, path: Path) -> None:
         recorder = Recorder(page)
         recorder.show(1200)
         page.locator("button.example").first.click()
-        recorder.show_answer()
+        recorder.show_answer(1)
         for word in (1, 4):
             recorder.look(word)
         page.locator("#question textarea").press_sequentially("Is there a purple triangle?")
         recorder.show(700)
         page.keyboard.press("Enter")
-        recorder.show_answer()
+        recorder.show_answer(2)
         recorder.look(0)
         recorder.save(path)
         browser.close()

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "experts.py"
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
-    command = [sys.executable, SCRIPT, *"--scenes 40 --validation-scenes 8 --steps 2 --seeds 0 1 --device cpu".split()]
+    command = [sys.executable, SCRIPT, *"--scenes 40 --validation-scenes 8 --steps 2 --seeds 0 --device cpu".split()]
     command += [
         "--arms",
         "moe top 1",
@@ -56,7 +56,7 @@ def test_arms_have_equal_parameters_or_equal_arithmetic():
 
 def test_every_arm_has_its_figures_and_experts_their_shares(report):
     for arm, found in report["data"]["scenes"].items():
-        assert [result["seed"] for result in found["seeds"]] == [0, 1]
+        assert [result["seed"] for result in found["seeds"]] == [0]
         assert {result["steps"] for result in found["seeds"]} == {2}
         assert {"captioning CIDEr", "vqa accuracy", "hallucination captions_true", "validation loss, best"} <= set(
             found["mean"]
