@@ -4,16 +4,14 @@
     python benchmarks/chat.py --shape tiny --steps 2         # seconds, to try the script
 
 Two data sets: `questions`, five of them an image, each a conversation of its own; `turns`, one conversation of five turns an
-image. Ours reads cached features; TRL reads the photos, as it takes them. Weights, rows, optimizer and what is trained (the
+image. Ours reads cached features; TRL reads the photos, as it takes them. The two take turns, a step each. Weights, rows, optimizer and what is trained (the
 connector) are equal, and so is the loss of the first step. Beside the ratio of the times stands the ratio of the floating
 point operations of a step, which is what the arithmetic allows.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ import trl
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from parts.train_arms import SHAPES
+from parts.turns import train_in_turns
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -29,7 +28,7 @@ from transformers import (
     LlamaConfig,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
-    TrainerCallback,
+    Trainer,
 )
 
 from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenProcessor
@@ -44,23 +43,6 @@ from blipren.training.quickstart.steps import TOWERS
 from blipren.training.stages.train import build_trainer
 
 WORDS = "a red circle is above the large blue square on left and small green star below it".split()
-
-
-class StepClock(TrainerCallback):
-    """Seconds between the ends of steps, of the processor and of the wall, and the losses of the steps."""
-
-    def __init__(self):
-        self.ends: list[tuple[float, float]] = []
-
-    def on_step_end(self, *arguments, **keywords):
-        self.ends.append((time.process_time(), time.perf_counter()))
-
-    def seconds(self) -> dict[str, float]:
-        pairs = list(zip(self.ends, self.ends[1:]))
-        return {
-            name: statistics.median(after[k] - before[k] for before, after in pairs)
-            for k, name in enumerate(("cpu_seconds", "wall_seconds"))
-        }
 
 
 def make_checkpoint(shape: str, folder: Path) -> Path:
@@ -133,8 +115,8 @@ def count_flops(trainer, batch) -> float:
     return float(counter.get_total_flops())
 
 
-def ours(checkpoint: Path, folder: Path, options) -> dict:
-    """Embed, then time steps of `blipren train`."""
+def build_ours(checkpoint: Path, folder: Path, options) -> tuple[Trainer, float]:
+    """Embed, and return the trainer of `blipren train` with the floating point operations of a step."""
     cache = folder / "cache"
     embed(EmbedSettings(
         model=str(checkpoint), dataset=str(folder / "rows.jsonl"), cache=str(cache), workers=0, dtype="float32",
@@ -145,18 +127,14 @@ def ours(checkpoint: Path, folder: Path, options) -> dict:
         max_steps=options.steps + 1, learning_rate=1e-9, keep_best="last", generate_samples=0, device=options.device,
         log_every=1, warmup=0.0,
     )  # fmt: skip
-    trainer, clock = build_trainer(settings, RunFolder(settings.out, writes=True)), StepClock()
-    trainer.add_callback(clock)
+    trainer = build_trainer(settings, RunFolder(settings.out, writes=True))
     flops = count_flops(trainer, trainer.train_dataset[0])
     trainer.window = type(trainer.window)()
-    trainer.train()
-    events = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    loss = next(event["loss"] for event in events if event["kind"] == "train")
-    return {**clock.seconds(), "flops": flops, "loss": loss}
+    return trainer, flops
 
 
-def theirs(checkpoint: Path, folder: Path, rows: list[dict], options) -> dict:
-    """Time steps of TRL's SFTTrainer on the photos."""
+def build_theirs(checkpoint: Path, folder: Path, rows: list[dict], options) -> tuple[Trainer, float]:
+    """Return TRL's SFTTrainer on the photos with the floating point operations of a step."""
     data = Dataset.from_list(
         [{"messages": row["messages"], "images": [str(folder / row["image"])]} for row in rows]
     ).cast_column("images", List(ImageFeature()))
@@ -168,17 +146,38 @@ def theirs(checkpoint: Path, folder: Path, rows: list[dict], options) -> dict:
         gradient_checkpointing=False, assistant_only_loss=True, logging_steps=1, use_cpu=options.device == "cpu",
         weight_decay=0.0,
     )  # fmt: skip
-    clock = StepClock()
     trainer = trl.SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        processing_class=BliprenProcessor.from_pretrained(checkpoint),
-        callbacks=[clock],
+        model=model, args=arguments, train_dataset=data, processing_class=BliprenProcessor.from_pretrained(checkpoint)
     )
-    flops = count_flops(trainer, next(iter(trainer.get_train_dataloader())))
-    trainer.train()
-    return {**clock.seconds(), "flops": flops, "loss": trainer.state.log_history[0]["loss"]}
+    return trainer, count_flops(trainer, next(iter(trainer.get_train_dataloader())))
+
+
+def first_loss(folder: Path, name: str = "loss") -> float:
+    """Return the loss of the first step of a run of ours."""
+    events = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    return next(event[name] for event in events if event["kind"] == "train")
+
+
+def compare(checkpoint: Path, folder: Path, rows: list[dict], options) -> dict:
+    """Train both in turns. Returns both arms, and how many times TRL's figures are ours."""
+    (theirs, their_flops), (ours, our_flops) = (
+        build_theirs(checkpoint, folder, rows, options),
+        build_ours(checkpoint, folder, options),
+    )
+    their_clock, our_clock = train_in_turns(theirs, ours)
+    arms = {
+        "trl": {**their_clock.seconds(), "flops": their_flops, "loss": theirs.state.log_history[0]["loss"]},
+        "blipren": {**our_clock.seconds(), "flops": our_flops, "loss": first_loss(folder)},
+    }
+    if abs(arms["trl"]["loss"] - arms["blipren"]["loss"]) > 1e-3 * arms["trl"]["loss"]:
+        raise SystemExit(f"the losses differ: {arms}")
+    return {**arms, "ratios": ratios_of(arms["trl"], arms["blipren"])}
+
+
+def ratios_of(theirs: dict, ours: dict) -> dict:
+    """Return how many times TRL's figures are ours, and which share of the arithmetic's ratio the time reaches."""
+    ratios = {name: theirs[name] / ours[name] for name in ("cpu_seconds", "wall_seconds", "flops")}
+    return ratios | {"share": ratios["cpu_seconds"] / ratios["flops"]}
 
 
 def main() -> None:
@@ -201,14 +200,7 @@ def main() -> None:
         for kind in options.kinds:
             folder = Path(place) / kind
             rows = write_rows(folder, options.images, options.turns, kind)
-            arms = {"trl": theirs(checkpoint, folder, rows, options), "blipren": ours(checkpoint, folder, options)}
-            difference = abs(arms["trl"]["loss"] - arms["blipren"]["loss"])
-            if difference > 1e-3 * arms["trl"]["loss"]:
-                raise SystemExit(f"the losses of {kind} differ: {arms}")
-            ratios = {
-                name: arms["trl"][name] / arms["blipren"][name] for name in ("cpu_seconds", "wall_seconds", "flops")
-            }
-            report["kinds"][kind] = {**arms, "ratios": ratios, "share": ratios["cpu_seconds"] / ratios["flops"]}
+            report["kinds"][kind] = compare(checkpoint, folder, rows, options)
     text = json.dumps(report, indent=1)
     if options.out is not None:
         options.out.write_text(text + "\n")

@@ -19,12 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import trl
-from chat import WORDS, StepClock, make_checkpoint
+from chat import WORDS, first_loss, make_checkpoint, ratios_of
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from parts.train_arms import SHAPES
+from parts.turns import train_in_turns
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.commands.dpo import DpoSettings
@@ -100,12 +102,11 @@ def load(checkpoint: Path) -> BliprenForConditionalGeneration:
     return model
 
 
-def our_dpo(checkpoint: Path, folder: Path, options) -> dict:
-    """Time steps of `blipren dpo`, and its reference."""
+def our_dpo(checkpoint: Path, folder: Path, options) -> tuple[Trainer, float, dict]:
+    """Return the trainer of `blipren dpo`, the operations of a step, and what its reference took."""
     cache = embed_rows(checkpoint, folder / "rows.jsonl", folder / "cache")
     settings = DpoSettings(**common(checkpoint, cache, folder / "run", options))
-    trainer, clock = dpo.build_trainer(settings, RunFolder(settings.out)), StepClock()
-    trainer.add_callback(clock)
+    trainer = dpo.build_trainer(settings, RunFolder(settings.out))
     began, wall = time.process_time(), time.perf_counter()
     trainer.reference = trainer.reference_log_probs(folder / "run")
     reference = {"cpu_seconds": time.process_time() - began, "wall_seconds": time.perf_counter() - wall}
@@ -116,37 +117,33 @@ def our_dpo(checkpoint: Path, folder: Path, options) -> dict:
     reference["flops"] = flops_of(lambda: trainer.compute_reference(trainer.every_pair["train"]))
     trainer.model.zero_grad()
     trainer.window = type(trainer.window)()
-    trainer.train()
-    return {**clock.seconds(), "flops": step, "loss": first_loss(folder, "objective"), "reference": reference}
+    return trainer, step, reference
 
 
-def their_dpo(checkpoint: Path, folder: Path, rows: list[dict], options) -> dict:
-    """Time steps of TRL's DPOTrainer on the photos."""
+def their_dpo(checkpoint: Path, folder: Path, rows: list[dict], options) -> tuple[Trainer, float]:
+    """Return TRL's DPOTrainer on the photos and the operations of a step."""
     processor = BliprenProcessor.from_pretrained(checkpoint)
     answers = ({k: row[k] + processor.answer_end for k in ("chosen", "rejected")} for row in rows)
     data = Dataset.from_list([
         {"prompt": processor.prompt_text(row["prompt"]), **own, "image": str(folder / row["image"])}
         for row, own in zip(rows, answers)
     ]).cast_column("image", ImageFeature())  # fmt: skip
-    clock = StepClock()
     trainer = trl.DPOTrainer(
         model=load(checkpoint),
         ref_model=load(checkpoint),
         args=trl.DPOConfig(**their_arguments(folder, options, len(rows)), max_length=None),
         train_dataset=data,
         processing_class=processor,
-        callbacks=[clock],
     )
     trainer.model.train()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     flops = flops_of(lambda: trainer.compute_loss(trainer.model, batch).backward())
     trainer.model.zero_grad()
-    trainer.train()
-    return {**clock.seconds(), "flops": flops, "loss": trainer.state.log_history[0]["loss"]}
+    return trainer, flops
 
 
-def our_grpo(checkpoint: Path, folder: Path, options) -> dict:
-    """Time steps of `blipren grpo` on one prompt an image."""
+def our_grpo(checkpoint: Path, folder: Path, options) -> tuple[Trainer, float]:
+    """Return the trainer of `blipren grpo` on one prompt an image and the operations of a step."""
     lines = [{"image": f"{n}.jpg", "split": "train", "caption": "a red circle"} for n in range(options.images)]
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     cache = embed_rows(checkpoint, folder / "captions.jsonl", folder / "caption-cache")
@@ -154,8 +151,7 @@ def our_grpo(checkpoint: Path, folder: Path, options) -> dict:
         **common(checkpoint, cache, folder / "grpo", options), rewards=["preferences:length_reward"],
         num_generations=SAMPLES, max_completion_length=options.completion_tokens,
     )  # fmt: skip
-    trainer, clock = grpo.build_trainer(settings, RunFolder(settings.out)), StepClock()
-    trainer.add_callback(clock)
+    trainer = grpo.build_trainer(settings, RunFolder(settings.out))
     batch = trainer._prepare_inputs(trainer.train_dataset[0])
     counts = trainer.count_step([batch])
 
@@ -167,16 +163,14 @@ def our_grpo(checkpoint: Path, folder: Path, options) -> dict:
     flops = flops_of(step)
     trainer.model.zero_grad()
     trainer.window = type(trainer.window)()
-    trainer.train()
-    return {**clock.seconds(), "flops": flops}
+    return trainer, flops
 
 
-def their_grpo(checkpoint: Path, folder: Path, options) -> dict:
-    """Time steps of TRL's GRPOTrainer on the photos."""
+def their_grpo(checkpoint: Path, folder: Path, options) -> tuple[Trainer, float]:
+    """Return TRL's GRPOTrainer on the photos and the operations of a step."""
     processor = BliprenProcessor.from_pretrained(checkpoint)
     turn = [{"role": "user", "content": processor.prompts[0]}]
     rows = [{"prompt": turn, "image": str(folder / f"{n}.jpg")} for n in range(options.images)]
-    clock = StepClock()
     trainer = trl.GRPOTrainer(
         model=load(checkpoint),
         reward_funcs=length_reward,
@@ -188,7 +182,6 @@ def their_grpo(checkpoint: Path, folder: Path, options) -> dict:
         ),
         train_dataset=Dataset.from_list(rows).cast_column("image", ImageFeature()),
         processing_class=processor,
-        callbacks=[clock],
     )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
@@ -196,19 +189,39 @@ def their_grpo(checkpoint: Path, folder: Path, options) -> dict:
     flops = flops_of(lambda: trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).backward())
     trainer.model.zero_grad()
     trainer._step, trainer._buffered_inputs = 0, None
-    trainer.train()
-    return {**clock.seconds(), "flops": flops}
+    return trainer, flops
 
 
-def first_loss(folder: Path, name: str) -> float:
-    events = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    return next(event[name] for event in events if event["kind"] == "train")
+def compare_dpo(checkpoint: Path, folder: Path, rows: list[dict], options) -> dict:
+    """Train both with DPO in turns. Returns both arms and the ratios, without and with our reference."""
+    (theirs, their_flops), (ours, our_flops, reference) = (
+        their_dpo(checkpoint, folder, rows, options),
+        our_dpo(checkpoint, folder, options),
+    )
+    their_clock, our_clock = train_in_turns(theirs, ours)
+    trl_arm = {**their_clock.seconds(), "flops": their_flops, "loss": theirs.state.log_history[0]["loss"]}
+    our_arm = {**our_clock.seconds(), "flops": our_flops, "loss": first_loss(folder, "objective")}
+    if abs(trl_arm["loss"] - our_arm["loss"]) > 1e-3:
+        raise SystemExit(f"the losses of dpo differ: {trl_arm}, {our_arm}")
+    whole = {name: our_arm[name] + reference[name] for name in reference}
+    return {
+        "trl": trl_arm,
+        "blipren": our_arm | {"reference": reference},
+        "ratios": ratios_of(trl_arm, our_arm),
+        "with_reference": ratios_of(trl_arm, whole),
+    }
 
 
-def ratios_of(theirs: dict, ours: dict) -> dict:
-    """Return how many times TRL's figures are ours, and which share of the arithmetic's ratio the time reaches."""
-    ratios = {name: theirs[name] / ours[name] for name in ("cpu_seconds", "wall_seconds", "flops")}
-    return ratios | {"share": ratios["cpu_seconds"] / ratios["flops"]}
+def compare_grpo(checkpoint: Path, folder: Path, options) -> dict:
+    """Train both with GRPO in turns. Returns both arms and the ratios."""
+    (theirs, their_flops), (ours, our_flops) = (
+        their_grpo(checkpoint, folder, options),
+        our_grpo(checkpoint, folder, options),
+    )
+    their_clock, our_clock = train_in_turns(theirs, ours)
+    trl_arm = {**their_clock.seconds(), "flops": their_flops}
+    our_arm = {**our_clock.seconds(), "flops": our_flops}
+    return {"trl": trl_arm, "blipren": our_arm, "ratios": ratios_of(trl_arm, our_arm)}
 
 
 def main() -> None:
@@ -229,15 +242,8 @@ def main() -> None:
         folder = Path(place) / "rows"
         checkpoint = make_checkpoint(options.shape, Path(place) / "model")
         rows = write_rows(folder, options.images, options.pairs)
-        arms = {"trl": their_dpo(checkpoint, folder, rows, options), "blipren": our_dpo(checkpoint, folder, options)}
-        if abs(arms["trl"]["loss"] - arms["blipren"]["loss"]) > 1e-3:
-            raise SystemExit(f"the losses of dpo differ: {arms}")
-        ours, reference = arms["blipren"], arms["blipren"]["reference"]
-        whole = {name: ours[name] + reference[name] for name in reference}
-        report["dpo"] = {**arms, "ratios": ratios_of(arms["trl"], ours)}
-        report["dpo"]["with_reference"] = ratios_of(arms["trl"], whole)
-        arms = {"trl": their_grpo(checkpoint, folder, options), "blipren": our_grpo(checkpoint, folder, options)}
-        report["grpo"] = {**arms, "ratios": ratios_of(arms["trl"], arms["blipren"])}
+        report["dpo"] = compare_dpo(checkpoint, folder, rows, options)
+        report["grpo"] = compare_grpo(checkpoint, folder, options)
     text = json.dumps(report, indent=1)
     if options.out is not None:
         options.out.write_text(text + "\n")
