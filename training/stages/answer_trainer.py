@@ -4,6 +4,7 @@
 """
 
 import abc
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -118,13 +119,17 @@ class AnswerTrainer(StageTrainer):
     def log_text_loss(self) -> None:
         """Log what the language model loses on text without images before it is trained, where it is trained at all."""
         if self.validation is not None and self.settings.llm_tuning != "frozen":
-            self.run_folder.log("text", 0, loss=self.validation.text_loss())
+            self.run_folder.log("text", 0, loss=self.validation.text_loss(self.text_sources()))
+
+    def text_sources(self) -> Sequence:
+        """Return the sources of the validation split whose answers show what tuning costs the language model."""
+        return self.validation.batches.data
 
     def summary(self, best_step: int | None) -> dict:
         found = {"steps": self.state.global_step, "kept": "last" if best_step is None else f"step {best_step}"}
         before = next((event["loss"] for event in self.run_folder.events() if event["kind"] == "text"), None)
         if before is not None:
-            found["text_loss"] = {"before": before, "after": self.validation.text_loss()}
+            found["text_loss"] = {"before": before, "after": self.validation.text_loss(self.text_sources())}
         if self.state.best_metric is not None:
             found[self.settings.keep_best] = self.state.best_metric
         validations = [event for event in self.run_folder.events() if event["kind"] == "validation"]
@@ -144,7 +149,7 @@ class AnswerTrainer(StageTrainer):
         if text := summary.get("text_loss"):
             lines.append(
                 f"the language model's loss on text without images: {text['before']:.4f} before, {text['after']:.4f} "
-                "after, in nats a token; texts alone among the conversations keep it low"
+                "after, in nats a token; train on texts alone beside the images keeps it low"
             )
         return [
             *lines,

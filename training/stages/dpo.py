@@ -170,10 +170,14 @@ class DpoTrainer(AnswerTrainer):
 
     # ---- begin and end --------------------------------------------------------------------------------------------
 
+    def text_sources(self) -> list:
+        return self.every_pair["validation"].data
+
     def begin(self, resumed: bool) -> None:
         self.reference = self.reference_log_probs(self.run_folder.path)
         self.try_step()
         if not resumed and "validation" in self.every_pair:
+            self.log_text_loss()
             self.evaluate()
         self.clock.reset()  # the reference is no part of the steps
 

@@ -247,6 +247,7 @@ class GrpoTrainer(AnswerTrainer):
 
     def begin(self, resumed: bool) -> None:
         if not resumed and self.validation is not None:
+            self.log_text_loss()
             self.evaluate()
         self.clock.reset()
 

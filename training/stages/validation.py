@@ -67,11 +67,11 @@ class AnswerValidation:
         return (sums[0] / sums[1]).item()
 
     @torch.no_grad()
-    def text_loss(self) -> float:
-        """Return the language model's loss per token on answers of the split without image and prompt."""
+    def text_loss(self, sources: Sequence) -> float:
+        """Return the language model's loss per token on answers of some sources without image and prompt."""
         model, bos = self.trainer.model, self.processor.tokenizer.bos_token_id
         rows = []
-        for data in self.batches.data:
+        for data in sources:
             for unit in range(min(len(data), TEXTS)):
                 for ids in data.answer_ids(unit):
                     prompt, answer = ([bos], ids) if bos is not None else (ids[:1], ids[1:])

@@ -73,6 +73,10 @@ def test_kills_end_with_the_same_bits(settings, tmp_path, kills):
     dpo(never)
     run_with_kills(killed, tmp_path / "killed", kills)
     same_bits(weights(tmp_path / "run"), weights(tmp_path / "killed"))
+    text, other = (
+        json.loads((tmp_path / out / "finished.json").read_text())["text_loss"] for out in ("run", "killed")
+    )
+    assert text == other and text["before"] != text["after"] > 0
     kept = load_file(tmp_path / "run" / REFERENCE)
     for name in ("finished.json", "model.safetensors", REFERENCE):
         (tmp_path / "run" / name).unlink()

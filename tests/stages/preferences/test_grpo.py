@@ -66,6 +66,8 @@ def test_a_reward_is_learned(settings, policy_dir, tmp_path, capsys):
     steps = events(tmp_path / "run", "train")
     first, last = (sum(e["rewards/" + rewards[0] + "/mean"] for e in part) / 5 for part in (steps[:5], steps[-5:]))
     assert last > 2 * first
+    text = json.loads((tmp_path / "run" / "finished.json").read_text())["text_loss"]
+    assert text["before"] == events(tmp_path / "run", "text")[0]["loss"] != text["after"] > 0
     before, after = events(tmp_path / "run", "validation")
     assert (before["step"], after["step"]) == (0, 16) and after["reward"] > before["reward"]
     assert {"completions/mean_length", "completions/clipped_ratio", "entropy", "reward_std"} <= steps[0].keys()
