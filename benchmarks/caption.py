@@ -13,6 +13,7 @@ but not loading the model. The arms:
 - generate: processor and `generate` on batches in the order of the files.
 - local: `blipren caption --out`. local_cache: the same from a feature cache. local_prompts: with three prompts.
   local_plain: without packed weights. --parts prints where the time of these arms goes.
+- vllm: `blipren caption --out --engine vllm`, if named: with the Python of --environment, behind `local`, with its lengths.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from transformers import (
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.data.sources.images import decode_image
 
-ARMS = ("one_by_one", "pipeline", "generate", "local", "local_cache", "local_prompts", "local_plain")
+ARMS = ("one_by_one", "pipeline", "generate", "local", "local_cache", "local_prompts", "local_plain", "vllm")
 # tokens of the 12,500 captions of flickr8k-mini in the vocabulary of its language model, at even quantiles
 LENGTHS = (6, 7, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 14, 14, 15, 16, 17, 18, 19, 23)
 TOWERS = Path(__file__).resolve().parents[1] / "training" / "quickstart" / "towers"
@@ -134,7 +135,23 @@ def run_generate(model: Path, files: list[Path], batch_size: int) -> tuple[float
     return now() - began, texts
 
 
-def run_local(arm: str, model: Path, folder: Path, given) -> tuple[float, list[str]]:
+def end_as_local(llm, lengths: list[int], end: int, words: int) -> None:
+    """Let vLLM give each picture as many of the tokenizer's tokens as `local` did, and the end in place of one more."""
+    plain, left = llm.generate, iter(lengths)
+
+    def generate(requests, params, **options):
+        for one in params:
+            one.max_tokens, one.ignore_eos = next(left) + 1, True
+            one.allowed_token_ids = [word for word in range(words) if word != end]
+        results = plain(requests, params, **options)
+        for output in (result.outputs[0] for result in results):
+            output.token_ids, output.finish_reason = [*output.token_ids[:-1], end], "stop"
+        return results
+
+    llm.generate = generate
+
+
+def run_local(arm: str, model: Path, folder: Path, given) -> tuple[float, list[str], list[int]]:
     from blipren.training.captioning import job as captioning_job
     from blipren.training.captioning.decoder import Decoder
     from blipren.training.cli import main
@@ -168,11 +185,16 @@ def run_local(arm: str, model: Path, folder: Path, given) -> tuple[float, list[s
         device="cpu",
         workers=given.workers,
         keep_images=False,
+        engine="vllm" if arm == "vllm" else "local",
     )
     if arm == "local_plain":
         captioning_job.pack_linears = lambda model: None
     job = captioning_job.CaptionJob.open(settings)
-    job.engine.decoder.__class__ = EndingDecoder
+    if arm == "vllm":
+        tokenizer, lengths = job.processor.tokenizer, json.loads((folder / "lengths.json").read_text())
+        end_as_local(job.engine.llm, lengths, tokenizer.eos_token_id, len(tokenizer))
+    else:
+        job.engine.decoder.__class__ = EndingDecoder
     began = now()
     if given.memory:
         watch_memory(job)
@@ -188,8 +210,9 @@ def run_local(arm: str, model: Path, folder: Path, given) -> tuple[float, list[s
     import datasets
 
     name = "caption_0" if arm == "local_prompts" else job.columns[0].name
-    rows = datasets.load_dataset(str(out), cache_dir=str(folder / "library"))
-    return seconds, [row[name] for split in rows.values() for row in split]
+    loaded = datasets.load_dataset(str(out), cache_dir=str(folder / "library"))
+    rows = [row for split in loaded.values() for row in split]
+    return seconds, [row[name] for row in rows], [row[f"{name}_num_tokens"] for row in rows]
 
 
 def time_parts(job) -> dict[str, float]:
@@ -239,7 +262,8 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, on a shared machine"
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS[:-1]))
+    parser.add_argument("--environment", type=Path, help="with vLLM and our package, for the arm vllm")
     parser.add_argument("--photo-size", nargs=2, type=int, default=[640, 480], help="width and height")
     parser.add_argument("--broken-every", type=int, help="cut off each so many-th photo behind the first 256")
     parser.add_argument("--parts", action="store_true", help="print the time of the arms `local` by part")
@@ -254,6 +278,8 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     if given.arm:
         return run_arm(given)
+    if "vllm" in given.arms and (given.environment is None or "local" not in given.arms):
+        parser.error("the arm vllm needs --environment, and the arm local for the lengths of the captions")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "photos").mkdir()
@@ -274,13 +300,16 @@ def main() -> None:
             for arm in given.arms:
                 own = folder / f"round-{round_number}-{arm}"
                 own.mkdir()
-                for name in ("photos", "model", "vision", "llm"):
+                for name in ("photos", "model", "vision", "llm", "lengths.json"):
                     (own / name).symlink_to(folder / name)
-                command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm, "--folder", str(own)]
+                python = str(given.environment / "bin" / "python") if arm == "vllm" else sys.executable
+                command = [python, __file__, *sys.argv[1:], "--arm", arm, "--folder", str(own)]
                 subprocess.run(command, check=True)
                 result = json.loads((own / "result.json").read_text())
                 seconds[arm].append(result["seconds"])
                 texts[arm] = result["texts"]
+                if arm == "local":
+                    (folder / "lengths.json").write_text(json.dumps(result["lengths"]))
                 print(f"{arm}: {result['seconds']:.1f} s, {given.images / result['seconds']:.2f} images/s", flush=True)
     rates = {arm: given.images / statistics.median(values) for arm, values in seconds.items()}
     best = rates.get("local")
@@ -309,6 +338,9 @@ def main() -> None:
 def run_arm(given) -> None:
     """Run one arm in this process and write its seconds and captions."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if given.threads:  # vLLM computes in this process, whose time is measured, with so many threads
+        os.environ |= {"OMP_NUM_THREADS": str(given.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     files, model = sorted((given.folder / "photos").glob("*.jpg")), given.folder / "model"
     if given.arm in ("one_by_one", "pipeline"):
         found = run_pipeline(model, files, 1 if given.arm == "one_by_one" else given.batch_size)
@@ -316,7 +348,8 @@ def run_arm(given) -> None:
         found = run_generate(model, files, given.batch_size)
     else:
         found = run_local(given.arm, model, given.folder, given)
-    (given.folder / "result.json").write_text(json.dumps({"seconds": found[0], "texts": found[1]}))
+    result = dict(zip(("seconds", "texts", "lengths"), found))
+    (given.folder / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ def make_pair(seed=0, **options):
 
 
 @contextlib.contextmanager
-def served(models, limits=LIMITS):
+def served(models, limits=LIMITS, **options):
     """Address of the page of these models."""
-    page = build_page(models, limits)
+    page = build_page(models, limits, **options)
     _, url, _ = launch(page, prevent_thread_lock=True, server_port=None)
     yield url.rstrip("/")
     page.close()

@@ -45,10 +45,11 @@ def last_answer(tab, count):
     return text
 
 
-def map_of(tab, word):
-    """Tap a word and return the address of its map."""
+def map_of(tab, word, hover=False):
+    """Tap a word, or rest the mouse on it, and return the address of its map."""
     before = tab.locator(".map img").get_attribute("src") if tab.locator(".map img").count() else ""
-    tab.locator(".words label").nth(word).click()
+    label = tab.locator(".words label").nth(word)
+    label.hover() if hover else label.click()
     tab.wait_for_function("before => (document.querySelector('.map img') || {}).src > '' && document.querySelector('.map img').src != before", arg=before)  # fmt: skip
     tab.wait_for_function("document.querySelector('.map img').naturalWidth > 0")
     return tab.locator(".map img").get_attribute("src")

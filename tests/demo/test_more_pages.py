@@ -1,5 +1,7 @@
 """Other pages than that of one model of pictures, and answers that do not come to their end, in a real browser."""
 
+import inspect
+import pickle
 import time
 
 import pytest
@@ -20,11 +22,25 @@ def make_answer(model, processor, answer):
     model.generation_config.sequence_bias = [[ids[:end], 100.0 * end] for end in range(1, len(ids) + 1)]
 
 
+def copied(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def lend_device(function):
+    """As `spaces.GPU` of ZeroGPU: another process computes, so arguments and results are copies."""
+
+    def stream(*arguments):
+        yield from map(copied, function(*copied(arguments)))
+
+    return stream if inspect.isgeneratorfunction(function) else lambda *given: copied(function(*copied(given)))
+
+
 @needs_chromium
-def test_two_models_side_by_side_and_boxes(browse, pair, pictures):
+def test_two_models_side_by_side_and_boxes_on_a_lent_device(browse, pair, pictures):
     other = make_pair(1)
     make_answer(*other, BOX)
-    with served([("before", *pair), ("after", *other)]) as url, browse(url=url) as tab:
+    models = [("before", *pair), ("after", *other)]
+    with served(models, on_device=lend_device) as url, browse(url=url) as tab:
         ask(tab, "Find the circle.", pictures / "0.png", answers=2)
         before, after = (tab.get_by_role("log", name=name) for name in ("before", "after"))
         wanted = generate_answers(*pair, [scene(0)], "Find the circle.", max_new_tokens=24)

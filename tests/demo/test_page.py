@@ -20,8 +20,12 @@ def test_pictures_answers_and_maps(browse, pair, pictures):
         wanted = generate_answers(model, processor, [scene(0)], "What is it?", max_new_tokens=24)
         assert first == wanted[0]["text"] and len(first.split()) > 3
         assert tab.locator(".words label").all_inner_texts() == first.split()
-        maps = {map_of(tab, word) for word in (0, 3)}
-        assert len(maps) == 2
+        maps = {map_of(tab, 0), map_of(tab, 3)}
+        tab.focus("#question textarea")
+        maps.add(map_of(tab, 2, hover=True))
+        assert len(maps) == 3 and tab.locator(".words input").nth(2).is_checked()
+        assert f"“{first.split()[2]}”" in tab.locator(".map").inner_text()
+        assert tab.evaluate("document.activeElement.matches('#question textarea')")
         size = tab.evaluate("(() => {const i = document.querySelector('.map img'); return [i.naturalWidth, i.naturalHeight]})()")  # fmt: skip
         assert size == [384, 384] and "Where the model looked for" in tab.locator(".map").inner_text()
 

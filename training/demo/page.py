@@ -36,7 +36,8 @@ CSS = """
 """
 
 
-# names for a screen reader where Gradio's components have none: each conversation, and the pictures that can be enlarged
+# names for a screen reader where Gradio's components have none: each conversation, and the pictures that can be enlarged;
+# and a word that a mouse rests on is chosen as if it were tapped, without taking the focus from the text box
 SCRIPT = """() => {
     const name = () => {
         for (const log of document.querySelectorAll("[role=log]"))
@@ -46,6 +47,12 @@ SCRIPT = """() => {
     };
     new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
     name();
+    let resting;
+    document.addEventListener("pointermove", event => {
+        clearTimeout(resting);
+        const word = event.pointerType == "mouse" && event.target.closest(".words label");
+        if (word) resting = setTimeout(() => word.querySelector("input").click(), 200);
+    });
 }"""
 UNCHANGED = gr.skip()
 READY_BOX = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
@@ -204,16 +211,16 @@ def build_page(
                     beams = gr.Slider(1, 5, 1, step=1, label="Beams (without temperature)")
                     temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0 takes the likeliest words)")
             with gr.Column(scale=2, min_width=320):
-                gr.Markdown("## What it looked at\nTap a word of the last answer.")
+                gr.Markdown("## What it looked at\nPoint at a word of the last answer, or tap it.")
                 maps, words = [], []
                 for name in names:
                     whose = "the last answer" if len(models) == 1 else f"the last answer of {name}"
-                    maps.append(
+                    words.append(gr.Radio([], label=f"Words of {whose}", visible=False, elem_classes="words"))
+                    maps.append(  # below the words, which therefore stay where they are when it appears
                         gr.Image(
                             visible=False, interactive=False, buttons=["fullscreen"], format="jpeg", elem_classes="map"
                         )
                     )
-                    words.append(gr.Radio([], label=f"Words of {whose}", visible=False, elem_classes="words"))
         outputs = [*chats, visit, box, *words, *maps]
         settings = [visit, tokens, beams, temperature]
         running = [box.submit(answer, [box, *settings], outputs, api_visibility="private")]
@@ -223,7 +230,10 @@ def build_page(
             running.append(button.click(answer, [message, *settings], outputs, api_visibility="private"))
         box.stop(lambda: READY_BOX, None, box, cancels=running, api_visibility="private")
         for number in range(len(models)):
-            words[number].input(partial(look, number), [words[number], visit], maps[number], api_visibility="private")
+            words[number].input(
+                partial(look, number), [words[number], visit], maps[number],
+                trigger_mode="always_last", api_visibility="private",
+            )  # fmt: skip
         nothing = [*([] for _ in chats), None, READY_BOX, *([NO_WORDS] * len(chats)), *([NO_MAP] * len(chats))]
         for event in (new.click, *(chat.clear for chat in chats)):
             event(lambda: nothing, None, outputs, cancels=running, api_visibility="private")
