@@ -11,7 +11,7 @@ quickstart: .venv/ready
 
 # one process a core, one thread a process: two test processes with two threads each stand in each other's way
 test: .venv/dev
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: .venv/dev
 	.venv/bin/ruff check .

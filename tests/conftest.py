@@ -25,3 +25,11 @@ def shared_data():
         return path
 
     return find
+
+
+LONG_FILES = ("tests/notebooks", "tests/test_readme.py", "tests/stages", "tests/commands/test_screen.py", "tests/demo")
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files of minutes first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG_FILES))

@@ -16,6 +16,7 @@ import pytest
 
 from blipren.training.cli import load_recipe
 from blipren.training.quickstart.scenes import Scene, draw_scene, iterate_rows
+from tests.common.processes import ProcessServer
 from tests.hub.loopback.server import running_hub
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,11 +77,14 @@ def run(arguments: list[str], place) -> subprocess.CompletedProcess:
 def test_the_commands_in_order_then_the_examples(place):
     """The shell block makes and publishes the model that the Python blocks load by its Hub id."""
     (commands,) = blocks("bash")
+    folder, environment = place
+    server = ProcessServer(environment)
     for line in commands.strip().splitlines():
         program, command, *rest = shlex.split(line)
         assert program == "blipren"
-        run([sys.executable, "-m", "blipren.training.cli", command, *rest, *SMALL.get(command, [])], place)
-    folder, _ = place
+        started = server.start([command, *rest, *SMALL.get(command, [])], folder / f"{command}.txt", cwd=folder)
+        output, _ = started.communicate()
+        assert started.returncode == 0, f"{line}\n{output[-3000:]}"
     metrics = json.loads((folder / "report" / "metrics.json").read_text())
     assert metrics["counts"]["images"] > 0 and "CIDEr" in metrics["captioning"]
     examples = blocks("python")

@@ -2,14 +2,13 @@
 
 import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, SiglipVisionConfig
 
 from blipren import BliprenConfig
+from tests.common.processes import process_server
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "experts.py"
 
@@ -17,22 +16,17 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "experts.py"
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
-    command = [sys.executable, SCRIPT, *"--scenes 40 --validation-scenes 8 --steps 2 --seeds 0 --device cpu".split()]
-    command += [
-        "--arms",
-        "moe top 1",
-        "mlp, arithmetic of top 1",
-        "--jobs",
-        "2",
-        "--work",
-        "work",
-        "--out",
-        "experts.json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    again = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert again.returncode == 0 and "step 1/2" not in again.stdout  # finished arms are not repeated
+    words = "--scenes 40 --validation-scenes 8 --steps 2 --seeds 0 --device cpu --work work".split()
+    words += ["--out", "experts.json", "--arms", "moe top 1", "mlp, arithmetic of top 1"]
+
+    def run() -> str:
+        program = process_server().start(words, folder / "output.txt", program=str(SCRIPT), cwd=folder)
+        output, _ = program.communicate()
+        assert program.returncode == 0, output
+        return output
+
+    run()
+    assert "step 1/2" not in run()  # finished arms are not repeated
     return json.loads((folder / "experts.json").read_text())
 
 

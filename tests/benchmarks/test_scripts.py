@@ -1,22 +1,19 @@
 """Benchmarks at toy size: they run, their arms agree, and their JSON holds what their text says."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.common.processes import process_server
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def run(script: str, *arguments: str, out: Path) -> dict:
     """Run a script of benchmarks/. Returns its JSON."""
-    subprocess.run(
-        [sys.executable, BENCHMARKS / script, *arguments, "--out", out],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    words = [*map(str, arguments), "--out", str(out)]
+    program = process_server().start(words, out.with_suffix(".txt"), program=str(BENCHMARKS / script))
+    output, _ = program.communicate()
+    assert program.returncode == 0, output
     return json.loads(out.read_text())
 
 

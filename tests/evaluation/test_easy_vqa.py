@@ -1,13 +1,12 @@
 """Question answering on real data: easy-vqa's questions through the evaluate command, and the generation benchmark."""
 
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 from blipren.training.commands.evaluate import EvaluateSettings
 from blipren.training.evaluation.evaluate import evaluate
+from tests.common.processes import process_server
 
 
 def test_easy_vqa(shared_data, seeing, tmp_path):
@@ -44,9 +43,11 @@ def test_easy_vqa(shared_data, seeing, tmp_path):
 
 def test_generation_benchmark_runs(seeing, colours, tmp_path):
     script = Path(__file__).parents[2] / "benchmarks" / "generate.py"
-    command = [sys.executable, str(script), str(seeing), str(colours), "--out", str(tmp_path / "out.json")]
-    command += ["--images", "4", "--rounds", "1", "--batch-size", "4", "--max-new-tokens", "12", "--device", "cpu"]
-    subprocess.run(command, check=True, capture_output=True)
+    words = [str(seeing), str(colours), "--out", str(tmp_path / "out.json")]
+    words += "--images 4 --rounds 1 --batch-size 4 --max-new-tokens 12 --device cpu".split()
+    program = process_server().start(words, tmp_path / "output.txt", program=str(script))
+    output, _ = program.communicate()
+    assert program.returncode == 0, output
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["images"] == 4 and result["equal_captions"] == 1 and result["ratio"] > 0
     assert set(result["arms"]) == {"one by one", "batches of 4"}

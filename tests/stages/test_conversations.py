@@ -21,7 +21,7 @@ from blipren.training.stages import train as caption
 from tests import tiny_models
 from tests.stages.test_processes import finish, needs_deepspeed, same, with_deepspeed
 from tests.stages.test_resume import run_with_kills, same_bits
-from tests.stages.tools import events, make_model, run_command, weights
+from tests.stages.tools import events, fork_command, make_model, weights
 
 
 def turns(*texts):
@@ -94,7 +94,7 @@ def test_packed_rows_padded_rows_and_micro_batches_train_alike(mixed, tmp_path):
 
 
 def test_a_run_resumes_to_the_same_bits_and_two_processes_equal_one(mixed, tmp_path):
-    process = run_command(mixed(out=str(tmp_path / "two"), micro_batches=6), processes=2)
+    process = fork_command(mixed(out=str(tmp_path / "two"), micro_batches=6), processes=2)
     caption.train(mixed(micro_batches=6))
     finish(process)
     same(tmp_path / "run", tmp_path / "two")
@@ -124,7 +124,7 @@ def test_five_kills_end_with_the_same_bits(mixed, tmp_path):
 @needs_deepspeed
 def test_deepspeed_trains_conversations_as_one_process_does(mixed, tmp_path):
     one = mixed(micro_batches=2, generate_samples=0)
-    process = run_command(with_deepspeed(type(one)(**one.__dict__ | {"out": str(tmp_path / "two")}), "zero2"), 2)
+    process = fork_command(with_deepspeed(type(one)(**one.__dict__ | {"out": str(tmp_path / "two")}), "zero2"), 2)
     caption.train(one)
     assert "2 processes" in finish(process)
     same(tmp_path / "run", tmp_path / "two")
@@ -132,14 +132,14 @@ def test_deepspeed_trains_conversations_as_one_process_does(mixed, tmp_path):
 
 def test_sharded_conversations_train_as_one_process_does(mixed, chat_rows, dataset_dir, model_dir, tmp_path):
     """FSDP2 with two micro-batches a process. A conversation without an image is refused: its connector would not run."""
-    refused = run_command(mixed(fsdp=True, out=str(tmp_path / "refused")), processes=2)
+    refused = fork_command(mixed(fsdp=True, out=str(tmp_path / "refused")), processes=2)
     rows = dataset_dir / "chat-with-images.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in chat_rows if "image" in row))
     cache = str(tmp_path / "cache")
     embed(EmbedSettings(model=str(model_dir), dataset=str(rows), cache=cache, dtype="float32", workers=0))
     assert "8 conversations have no image: with fsdp" in refused.communicate(timeout=300)[0] and refused.returncode
     one = mixed(cache=cache, micro_batches=4, generate_samples=0)
-    process = run_command(type(one)(**one.__dict__ | {"out": str(tmp_path / "two"), "fsdp": True}), processes=2)
+    process = fork_command(type(one)(**one.__dict__ | {"out": str(tmp_path / "two"), "fsdp": True}), processes=2)
     caption.train(one)
     assert "2 processes" in finish(process)
     same(tmp_path / "run", tmp_path / "two")

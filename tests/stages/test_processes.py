@@ -9,7 +9,7 @@ import torch
 
 import blipren
 from blipren.training.stages import train as caption
-from tests.stages.tools import events, run_command, weights
+from tests.stages.tools import events, fork_command, run_command, weights
 
 
 def finish(process):
@@ -59,14 +59,14 @@ def test_one_process_resumes_on_two(one_and_two, tmp_path):
     caption.train(one)
     shutil.copytree(tmp_path / "run", tmp_path / "two")
     killed_behind_step_3(tmp_path / "two")
-    assert "checkpoint-3" in finish(run_command(two, 2))
+    assert "checkpoint-3" in finish(fork_command(two, 2))
     same(tmp_path / "run", tmp_path / "two")
 
 
 def test_sharded_over_two_processes_equals_one_and_resumes_on_one(one_and_two, tmp_path):
     """With two micro-batches a process, whose gradients are reduced with the last one."""
     one, two = (type(run)(**run.__dict__ | {"ema": 0.5, "micro_batches": 4}) for run in one_and_two)
-    process = run_command(type(two)(**two.__dict__ | {"fsdp": True}), processes=2)
+    process = fork_command(type(two)(**two.__dict__ | {"fsdp": True}), processes=2)
     caption.train(one)
     finish(process)
     same(tmp_path / "run", tmp_path / "two")
@@ -91,7 +91,7 @@ def with_deepspeed(settings, recipe: str):
 @needs_deepspeed
 def test_deepspeed_on_two_processes_equals_one_and_resumes_without_it(one_and_two, tmp_path):
     one, two = (type(run)(**run.__dict__ | {"ema": 0.5, "micro_batches": 4}) for run in one_and_two)
-    process = run_command(with_deepspeed(two, "zero2"), processes=2)
+    process = fork_command(with_deepspeed(two, "zero2"), processes=2)
     caption.train(one)
     finish(process)
     same(tmp_path / "run", tmp_path / "two")
@@ -106,5 +106,5 @@ def test_a_run_resumes_under_deepspeed_with_the_optimizer_offloaded(one_and_two,
     caption.train(one)
     shutil.copytree(tmp_path / "run", tmp_path / "two")
     killed_behind_step_3(tmp_path / "two")
-    assert "checkpoint-3" in finish(run_command(with_deepspeed(two, "zero2-offload"), 2))
+    assert "checkpoint-3" in finish(fork_command(with_deepspeed(two, "zero2-offload"), 2))
     same(tmp_path / "run", tmp_path / "two")

@@ -10,7 +10,7 @@ import torch
 
 from blipren.training.engine import checkpoints
 from blipren.training.stages import train as caption
-from tests.stages.tools import events, run_command, weights
+from tests.stages.tools import events, fork_command, run_command, weights
 
 SAVE = 3
 
@@ -24,7 +24,7 @@ def last_step(folder):
 
 def kill_at(settings, folder, step, delay):
     """Starts the command and sends SIGKILL `delay` seconds after it logged `step`."""
-    process = run_command(settings)
+    process = fork_command(settings)
     deadline = time.monotonic() + 240
     while last_step(folder) < step:
         assert process.poll() is None, process.communicate()[0]
@@ -40,7 +40,7 @@ def run_with_kills(settings, folder, moments):
     for step, delay in moments:
         kill_at(settings, folder, step, delay)
         assert not (folder / "finished.json").exists()
-    output = run_command(settings).communicate(timeout=240)[0]
+    output = fork_command(settings).communicate(timeout=240)[0]
     assert "resuming from" in output and "done: " in output, output
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.settings import Settings
 from tests import tiny_models
+from tests.common.processes import Program, process_server
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 180, 30)}
 
@@ -56,19 +57,28 @@ def make_model(folder: Path, vision: Path, llm: Path, **changes) -> Path:
     return folder
 
 
-def run_command(settings: Settings, processes: int = 1, **popen) -> subprocess.Popen:
-    """The command of these settings in processes of its own; more than one under torchrun."""
+def write_command(settings: Settings) -> list[str]:
+    """The command line of these settings, which are in a recipe beside its folder."""
     name = type(settings).__module__.rpartition(".")[2]
     recipe = Path(settings.out).with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump({name: dataclasses.asdict(settings)}))
+    return [name, "--config", str(recipe)]
+
+
+def run_command(settings: Settings, processes: int = 1) -> subprocess.Popen:
+    """The command of these settings as a user starts it; more than one process under torchrun."""
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command += ["blipren.training.cli", name, "--config", str(recipe)]
+    command += ["blipren.training.cli", *write_command(settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen
-    )
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def fork_command(settings: Settings, processes: int = 1) -> Program:
+    """The command of these settings in processes of its own that start at once."""
+    output = Path(settings.out).with_suffix(".txt")
+    return process_server().start(write_command(settings), output, processes=processes)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

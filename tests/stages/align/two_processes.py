@@ -1,4 +1,4 @@
-"""Run by torchrun in test_align_distributed.py: two steps of the stage without dropout, gradients of the second."""
+"""Run by test_align_distributed.py: steps of the stage without dropout, in one process or in one of two."""
 
 import os
 import sys

@@ -15,7 +15,7 @@ from blipren.training.stages.dpo import REFERENCE, dpo
 from tests.stages.preferences.test_grpo import FIVE_KILLS
 from tests.stages.test_processes import finish
 from tests.stages.test_resume import run_with_kills, same_bits
-from tests.stages.tools import events, run_command, weights
+from tests.stages.tools import events, fork_command, weights
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_two_processes_equal_one(settings, tmp_path):
     """Seven images in a step: the processes have different numbers of pairs."""
     one = settings(batch_size=7, micro_batches=2, max_steps=4)
     two = DpoSettings(**one.__dict__ | {"out": str(tmp_path / "two")})
-    process = run_command(two, processes=2)
+    process = fork_command(two, processes=2)
     dpo(one)
     assert "2 processes" in finish(process)
     ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "two")

@@ -12,7 +12,7 @@ from blipren.training.errors import UserError
 from blipren.training.stages.grpo import grpo
 from tests.stages.test_processes import finish
 from tests.stages.test_resume import run_with_kills, same_bits
-from tests.stages.tools import events, run_command, weights
+from tests.stages.tools import events, fork_command, weights
 
 
 def many_e(completions, **columns):
@@ -109,7 +109,7 @@ def test_two_processes_equal_one(settings, tmp_path):
     """Seven images in a step: the processes have different numbers of completions."""
     one = settings(batch_size=7, micro_batches=2, beta=0.1, scale_rewards="batch", loss_type="grpo", max_steps=4)
     two = GrpoSettings(**one.__dict__ | {"out": str(tmp_path / "two")})
-    process = run_command(two, processes=2)
+    process = fork_command(two, processes=2)
     grpo(one)
     assert "2 processes" in finish(process)
 
