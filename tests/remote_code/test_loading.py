@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers.utils import is_flash_attn_2_available
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.commands.push import PushSettings
+from blipren.training.conversation.conversation import Conversation
+from blipren.training.evaluation.generation import load_model
 from blipren.training.hub.publish import publish
 from tests.hub.fake_cache import lay_out_cache
 from tests.hub.fresh import fresh_result, run_fresh
@@ -21,8 +24,6 @@ REPO = "user/blipren-tiny"
 
 def answer(folder, photo, **options) -> dict:
     """Tokens and logits of this process, which the fresh ones must reproduce."""
-    from PIL import Image
-
     model = BliprenForConditionalGeneration.from_pretrained(folder, **options)
     inputs = BliprenProcessor.from_pretrained(folder)(images=Image.open(photo), return_tensors="pt")
     with torch.no_grad():
@@ -90,6 +91,9 @@ result["chats"] = [
     chat(text=message, **settings)[0]["generated_text"],
     chat_object(text=message, **settings)[0]["generated_text"],
 ]
+later = [{"type": "image", "image": image.rotate(90)}, {"type": "text", "text": "And here?"}]
+first = {"role": "assistant", "content": [{"type": "text", "text": result["chats"][1].strip()}]}
+result["later"] = chat(text=[*message, first, {"role": "user", "content": later}], **settings)[0]["generated_text"]
 """
     )
     (tmp_path / "photo.jpg").write_bytes(photo.read_bytes())
@@ -110,6 +114,11 @@ result["chats"] = [
     assert one[0]["generated_text"].startswith(captions["short"][0]["generated_text"].rstrip("\ufffd"))
     assert got["chats"][0].strip() == got["chats"][1].strip() == got["chats"][2].strip()
     assert got["chats"][0].strip() == captions["prompt"][0]["generated_text"]
+    chat = Conversation(*load_model(str(full), "cpu"))
+    with Image.open(photo) as image:
+        asked = (("What is it?", image), ("And here?", image.rotate(90)))
+        answers = [chat.ask(question, [picture], max_new_tokens=6) for question, picture in asked]
+    assert answers == [got["chats"][0].strip(), got["later"].strip()]
     assert got["padding"] == [[0, 0, 1], "left"]
     # what remote code saves is what the package saved: code, weights, processor, byte for byte
     assert digests(tmp_path / "again") == digests(full)
