@@ -17,11 +17,45 @@ _FACTOR = 0x9E3779B97F4A7C15  # odd, so that products of it are all different
 
 
 def hash_captions(captions: list[list[int]]) -> np.ndarray:
-    """Return a 64-bit hash of each whole caption, `(captions,)`."""
+    """Return a 64-bit hash of each whole caption's tokens, `(captions,)`."""
     padded = _pad(captions)
     hashes = np.array([len(caption) for caption in captions], dtype=np.uint64)
     for column in padded.T:
         hashes = np.where(column > 0, _mix(hashes, column), hashes)
+    return hashes
+
+
+def letters_of_tokens(texts: list[str]) -> torch.Tensor:
+    """Return what each token adds to the hash of a caption's letters, `(tokens, 2)` in int64.
+
+    Letters and digits count, in lower case; spaces and punctuation do not. A token that is a part of a character counts
+    as itself.
+
+    Args:
+        texts: each token of the vocabulary alone, decoded.
+    """
+    values = []
+    for token, text in enumerate(texts):
+        characters = [ord(c) for c in text.lower() if c.isalnum()]
+        if "\ufffd" in text:
+            characters = [0x110000 + token]  # beyond the last character
+        value, factor = 0, 1
+        for character in characters:
+            value, factor = (value * _FACTOR + character) % 2**64, factor * _FACTOR % 2**64
+        values.append([value, factor])
+    return torch.from_numpy(np.array(values, dtype=np.uint64).view(np.int64))
+
+
+def hash_letters(captions: list[list[int]], letters: torch.Tensor) -> np.ndarray:
+    """Return a 64-bit hash of each caption's letters and digits, `(captions,)`.
+
+    Args:
+        letters: `(tokens, 2)`, of `letters_of_tokens`.
+    """
+    values, factors = np.concatenate([[[0, 1]], letters.numpy()]).view(np.uint64).T  # of padding first
+    hashes = np.zeros(len(captions), dtype=np.uint64)
+    for column in _pad(captions).T:
+        hashes = hashes * factors[column] + values[column]
     return hashes
 
 
@@ -199,4 +233,12 @@ class NgramGuidance(LogitsProcessor):
         return mixed.to(scores.dtype)
 
 
-__all__ = ["DocumentFrequencies", "NgramGuidance", "NgramModel", "ReferenceTable", "hash_captions"]
+__all__ = [
+    "DocumentFrequencies",
+    "NgramGuidance",
+    "NgramModel",
+    "ReferenceTable",
+    "hash_captions",
+    "hash_letters",
+    "letters_of_tokens",
+]

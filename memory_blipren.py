@@ -1,7 +1,8 @@
 """A memory: embeddings and captions of known images, in a folder of the checkpoint.
 
 `embeddings.safetensors` holds `embeddings` `(entries, width)`, the mean patch feature of each image, standardised and in
-float16, with the `mean`, `std` and `scale` (median squared distance) that do it, and the sorted `caption_hashes`.
+float16, with the `mean`, `std` and `scale` (median squared distance) that do it, the sorted `caption_hashes`, and the
+`letters` of each token, by which captions are compared word for word (without them, by their tokens).
 `texts.arrow` holds id, image hash, captions and their token ids. `memory.json` holds what decided them, and the settings.
 """
 
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from transformers.utils import cached_file
 
 from .base_models_blipren import optional_file
-from .consensus_blipren import DocumentFrequencies, ReferenceTable, hash_captions
+from .consensus_blipren import DocumentFrequencies, ReferenceTable, hash_captions, hash_letters
 
 try:  # only a model with a memory needs it
     import pyarrow
@@ -85,7 +86,8 @@ class BliprenMemory:
     """Embeddings and captions of known images.
 
     Args:
-        embeddings: `(entries, width)`, standardised. statistics: `mean` and `std` `(width,)`, `scale` `()`.
+        embeddings: `(entries, width)`, standardised. statistics: `mean` and `std` `(width,)`, `scale` `()`,
+            `caption_hashes`, `letters`.
         texts: Arrow table with columns id, image_hash, captions, tokens.
         info: `encoder` and `language_model` that it was made for, `prompts` whose answers the captions are (token ids
             without placeholders), `end` (id of the end token).
@@ -106,13 +108,19 @@ class BliprenMemory:
 
     @classmethod
     def build(
-        cls, embeddings: torch.Tensor, texts: dict[str, list], info: dict, settings: MemorySettings | None = None
+        cls,
+        embeddings: torch.Tensor,
+        texts: dict[str, list],
+        info: dict,
+        letters: torch.Tensor,
+        settings: MemorySettings | None = None,
     ):
         """Make a memory.
 
         Args:
             embeddings: `(entries, width)`, mean patch features.
             texts: lists `id`, `image_hash`, `captions` (texts of each image) and `tokens` (their ids, without end token).
+            letters: of each token, from `letters_of_tokens`.
 
         Raises:
             ValueError: fewer than two entries, or the lists differ in length.
@@ -128,7 +136,7 @@ class BliprenMemory:
         scale = torch.cdist(some, some).square().median().clamp_min(1e-6)
         memory = cls(
             standard,
-            {"mean": mean, "std": std, "scale": scale, "caption_hashes": torch.zeros(0, dtype=torch.int64)},
+            {"mean": mean, "std": std, "scale": scale, "letters": letters},
             _require_arrow().table(texts, schema=_schema()),
             info,
             settings or MemorySettings(),
@@ -137,8 +145,13 @@ class BliprenMemory:
         return memory
 
     def _hash_captions(self) -> None:
-        hashes = hash_captions([ids for own in self.texts["tokens"].to_pylist() for ids in own])
-        self.statistics["caption_hashes"] = torch.from_numpy(np.unique(hashes.view(np.int64)))
+        hashes = self._hashes([ids for own in self.texts["tokens"].to_pylist() for ids in own])
+        self.statistics["caption_hashes"] = torch.from_numpy(np.unique(hashes))
+
+    def _hashes(self, captions: list[list[int]]) -> np.ndarray:
+        letters = self.statistics.get("letters")  # memories had none at first
+        hashes = hash_captions(captions) if letters is None else hash_letters(captions, letters)
+        return hashes.view(np.int64)
 
     def extend(self, embeddings: torch.Tensor, texts: dict[str, list]) -> "BliprenMemory":
         """Return a memory with more entries. Entries whose image it has already, by id or image hash, are left out."""
@@ -305,9 +318,8 @@ class BliprenMemory:
         return self.texts["tokens"].take(entries).to_pylist()
 
     def are_copies(self, captions: list[list[int]]) -> np.ndarray:
-        """Return whether each caption, as token ids, is a known one."""
-        known = self.statistics["caption_hashes"].numpy()
-        hashes = hash_captions(captions).view(np.int64)
+        """Return whether each caption, as token ids, is a known one word for word."""
+        known, hashes = self.statistics["caption_hashes"].numpy(), self._hashes(captions)
         return known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes
 
     def frequencies(self) -> DocumentFrequencies:

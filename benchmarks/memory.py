@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from blipren.consensus_blipren import letters_of_tokens
 from blipren.memory_blipren import BliprenMemory
 
 WORDS, LENGTH = 4_000, 12  # different tokens; tokens of a caption
@@ -41,7 +42,9 @@ def measure(entries: int, settings: argparse.Namespace) -> dict:
     queries = embeddings[:: max(1, entries // settings.queries)][: settings.queries] + 0.5
     with tempfile.TemporaryDirectory() as folder:
         begin, cpu = time.perf_counter(), time.process_time()
-        memory = BliprenMemory.build(embeddings, texts, {"encoder": {}, "language_model": {}, "prompts": [], "end": 2})
+        letters = letters_of_tokens([f"word{token}" for token in range(WORDS + 3)])
+        info = {"encoder": {}, "language_model": {}, "prompts": [], "end": 2}
+        memory = BliprenMemory.build(embeddings, texts, info, letters)
         memory.save(folder)
         built = time.perf_counter() - begin, time.process_time() - cpu
         del embeddings, texts, memory

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor, memory_blipren
-from blipren.consensus_blipren import DocumentFrequencies, NgramGuidance, NgramModel, ReferenceTable
+from blipren.consensus_blipren import (
+    DocumentFrequencies,
+    NgramGuidance,
+    NgramModel,
+    ReferenceTable,
+    hash_captions,
+    hash_letters,
+    letters_of_tokens,
+)
 from blipren.memory_blipren import BliprenMemory, MemorySettings
 from blipren.memory_generation_blipren import Candidate
 from blipren.training.cli import main
@@ -36,7 +44,7 @@ def random_memory(entries: int = 30, width: int = 8, settings: MemorySettings | 
     }
     embeddings = torch.randn(entries, width, generator=generator)
     info = {"encoder": {}, "language_model": {}, "prompts": [[1]], "end": 2}
-    return BliprenMemory.build(embeddings, texts, info, settings)
+    return BliprenMemory.build(embeddings, texts, info, letters_of_tokens([f"w{i}" for i in range(300)]), settings)
 
 
 def raw(memory: BliprenMemory) -> torch.Tensor:
@@ -129,6 +137,24 @@ def test_saved_extended_and_damaged(tmp_path):
         BliprenMemory.load(tmp_path)
     with pytest.raises(ValueError, match="blipren memory MODEL CACHE"):
         BliprenMemory.load(tmp_path / "none")
+
+
+def test_copies_are_known_word_for_word_whatever_their_tokens(tmp_path):
+    pieces = ["", "A", " dog", " d", "og", ".", " ", "a", " dogs", " caf", "\ufffd", "\ufffd"]
+    letters = letters_of_tokens(pieces)
+    known, other_tokens, plural, cut = [1, 2, 5], [7, 6, 3, 4], [1, 8, 5], [1, 5]
+    hashes = hash_letters([known, other_tokens, plural, cut, [9, 10], [9, 11], []], letters).tolist()
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 6 and hashes[-1] == 0
+    texts = {"id": ["a", "b"], "image_hash": ["a", "b"], "captions": [["A dog."], ["x"]], "tokens": [[known], [[9]]]}
+    info = {"encoder": {}, "language_model": {}, "prompts": [[1]], "end": 2}
+    BliprenMemory.build(torch.randn(2, 4), texts, info, letters).save(tmp_path)
+    memory = BliprenMemory.load(tmp_path)
+    assert memory.are_copies([known, other_tokens, plural, cut]).tolist() == [True, True, False, False]
+    # a memory of before the letters compares tokens
+    del memory.statistics["letters"]
+    memory.statistics["caption_hashes"] = torch.from_numpy(np.unique(hash_captions([known, [9]]).view(np.int64)))
+    memory.save(tmp_path)
+    assert BliprenMemory.load(tmp_path).are_copies([known, other_tokens]).tolist() == [True, False]
 
 
 def test_regression_over_all_and_over_some_predict_alike():

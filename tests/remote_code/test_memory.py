@@ -3,11 +3,12 @@
 import torch
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
+from blipren.consensus_blipren import letters_of_tokens
 from blipren.memory_blipren import BliprenMemory
 from blipren.training.commands.push import PushSettings
 from blipren.training.data.cache.tokens import encode_answers
 from blipren.training.hub.publish import publish
-from blipren.training.memory.build import memory_info
+from blipren.training.memory.build import decode_tokens, memory_info
 from tests.hub.fresh import fresh_result
 from tests.remote_code.test_loading import LOAD
 
@@ -21,7 +22,8 @@ def random_memory(model, processor, seed: int) -> BliprenMemory:
     tokens = [[ids[:-1] for ids in encode_answers(processor, own)] for own in captions]
     texts = {"id": [str(i) for i in range(12)], "image_hash": [""] * 12, "captions": captions, "tokens": tokens}
     embeddings = torch.randn(12, model.config.vision_hidden_size, generator=generator)
-    return BliprenMemory.build(embeddings, texts, memory_info(model, processor))
+    letters = letters_of_tokens(decode_tokens(processor, model.config.text_config.vocab_size))
+    return BliprenMemory.build(embeddings, texts, memory_info(model, processor), letters)
 
 
 def test_published_with_the_model_and_exchanged(hub, full, photo, tmp_path):

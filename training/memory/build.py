@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from blipren.consensus_blipren import letters_of_tokens
 from blipren.memory_blipren import BliprenMemory, MemorySettings
 from blipren.memory_generation_blipren import Candidate, memory_encoder, memory_language_model, pool_patches
 from blipren.training.commands.memory import MemoryCommandSettings
@@ -41,7 +42,8 @@ def make_memory(s: MemoryCommandSettings) -> None:
     else:
         if len(embeddings) < 2:
             raise UserError(f"{s.cache} has {len(embeddings)} images with captions in split {s.split}; 2 are needed")
-        memory = BliprenMemory.build(embeddings, texts, memory_info(model, processor), MemorySettings())
+        letters = letters_of_tokens(decode_tokens(processor, model.config.text_config.vocab_size))
+        memory = BliprenMemory.build(embeddings, texts, memory_info(model, processor), letters, MemorySettings())
     model.memory = memory
     if s.max_copies < 1 and not s.extend:
         model = model.to(choose_device(s.device)).eval()
@@ -70,6 +72,13 @@ def memory_info(model, processor) -> dict:
         "prompts": prompts,
         "end": processor.answer_end_id,
     }
+
+
+def decode_tokens(processor, vocab_size: int) -> list[str]:
+    """Return the text of each token alone; special tokens, and ids that the tokenizer lacks, have none."""
+    tokenizer = processor.tokenizer
+    found = tokenizer.batch_decode([[i] for i in range(min(vocab_size, len(tokenizer)))], skip_special_tokens=True)
+    return found + [""] * (vocab_size - len(found))
 
 
 def read_cache(cache: FeatureCache, split: str, processor) -> tuple[torch.Tensor, dict[str, list], int]:
