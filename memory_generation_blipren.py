@@ -14,6 +14,7 @@ from .memory_blipren import FILES, FOLDER, BliprenMemory, copy_memory, find_memo
 
 # arguments of `generate` whose result is more than one best answer of the model itself
 _OWN_DISTRIBUTION = ("streamer", "assistant_model", "prompt_lookup_num_tokens", "return_dict_in_generate")
+_CACHES = ("past_key_values", "cache")  # of earlier turns, by the version of transformers
 
 
 @dataclass
@@ -164,6 +165,7 @@ class BliprenMemoryMixin:
             "it needs input_ids": kwargs.get("input_ids") is None,
             "answers are sampled": bool(given["do_sample"]),
             "several answers are asked for": (given["num_return_sequences"] or 1) != 1,
+            "a key-value cache is given": any(kwargs.get(n) is not None for n in _CACHES),
             "scores, a stream or assisted generation are asked for": any(kwargs.get(n) for n in _OWN_DISTRIBUTION),
         }
         reason = next((text for text, true in reasons.items() if true), None)

@@ -11,6 +11,7 @@ from blipren.training.evaluation.generation import generate_answers
 from tests.demo.conftest import make_pair, scene, served
 from tests.demo.steps import ask, last_answer, map_of, upload
 from tests.evaluation.report.browser import needs_chromium
+from tests.memory.tools import random_memory
 
 BOX = "circle [100, 200, 500, 700]"
 
@@ -39,6 +40,7 @@ def lend_device(function):
 def test_two_models_side_by_side_and_boxes_on_a_lent_device(browse, pair, pictures):
     other = make_pair(1)
     make_answer(*other, BOX)
+    other[0].memory = random_memory(*other, seed=0)
     models = [("before", *pair), ("after", *other)]
     with served(models, on_device=lend_device) as url, browse(url=url) as tab:
         ask(tab, "Find the circle.", pictures / "0.png", answers=2)
@@ -54,6 +56,11 @@ def test_two_models_side_by_side_and_boxes_on_a_lent_device(browse, pair, pictur
         map_of(tab, len(wanted[0]["text"].split()))  # the first word of the second model
         assert tab.locator(".map img").count() == 1
         assert "“circle”" in tab.locator(".map").inner_text()
+        assert tab.get_by_text("Similar known pictures of before").count() == 0
+        tab.get_by_text("Similar known pictures of after").click()
+        pixels = other[1](images=scene(0), return_tensors="pt")["pixel_values"]
+        nearest = other[0].find_neighbours(1, pixel_values=pixels)[0][0]
+        tab.get_by_text(f"{nearest['similarity']:.2f}: {' · '.join(nearest['captions'])}").first.wait_for()
 
 
 @needs_chromium

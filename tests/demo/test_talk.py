@@ -13,6 +13,7 @@ from blipren.training.demo.visit import Limits, is_clip, read_uploads
 from blipren.training.errors import UserError
 from blipren.training.evaluation.generation import Sampling, generate_answers
 from tests.demo.conftest import make_pair
+from tests.memory.tools import CAPTIONS, random_memory
 from tests.tiny_models import random_image
 
 GREEDY = Sampling()
@@ -44,6 +45,19 @@ def test_a_conversation_between_turns_holds_no_model(pair):
     talk = pickle.loads(held)  # as between the processes of a machine that lends its GPU for each answer
     assert list(talk.stream(*pair, "And?", [], GREEDY, max_new_tokens=8))[-1] == whole.ask("And?", max_new_tokens=8)
     assert talk.word_picture(*pair, 0).size == (384, 384)
+
+
+def test_an_empty_question_is_answered_by_the_memory():
+    model, processor = make_pair()
+    model.memory = random_memory(model, processor, seed=0)
+    model.memory = model.memory.with_settings(copy_penalty=0.0)
+    talk = Talk()
+    parts = list(talk.stream(model, processor, None, [random_image(0)], GREEDY, max_new_tokens=24))
+    wanted = generate_answers(model, processor, [random_image(0)], None, max_new_tokens=24)[0]["text"]
+    assert parts == [wanted] and wanted in CAPTIONS
+    assert len(talk.known) == 3 and talk.known[0]["similarity"] >= talk.known[1]["similarity"]
+    streamed = list(talk.stream(model, processor, "And?", [], GREEDY, max_new_tokens=8))
+    assert len(streamed) > 1
 
 
 @pytest.mark.parametrize("options", [{}, {"frame_tokens": True}, {"connector": "patches"}], ids=str)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor, memory_blipren
 from blipren.consensus_blipren import (
@@ -18,7 +19,9 @@ from blipren.consensus_blipren import (
 )
 from blipren.memory_blipren import BliprenMemory, MemorySettings
 from blipren.memory_generation_blipren import Candidate
+from blipren.modeling_blipren import CACHE
 from blipren.training.cli import main
+from blipren.training.conversation.conversation import Conversation
 from blipren.training.data.cache import FeatureCache
 from blipren.training.memory.build import choose_copy_penalty, memory_info, read_cache
 from blipren.training.objectives.rewards.cider import CiderReward
@@ -253,6 +256,13 @@ def test_captions_come_through_the_memory_and_one_argument_leaves_it_out(remembe
             model.generate(**inputs, **options, **more, use_memory=True)
     with pytest.raises(ValueError, match="no row has a caption prompt"):
         model.generate(**asked, use_memory=True)
+    with pytest.raises(ValueError, match="a key-value cache is given"):
+        model.generate(**inputs, use_memory=True, **{CACHE: DynamicCache(config=model.config.get_text_config())})
+    # a conversation that is not streamed ranks the caption of its first turn
+    from PIL import Image
+
+    photo = [Image.open(pictures / "06.png")]
+    assert Conversation(model, processor).ask(None, photo, max_new_tokens=12) == answer
     with pytest.raises(ValueError, match="has no memory"):
         plain.generate(**inputs, use_memory=True)
 

@@ -24,6 +24,12 @@ class MemoryCommandSettings(Settings):
     """Add to the memory in OUT; images that it has already are left out and counted."""
     max_copies: float = 0.3
     """Share of validation images that may get a caption of the memory word for word; decides the copy penalty."""
+    max_new_tokens: int = 64
+    """Maximum number of tokens of these images' captions."""
+    num_beams: int = 1
+    """Number of beams of the model's own answers to them; 1 is greedy search."""
+    length_penalty: float = 1.0
+    """Beam search: above 1 prefers longer answers."""
     device: str = "auto"
     """Where the model runs: auto, cpu, cuda, cuda:1, mps."""
 

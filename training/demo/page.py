@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
@@ -66,6 +67,14 @@ async def refuse_address(path: str) -> str:
     return path
 
 
+def describe_known(known: list[dict]) -> str:
+    """Return Markdown of similar pictures of a memory: their similarity and captions."""
+    if not known:
+        return "The captions of the pictures in the model's memory that are most similar to the last picture."
+    rows = [f"- {one['similarity']:.2f}: {escape(' · '.join(one['captions']))}" for one in known]
+    return "\n".join(rows)
+
+
 def build_page(
     models: Sequence[tuple[str, object, object]],
     limits: Limits,
@@ -106,7 +115,8 @@ def build_page(
             return
 
         def shown(box=UNCHANGED, words: Sequence = (NO_WORDS,) * len(models)) -> list:
-            return [*visit.shown, visit, box, *words, *([NO_MAP] * len(models))]
+            known = [describe_known(talk.known) for talk in visit.talks]
+            return [*visit.shown, visit, box, *words, *([NO_MAP] * len(models)), *known]
 
         try:
             pictures = read_uploads(paths, limits, frames)
@@ -221,7 +231,15 @@ def build_page(
                             visible=False, interactive=False, buttons=["fullscreen"], format="jpeg", elem_classes="map"
                         )
                     )
-        outputs = [*chats, visit, box, *words, *maps]
+                lists = []
+                for name, model, _ in models:
+                    with gr.Accordion(
+                        "Similar known pictures" if len(models) == 1 else f"Similar known pictures of {name}",
+                        open=False,
+                        visible=model.memory is not None,
+                    ):
+                        lists.append(gr.Markdown(describe_known([])))
+        outputs = [*chats, visit, box, *words, *maps, *lists]
         settings = [visit, tokens, beams, temperature]
         running = [box.submit(answer, [box, *settings], outputs, api_visibility="private")]
         messages = [{"text": text, "files": []} for text in READY_QUESTIONS]
@@ -234,7 +252,10 @@ def build_page(
                 partial(look, number), [words[number], visit], maps[number],
                 trigger_mode="always_last", api_visibility="private",
             )  # fmt: skip
-        nothing = [*([] for _ in chats), None, READY_BOX, *([NO_WORDS] * len(chats)), *([NO_MAP] * len(chats))]
+        nothing = [
+            *([] for _ in chats), None, READY_BOX, *([NO_WORDS] * len(chats)), *([NO_MAP] * len(chats)),
+            *([describe_known([])] * len(chats)),
+        ]  # fmt: skip
         for event in (new.click, *(chat.clear for chat in chats)):
             event(lambda: nothing, None, outputs, cancels=running, api_visibility="private")
         page.unload(forget)

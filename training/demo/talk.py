@@ -15,6 +15,7 @@ from blipren.training.demo.pictures import join, overlay
 from blipren.training.evaluation.attention import answer_maps, seen_image, token_texts
 from blipren.training.evaluation.features import PatchFeatures, encode_images
 from blipren.training.evaluation.generation import Sampling
+from blipren.training.evaluation.inference import SHOWN_NEIGHBOURS
 
 
 class StopWhenSet(StoppingCriteria):
@@ -35,6 +36,7 @@ class Talk:
         messages, images, features: as those of a [`Conversation`].
         answer_ids: tokens of the last answer. words: its words, each with the places of its tokens.
         seen: patch features and pixels of all pictures, made when a word is first looked at.
+        known: entries of the model's memory that are most similar to the last picture, as `find_neighbours` returns them.
     """
 
     messages: list[dict] = field(default_factory=list)
@@ -43,6 +45,7 @@ class Talk:
     answer_ids: list[int] = field(default_factory=list)
     words: list[tuple[str, list[int]]] = field(default_factory=list)
     seen: PatchFeatures | None = None
+    known: list[dict] = field(default_factory=list)
 
     def stream(
         self,
@@ -66,13 +69,14 @@ class Talk:
         conversation.features = self.features
         stop, outcome = threading.Event(), []
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        beams = generation.get("num_beams", 1) > 1  # transformers streams single sequences only
+        # transformers streams single sequences only; a memory ranks whole captions
+        whole = generation.get("num_beams", 1) > 1 or (question is None and model.memory is not None)
 
         def answer() -> None:
             try:
                 criteria = StoppingCriteriaList([StopWhenSet(stop)])
                 text = conversation.ask(
-                    question, images, None if beams else streamer, sampling, stopping_criteria=criteria, **generation
+                    question, images, None if whole else streamer, sampling, stopping_criteria=criteria, **generation
                 )
                 self._keep(conversation, text)
                 outcome.append(text)
@@ -100,6 +104,9 @@ class Talk:
         """Take over a conversation whose last turn is an answer, and split the answer into words."""
         self.messages, self.images = conversation.messages, conversation.images
         self.features, self.seen = conversation.features, None
+        if conversation.model.memory is not None and not isinstance(self.images[-1], list):
+            inputs = self.features[-1].model_inputs(conversation.model.device)
+            self.known = conversation.model.find_neighbours(SHOWN_NEIGHBOURS, **inputs)[0]
         self.answer_ids = conversation.processor.encode_answer(answer)[:-1] if answer else []
         places: list[tuple[str, list[int]]] = []
         for place, text in enumerate(token_texts(conversation.processor, self.answer_ids)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -47,7 +48,8 @@ def make_memory(s: MemoryCommandSettings) -> None:
     model.memory = memory
     if s.max_copies < 1 and not s.extend:
         model = model.to(choose_device(s.device)).eval()
-        model.memory = with_copy_penalty(model, processor, cache, s.max_copies)
+        options = {name: getattr(s, name) for name in ("max_new_tokens", "num_beams", "length_penalty")}
+        model.memory = with_copy_penalty(model, processor, cache, s.max_copies, options)
     model.memory.save(out)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(
@@ -103,8 +105,14 @@ def read_cache(cache: FeatureCache, split: str, processor) -> tuple[torch.Tensor
     return torch.cat(parts) if parts else torch.zeros(0, cache.hidden_size), texts, len(captions) - len(kept)
 
 
-def with_copy_penalty(model, processor, cache: FeatureCache, max_copies: float) -> BliprenMemory:
-    """Return the memory with the smallest copy penalty by which at most that share of validation images gets a copy."""
+def with_copy_penalty(
+    model, processor, cache: FeatureCache, max_copies: float, options: dict[str, Any]
+) -> BliprenMemory:
+    """Return the memory with the smallest copy penalty by which at most that share of validation images gets a copy.
+
+    Args:
+        options: of `generate`.
+    """
     count = min(MOST_VALIDATED, cache.num_rows("validation"))
     if not count:
         raise UserError(
@@ -117,7 +125,7 @@ def with_copy_penalty(model, processor, cache: FeatureCache, max_copies: float) 
     ranked: list[list[Candidate]] = []
     for start in range(0, count, 32):
         features = PatchFeatures(*cache.patch_features("validation", range(start, min(count, start + 32))))
-        ranked += ranked_candidates(model, processor, features)
+        ranked += ranked_candidates(model, processor, features, **options)
     penalty = choose_copy_penalty(ranked, max_copies)
     chosen = model.memory.with_settings(copy_penalty=penalty)
     copies = sum(max(own, key=lambda c: c.score - penalty * c.known).known for own in ranked)
