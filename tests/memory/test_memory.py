@@ -23,7 +23,7 @@ from blipren.modeling_blipren import CACHE
 from blipren.training.cli import main
 from blipren.training.conversation.conversation import Conversation
 from blipren.training.data.cache import FeatureCache
-from blipren.training.memory.build import choose_copy_penalty, memory_info, read_cache
+from blipren.training.memory.build import choose_copy_penalty, embed_rows, memory_info, read_cache
 from blipren.training.objectives.rewards.cider import CiderReward
 from tests.captioning.conftest import seeing  # noqa: F401
 from tests.data.tools import run_embed
@@ -354,6 +354,14 @@ def test_the_texts_are_answers_to_the_caption_prompt(remembering):
     assert len(embeddings) == len(texts["id"]) and without == 0
     assert processor.decode_answer(texts["tokens"][0][0]) == texts["captions"][0][0]
     assert memory_info(model, processor) == model.memory.info
+
+
+def test_entries_are_half_the_image_and_half_its_views(seeing, pictures, tmp_path):  # noqa: F811
+    cache = FeatureCache.open(run_embed(seeing, pictures, tmp_path / "cache", dtype="float32", views=3).folder)
+    views = [cache.patch_features("train", [0, 1], [view] * 2)[0].mean(dim=1) for view in range(3)]
+    assert not torch.allclose(views[0], views[1])
+    expected = views[0] * (1 / 2 + 1 / 6) + (views[1] + views[2]) / 6
+    assert embed_rows(cache, "train", [0, 1]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_evaluate_says_neighbours_and_copies(remembering, pictures, tmp_path, capsys):

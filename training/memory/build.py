@@ -91,9 +91,7 @@ def read_cache(cache: FeatureCache, split: str, processor) -> tuple[torch.Tensor
         for prompts, answers in zip(rows["prompts"], rows["answers"])
     ]
     kept = [i for i, own in enumerate(captions) if own]
-    parts = [
-        pool_patches(*cache.patch_features(split, kept[start : start + ROWS])) for start in range(0, len(kept), ROWS)
-    ]
+    parts = [embed_rows(cache, split, kept[start : start + ROWS]) for start in range(0, len(kept), ROWS)]
     flat = iter(encode_answers(processor, [text for i in kept for text in captions[i]]))
     ids, hashes = rows["id"], rows["image_hash"]
     texts = {
@@ -103,6 +101,16 @@ def read_cache(cache: FeatureCache, split: str, processor) -> tuple[torch.Tensor
         "tokens": [[next(flat)[:-1] for _ in captions[i]] for i in kept],
     }
     return torch.cat(parts) if parts else torch.zeros(0, cache.hidden_size), texts, len(captions) - len(kept)
+
+
+def embed_rows(cache: FeatureCache, split: str, rows: list[int]) -> torch.Tensor:
+    """Return the embedding of each row's image, `(rows, width)`: half its own, half the mean over its views.
+
+    Crops and mirror images make the regression a little better. The half that is its own keeps an image so similar to its entry
+    that it counts as a near duplicate.
+    """
+    views = [pool_patches(*cache.patch_features(split, rows, [view] * len(rows))) for view in range(cache.views)]
+    return (views[0] + torch.stack(views).mean(dim=0)) / 2
 
 
 def with_copy_penalty(
