@@ -272,6 +272,16 @@ class BliprenConfig(PreTrainedConfig):
         pieces = count_pieces(self.vision_scales, None) if self.pieces_are_a_sequence else 1
         return pieces * (self.vision_grid[0] * self.vision_grid[1] + prefix)
 
+    @property
+    def has_frame_times(self) -> bool:
+        """Whether patch features have a last column with the time of their frame in seconds."""
+        return self.connector == "qformer" and self.qformer_config.time_embedding == "seconds"
+
+    @property
+    def patch_feature_size(self) -> int:
+        """Width of patch features, the column of times included."""
+        return self.vision_hidden_size + self.has_frame_times
+
     def count_visual_tokens(self, num_patches: int) -> int:
         """Return the visual tokens of an image, or of a video, with this many patch features."""
         if self.connector == "patches":

@@ -19,6 +19,7 @@ IMAGE_INPUTS = (
     "qformer_input_ids",
     "qformer_attention_mask",
 )
+VIDEO_INPUTS = ("pixel_values_videos", "second_pixel_values_videos", "second_per_grid_ts")
 
 
 @dataclass
@@ -98,6 +99,7 @@ class BliprenImageFeaturesMixin:
         self,
         pixel_values_videos: torch.Tensor | None = None,
         second_pixel_values_videos: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
@@ -109,13 +111,13 @@ class BliprenImageFeaturesMixin:
         """Compute the features of videos as [`get_image_features`] does those of images.
 
         Args:
-            pixel_values_videos, second_pixel_values_videos: see [`encode_videos`].
+            pixel_values_videos, second_pixel_values_videos, second_per_grid_ts: see [`encode_videos`].
             patch_features: `(num_videos, num_frames * num_patches, vision_hidden)`, instead of them.
             patch_attention_mask, qformer_input_ids, qformer_attention_mask, output_attentions, output_hidden_states: as
                 for images. Hidden states and attentions of the vision encoder are those of the frames.
         """
         return self._encode_and_connect(
-            partial(self._encode_frames, pixel_values_videos, second_pixel_values_videos),
+            partial(self._encode_frames, pixel_values_videos, second_pixel_values_videos, second_per_grid_ts),
             patch_features,
             patch_attention_mask,
             qformer_input_ids,
@@ -134,10 +136,10 @@ class BliprenImageFeaturesMixin:
             if output_attentions and self.base_model.vision_tower.config._attn_implementation == "eager":
                 options["output_attentions"] = True
             vision_outputs, patch_features = encode(**options)
-        if patch_features.dim() != 3 or patch_features.shape[-1] != self.config.vision_hidden_size:
+        if patch_features.dim() != 3 or patch_features.shape[-1] != self.config.patch_feature_size:
             raise ValueError(
                 f"patch_features have shape {tuple(patch_features.shape)}, and the model takes (num_images, num_patches, "
-                f"{self.config.vision_hidden_size}): they come from another vision encoder or layer"
+                f"{self.config.patch_feature_size}): they come from another vision encoder or layer"
             )
         connected = self._connect(patch_features, mask, qformer_ids, qformer_mask, output_attentions)
         return BliprenImageFeatures(
@@ -171,7 +173,8 @@ class BliprenImageFeaturesMixin:
             states = hidden_states
         router_probs = aux_loss = None
         if isinstance(parts.projector, BliprenMoeProjector):
-            image_features, router_probs, aux_loss = parts.projector(states, hidden_states, mask)
+            patches = hidden_states[..., : self.config.vision_hidden_size]  # the router reads no times
+            image_features, router_probs, aux_loss = parts.projector(states, patches, mask)
         else:
             image_features = parts.projector(states)
         if num_frames is not None:

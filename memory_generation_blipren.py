@@ -42,7 +42,7 @@ def memory_encoder(config) -> dict:
         "vision_scales": config.vision_scales,
         "vision_join": config.vision_join,
         "vision_tiles": config.vision_tiles,
-        "width": config.vision_hidden_size,
+        "width": config.patch_feature_size,
     }
 
 

@@ -28,7 +28,7 @@ from .assisted_generation_blipren import adapt_candidate_generator, assistant_im
 from .base_blipren import BliprenPreTrainedModel
 from .base_models_blipren import base_model_reference, load_base_code
 from .configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_revision
-from .image_features_blipren import IMAGE_INPUTS, BliprenImageFeatures, BliprenImageFeaturesMixin
+from .image_features_blipren import IMAGE_INPUTS, VIDEO_INPUTS, BliprenImageFeatures, BliprenImageFeaturesMixin
 from .memory_generation_blipren import BliprenMemoryMixin, embed_features
 from .projector_blipren import BliprenMlp, BliprenMoeProjector, build_projector
 from .prompts_blipren import end_of_answer_id, pick_image_token, pick_video_token
@@ -115,6 +115,7 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
         second_pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         second_pixel_values_videos: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
@@ -141,7 +142,9 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
                 return_dict=True,
             )
         if given.get("video") is None and pixel_values_videos is not None:
-            given["video"] = self.get_video_features(pixel_values_videos, second_pixel_values_videos, return_dict=True)
+            given["video"] = self.get_video_features(
+                pixel_values_videos, second_pixel_values_videos, second_per_grid_ts, return_dict=True
+            )
         ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         masks = {
             kind: input_ids == token for kind, token in ids.items() if token is not None and input_ids is not None
@@ -343,6 +346,7 @@ class BliprenForConditionalGeneration(
         second_pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         second_pixel_values_videos: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
@@ -356,7 +360,8 @@ class BliprenForConditionalGeneration(
         Args:
             input_ids: `(batch, length)`, with the placeholder where image features go.
             pixel_values: images of the whole batch in order, see [`encode_images`].
-            pixel_values_videos, second_pixel_values_videos: videos of the whole batch in order, see [`encode_videos`].
+            pixel_values_videos, second_pixel_values_videos, second_per_grid_ts: videos of the whole batch in order, see
+                [`encode_videos`].
             attention_mask: `(batch, length)`, or a 4-D mask that the language model uses unchanged.
             past_key_values: key-value cache of the language model; `cache` is its name from transformers 5.24 on.
             labels: `(batch, length)`, -100 where there is no loss; image tokens and padding never have one.
@@ -389,6 +394,7 @@ class BliprenForConditionalGeneration(
             second_pixel_values=second_pixel_values,
             pixel_values_videos=pixel_values_videos,
             second_pixel_values_videos=second_pixel_values_videos,
+            second_per_grid_ts=second_per_grid_ts,
             patch_features=patch_features,
             patch_attention_mask=patch_attention_mask,
             qformer_input_ids=qformer_input_ids,
@@ -465,9 +471,7 @@ class BliprenForConditionalGeneration(
         Raises:
             ValueError: when an assistant that reads images has another number of visual tokens, or is given a video.
         """
-        video_kwargs = {
-            key: kwargs.pop(key) for key in ("pixel_values_videos", "second_pixel_values_videos") if key in kwargs
-        }
+        video_kwargs = {key: kwargs.pop(key) for key in VIDEO_INPUTS if key in kwargs}
         if video_kwargs.get("pixel_values_videos") is not None:
             if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
                 raise ValueError("assisted generation takes images and no videos: leave the assistant out")
@@ -568,7 +572,8 @@ class BliprenForConditionalGeneration(
             vision_feature_layer, vision_feature_select: see [`BliprenConfig`].
             scales, scale_join, tiles: `vision_scales`, `vision_join`, `vision_tiles` of [`BliprenConfig`].
             frames, frame_tokens: `num_frames` and `frame_tokens` of [`BliprenConfig`].
-            time_embedding: of a Q-Former that reads all frames at once: `"sinusoidal"` or `"learned"`.
+            time_embedding: of a Q-Former that reads all frames at once: `"sinusoidal"` or `"learned"`, by the place of
+                a frame, or `"seconds"`.
             image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`; those of a second
                 encoder's under `second`.
             match_embedding_scale: scale image features to the root mean square of the language model's embeddings;
@@ -633,6 +638,11 @@ class BliprenForConditionalGeneration(
             if setup.num_patches is None:
                 raise ValueError(
                     "videos need as many patches of each frame: no tiles, and an encoder with a fixed grid"
+                )
+            if time_embedding == "seconds" and (frame_tokens or connector != "qformer"):
+                raise ValueError(
+                    "a time embedding by seconds needs a Q-Former that reads all frames at once: no frame_tokens, and the "
+                    "connector `qformer`"
                 )
             if not frame_tokens:
                 qformer_values |= {"time_embedding": time_embedding, "num_frames": frames}

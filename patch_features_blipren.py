@@ -1,9 +1,11 @@
 """Patch features of images and videos, which the feature cache stores."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .pieces_blipren import join_pieces, resize_grid
+from .video_blipren import write_frame_times
 from .vision_blipren import run_vision_encoder, select_patch_features
 
 
@@ -19,7 +21,8 @@ class BliprenPatchFeaturesMixin:
     ) -> torch.Tensor:
         """Compute patch features `(num_images, num_patches, vision_hidden)`, which the feature cache stores.
 
-        Without gradient and in eval mode, unless the vision tower is trained.
+        Without gradient and in eval mode, unless the vision tower is trained. A model whose time embedding is by seconds
+        has one more column, the time of each patch's frame, which is 0 in images.
 
         Args:
             pixel_values: `(num_images, channels, height, width)`; with scales or tiles `(num_images, num_pieces, channels,
@@ -34,20 +37,24 @@ class BliprenPatchFeaturesMixin:
         return self._encode(pixel_values, pixel_attention_mask, spatial_shapes, second_pixel_values)[1]
 
     def encode_videos(
-        self, pixel_values_videos: torch.Tensor, second_pixel_values_videos: torch.Tensor | None = None
+        self,
+        pixel_values_videos: torch.Tensor,
+        second_pixel_values_videos: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute patch features `(num_videos, num_frames * num_patches, vision_hidden)`, frame by frame.
 
         Args:
             pixel_values_videos: `(num_videos, num_frames, ...)`, each frame as in `encode_images`.
             second_pixel_values_videos: the same for the second encoder.
+            second_per_grid_ts: `(num_videos,)`, seconds from frame to frame, for a time embedding by seconds.
 
         Raises:
-            ValueError: this model takes no videos.
+            ValueError: this model takes no videos, or needs the seconds and has none.
         """
-        return self._encode_frames(pixel_values_videos, second_pixel_values_videos)[1]
+        return self._encode_frames(pixel_values_videos, second_pixel_values_videos, second_per_grid_ts)[1]
 
-    def _encode_frames(self, pixel_values_videos, second_pixel_values_videos=None, **options):
+    def _encode_frames(self, pixel_values_videos, second_pixel_values_videos=None, second_per_grid_ts=None, **options):
         """Return the (first) vision encoder's own output, of the frames, and the patch features of the videos."""
         if self.config.num_frames is None:
             raise ValueError("this model takes no videos: make one with `blipren new --frames 8`")
@@ -57,7 +64,12 @@ class BliprenPatchFeaturesMixin:
             second_pixel_values=second.flatten(0, 1) if second is not None else None,
             **options,
         )
-        return outputs, features.unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
+        features = features.unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
+        if self.config.has_frame_times:
+            if second_per_grid_ts is None:
+                raise ValueError("this model knows the times of frames in seconds: give second_per_grid_ts")
+            features = write_frame_times(features, pixel_values_videos.shape[1], second_per_grid_ts)
+        return outputs, features
 
     def _encode(
         self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, second_pixel_values=None, **options
@@ -85,7 +97,7 @@ class BliprenPatchFeaturesMixin:
         elif pixel_values.dim() == 5:
             pieces = features.unflatten(0, pixel_values.shape[:2])
             features = join_pieces(pieces, config.vision_grid, config.vision_scales, config.vision_join)
-        return outputs, features
+        return outputs, F.pad(features, (0, 1)) if config.has_frame_times else features
 
     def _run_tower(self, vision_tower: nn.Module, pixel_values: torch.Tensor, prefix: int, there=None, **options):
         """Return the output of a vision encoder, and the patch features `(num_images or num_pieces, num_patches, width)`."""

@@ -21,7 +21,7 @@ from .prompts_blipren import (
     pick_video_token,
 )
 from .text_encoding_blipren import BliprenTextEncodingMixin
-from .video_blipren import BliprenVideoProcessor, as_videos, holds_videos, read_frames
+from .video_blipren import BliprenVideoProcessor, as_videos, frame_rates, holds_videos, read_frames
 from .vision_blipren import load_vision_setup
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # folder of a checkpoint
@@ -42,6 +42,7 @@ class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
         video_token (`str`, *optional*): placeholder of a video, of a model that takes videos.
         frames_per_video (`int`, *optional*): frames of a video; `None` for a model that takes none.
         num_video_tokens (`int`, *optional*): placeholders a video.
+        frame_times (`bool`): return `second_per_grid_ts` beside videos, for a model whose time embedding is by seconds.
         num_visual_tokens (`int`, *optional*): placeholders an image; `None` if images differ (NaFlex, tiles).
         answer_end (`str`): token that ends an answer.
         answer_start (`str`): text between prompt and answer: a space for plain prompts, nothing for chats and for the
@@ -66,6 +67,7 @@ class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
         video_token: str | None = None,
         frames_per_video: int | None = None,
         num_video_tokens: int | None = None,
+        frame_times: bool = False,
         answer_end: str | None = None,
         answer_start: str = " ",
         prompts: list[str] | None = None,
@@ -81,6 +83,7 @@ class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token) if video_token is not None else None
         self.frames_per_video = frames_per_video
         self.num_video_tokens = num_video_tokens
+        self.frame_times = frame_times
         self.answer_end = answer_end if answer_end is not None else tokenizer.eos_token
         self.answer_start = answer_start
         self.prompts = prompts or [DEFAULT_PROMPT]
@@ -112,6 +115,7 @@ class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
         tiles: int | None = None,
         frames: int | None = None,
         frame_tokens: bool = False,
+        time_embedding: str = "sinusoidal",
         image_processor_options: dict | None = None,
         prompts: list[str] | None = None,
         system_prompts: list[str] | None = None,
@@ -121,8 +125,8 @@ class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
 
         Args:
             vision, llm: Hub ids (perhaps `id@revision`) or folders.
-            connector, num_queries, vision_feature_layer, vision_feature_select, scales, scale_join, tiles, frames, frame_tokens:
-                as for the model.
+            connector, num_queries, vision_feature_layer, vision_feature_select, scales, scale_join, tiles, frames, frame_tokens,
+                time_embedding: as for the model.
             image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`.
             prompts: caption prompts; by default "Short caption:", or a sentence for chat models.
             system_prompts: system prompts, for chat models.
@@ -172,6 +176,7 @@ class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
             video_token=video_token,
             frames_per_video=frames,
             num_video_tokens=num_video_tokens if frames is not None else None,
+            frame_times=frames is not None and time_embedding == "seconds",
             num_visual_tokens=num_visual_tokens,
             answer_end=tokenizer.convert_ids_to_tokens(end),
             answer_start=answer_start,
@@ -182,7 +187,7 @@ class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
     @property
     def video_processor(self) -> BliprenVideoProcessor:
         """Video processor: the frames of a video through the image processor."""
-        return BliprenVideoProcessor(self.frames_per_video, self.image_processor)
+        return BliprenVideoProcessor(self.frames_per_video, self.image_processor, self.frame_times)
 
     def __call__(
         self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Unpack[ProcessingKwargs]
@@ -298,7 +303,9 @@ class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
             images = None
         check_image_sources(images)
         texts = [self._strip_duplicate_bos(t) for t in texts]
-        frames = [read_frames(video, self.frames_per_video) for group in groups for video in group]
+        videos = [video for group in groups for video in group]
+        rates = frame_rates(kwargs.get("video_metadata"), len(videos))
+        frames = [read_frames(video, self.frames_per_video, fps) for video, fps in zip(videos, rates)]
         images, texts, _, _ = super().prepare_inputs_layout(images=images, text=texts, **kwargs)
         return images, texts, frames, None
 

@@ -249,13 +249,13 @@ class BliprenQFormer(PreTrainedModel):
                 modules += [layer.text_feed_forward, layer.text_feed_forward_norm]
         return [parameter for module in modules for parameter in module.parameters()]
 
-    def _embed_time(self, frames: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Return the embedding `(n, width)` of frames by their place; the sinusoids are those of the Transformer."""
+    def _embed_time(self, times: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the embedding `(..., width)` of places of frames or of seconds; sinusoids are those of the Transformer."""
         if self.config.time_embedding == "learned":
-            return self.time_embeddings(frames)
+            return self.time_embeddings(times)
         half = torch.arange(0, like.shape[-1], 2, device=like.device, dtype=torch.float32)
-        angles = frames[:, None] / 10000 ** (half / like.shape[-1])
-        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : like.shape[-1]].to(like.dtype)
+        angles = times[..., None] / 10000 ** (half / like.shape[-1])
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : like.shape[-1]].to(like.dtype)
 
     def get_input_embeddings(self) -> nn.Module | None:
         return self.word_embeddings if self.config.use_text else None
@@ -277,7 +277,8 @@ class BliprenQFormer(PreTrainedModel):
         r"""Compute the states of queries on patch features, of text, or of both.
 
         Args:
-            patch_features: `(batch, num_patches, encoder_hidden_size)`; `None` for text alone, without queries.
+            patch_features: `(batch, num_patches, encoder_hidden_size)`; `None` for text alone, without queries. With
+                `time_embedding="seconds"` one wider: the last column is the time of the patch's frame.
             patch_attention_mask: `(batch, num_patches)`, 1 for patches and 0 for padding.
             input_ids: `(batch, text_length)` of the Q-Former's own tokenizer; needs `config.use_text`.
             text_attention_mask: `(batch, text_length)`; all ones by default.
@@ -295,11 +296,15 @@ class BliprenQFormer(PreTrainedModel):
             raise ValueError("this Q-Former has no text side: make it with use_text=True to pass input_ids")
         parts, num_queries = [], 0
         if patch_features is not None:
-            if patch_features.shape[-1] != self.config.encoder_hidden_size:
+            by_seconds = self.config.time_embedding == "seconds"
+            width = self.config.encoder_hidden_size + by_seconds
+            if patch_features.shape[-1] != width:
                 raise ValueError(
-                    f"patch_features are {patch_features.shape[-1]} wide, the Q-Former expects "
-                    f"{self.config.encoder_hidden_size}: they come from another vision encoder or layer"
+                    f"patch_features are {patch_features.shape[-1]} wide, the Q-Former expects {width}: they come from "
+                    "another vision encoder or layer"
                 )
+            if by_seconds:
+                patch_features, times = patch_features[..., :-1], patch_features[..., -1].float()
             patch_features = patch_features.to(self.query_tokens.dtype)
             num_queries = self.query_tokens.shape[1]
             parts.append(self.query_tokens.expand(patch_features.shape[0], -1, -1))
@@ -319,7 +324,9 @@ class BliprenQFormer(PreTrainedModel):
                         f"{self.config.num_patches}: make it for this encoder and image size"
                     )
                 patch_features = patch_features + self.patch_position_embeddings.weight.repeat(frames, 1)
-            if self.config.time_embedding is not None:
+            if by_seconds:
+                patch_features = patch_features + self._embed_time(times, patch_features)
+            elif self.config.time_embedding is not None:
                 patches = torch.arange(patch_features.shape[1], device=patch_features.device)
                 patch_features = patch_features + self._embed_time(
                     patches // self.config.patches_per_frame, patch_features

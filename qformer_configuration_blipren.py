@@ -40,8 +40,9 @@ class BliprenQFormerConfig(PreTrainedConfig):
         patch_position_embeddings (`bool`, defaults to `False`): add a learned embedding of its place in the grid to each
             patch. Encoders that were trained on what is in an image hold only roughly where it is.
         num_patches (`int`, *optional*): patches of an image, for `patch_position_embeddings`.
-        time_embedding (`str`, *optional*): for videos whose frames are read together: `"sinusoidal"` or `"learned"`, added
-            to the patches of a frame by its place among the frames.
+        time_embedding (`str`, *optional*): for videos whose frames are read together, added to the patches of a frame:
+            `"sinusoidal"` or `"learned"` by its place among the frames, or `"seconds"`, sinusoids of its time in seconds,
+            which stands in a last column of the patch features.
         num_frames (`int`, *optional*): frames of a video, for the learned time embedding.
         patches_per_frame (`int`, *optional*): patches of a frame, over all of its pieces.
         use_text (`bool`, defaults to `False`): build the text side (embeddings and text feed-forward) for stage 1.
@@ -134,8 +135,8 @@ class BliprenQFormerConfig(PreTrainedConfig):
         self.patches_per_piece = patches_per_piece
         self.patch_position_embeddings = patch_position_embeddings
         self.num_patches = num_patches
-        if time_embedding not in (None, "sinusoidal", "learned"):
-            raise ValueError(f"time_embedding is {time_embedding!r}; it must be 'sinusoidal' or 'learned'")
+        if time_embedding not in (None, "sinusoidal", "learned", "seconds"):
+            raise ValueError(f"time_embedding is {time_embedding!r}; it must be 'sinusoidal', 'learned' or 'seconds'")
         self.time_embedding = time_embedding
         self.num_frames = num_frames
         self.patches_per_frame = patches_per_frame

@@ -37,13 +37,35 @@ def sample_times(seconds: float, num_frames: int) -> list[float]:
     return [(number + 0.5) * seconds / num_frames for number in range(num_frames)]
 
 
-def read_frames(video, num_frames: int) -> list[Image.Image]:
+class VideoFrames(list):
+    """Frames of a video, with its duration in `seconds`, `None` where it is not known."""
+
+    def __init__(self, frames, seconds: float | None = None):
+        super().__init__(frames)
+        self.seconds = seconds
+
+
+def write_frame_times(features: torch.Tensor, num_frames: int, second_per_grid_ts: torch.Tensor) -> torch.Tensor:
+    """Return features of videos with the time of each frame, the middle of its part of the video, in the last column.
+
+    Args:
+        features: `(num_videos, num_frames * num_patches, width + 1)`.
+        second_per_grid_ts: `(num_videos,)`, seconds from one frame to the next.
+    """
+    places = torch.arange(num_frames, device=features.device) + 0.5
+    times = second_per_grid_ts.to(features.device, torch.float32)[:, None] * places
+    times = times.repeat_interleave(features.shape[1] // num_frames, dim=1)[..., None]
+    return torch.cat([features[..., :-1], times.to(features.dtype)], dim=-1)
+
+
+def read_frames(video, num_frames: int, fps: float | None = None) -> VideoFrames:
     """Return `num_frames` upright RGB frames of a video, sampled evenly by time; a short video repeats frames.
 
     Args:
         video: path or bytes of a file, animated GIF and WebP among them; a list of PIL images or arrays; an array or
             tensor `(frames, height, width, 3)` or `(frames, 3, height, width)` of bytes. Frames without times count as
             equally long.
+        fps: frames a second of a list or an array, whose duration is not known otherwise.
 
     Raises:
         VideoError: there is no video, it is damaged, cut short, too large, or longer than an hour.
@@ -56,7 +78,9 @@ def read_frames(video, num_frames: int) -> list[Image.Image]:
     if isinstance(video, (list, tuple)):
         if not video:
             raise VideoError("empty", "a video without frames")
-        return [_to_image(video[int(at)]) for at in sample_times(len(video), num_frames)]
+        frames = [_to_image(video[int(at)]) for at in sample_times(len(video), num_frames)]
+        seconds = getattr(video, "seconds", None)
+        return VideoFrames(frames, len(video) / fps if seconds is None and fps else seconds)
     if isinstance(video, (str, os.PathLike)):
         if "://" in str(video):
             raise VideoError("remote_path", f"{str(video)[:200]} is an address: download it, and give the file")
@@ -93,7 +117,7 @@ def _check_size(width: int, height: int, seconds: float | None = None) -> None:
         raise VideoError("too_long", f"{seconds:,.0f} seconds are more than {MAX_SECONDS:,.0f}: cut it into clips")
 
 
-def _read_animation(video, num_frames: int) -> list[Image.Image]:
+def _read_animation(video, num_frames: int) -> VideoFrames:
     try:
         with Image.open(
             video if isinstance(video, (str, os.PathLike)) else io.BytesIO(video), formats=_ANIMATIONS
@@ -105,7 +129,7 @@ def _read_animation(video, num_frames: int) -> list[Image.Image]:
                 total += (image.info.get("duration") or 100) / 1000  # browsers show a frame without duration for 0.1 s
                 ends.append(total)
             _check_size(*image.size, total)
-            frames = []
+            frames = VideoFrames([], total)
             for at in sample_times(total, num_frames):
                 image.seek(int(np.searchsorted(ends, at, side="right")))
                 frames.append(_to_image(image.copy()))
@@ -116,7 +140,7 @@ def _read_animation(video, num_frames: int) -> list[Image.Image]:
         raise VideoError("unreadable", f"damaged ({type(error).__name__} in its decoder)") from error
 
 
-def _read_file(video, num_frames: int) -> list[Image.Image]:
+def _read_file(video, num_frames: int) -> VideoFrames:
     try:
         import av
     except ImportError as error:
@@ -133,7 +157,7 @@ def _read_file(video, num_frames: int) -> list[Image.Image]:
             start, seconds = _duration(container, stream)
             _check_size(stream.width, stream.height, seconds)
             times = [start + at for at in sample_times(seconds, num_frames)]
-            return list(_frames_at(container, stream, times, seconds / num_frames))
+            return VideoFrames(_frames_at(container, stream, times, seconds / num_frames), seconds)
     except av.FFmpegError as error:
         raise VideoError("unreadable", f"damaged ({type(error).__name__} in its decoder)") from error
 
@@ -182,36 +206,46 @@ class BliprenVideoProcessor(ImageProcessingMixin):
     Args:
         num_frames: frames of a video.
         image_processor: settings of the image processor, or the image processor itself.
+        frame_times: also return the seconds from frame to frame, for a model whose time embedding is by seconds.
     """
 
-    def __init__(self, num_frames: int = 8, image_processor=None, **kwargs):
+    def __init__(self, num_frames: int = 8, image_processor=None, frame_times: bool = False, **kwargs):
         self.num_frames = num_frames
         if isinstance(image_processor, dict):
             image_processor = with_pieces(with_fast_resize(load_image_processor_settings(image_processor)))
         self.image_processor = image_processor
+        self.frame_times = frame_times
 
     @property
     def model_input_names(self) -> list[str]:
-        return [f"{name}_videos" for name in self.image_processor.model_input_names]
+        names = [f"{name}_videos" for name in self.image_processor.model_input_names]
+        return names + (["second_per_grid_ts"] if self.frame_times else [])
 
-    def __call__(self, videos, return_tensors: str | None = None, **kwargs) -> BatchFeature:
+    def __call__(self, videos, return_tensors: str | None = None, video_metadata=None, **kwargs) -> BatchFeature:
         """Return `pixel_values_videos` `(num_videos, num_frames, channels, height, width)`, with pieces behind frames.
 
         Args:
             videos: one video or a list of them, each as in [`read_frames`].
+            video_metadata: for each video its metadata, of which `fps` is used, for a list of frames.
 
         Raises:
             VideoError: a video cannot be used.
+            ValueError: with `frame_times`, for frames of unknown duration.
         """
-        clips = [read_frames(video, self.num_frames) for video in as_videos(videos)]
-        return self.process_frames(clips, return_tensors)
+        videos = as_videos(videos)
+        rates = frame_rates(video_metadata, len(videos))
+        return self.process_frames(
+            [read_frames(video, self.num_frames, fps) for video, fps in zip(videos, rates)], return_tensors
+        )
 
     preprocess = __call__
 
-    def process_frames(self, clips: list[list[Image.Image]], return_tensors: str | None = None) -> BatchFeature:
+    def process_frames(self, clips: list[VideoFrames], return_tensors: str | None = None) -> BatchFeature:
         """Return the inputs of clips whose frames are sampled already."""
         inputs = self.image_processor(images=[frame for clip in clips for frame in clip], return_tensors="np")
         data = {f"{name}_videos": value.reshape(len(clips), -1, *value.shape[1:]) for name, value in inputs.items()}
+        if self.frame_times:
+            data["second_per_grid_ts"] = np.array([seconds_per_frame(clip) for clip in clips], dtype=np.float32)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def to_dict(self) -> dict:
@@ -220,6 +254,7 @@ class BliprenVideoProcessor(ImageProcessingMixin):
             "video_processor_type": type(self).__name__,
             "auto_map": {"AutoVideoProcessor": "video_blipren.BliprenVideoProcessor"},
             "num_frames": self.num_frames,
+            "frame_times": self.frame_times,
             "image_processor": json.loads(self.image_processor.to_json_string()),
         }
 
@@ -235,7 +270,29 @@ class BliprenVideoProcessor(ImageProcessingMixin):
         hub_kwargs = {key: kwargs[key] for key in hub_keys if key in kwargs}
         path = cached_file(str(pretrained_model_name_or_path), VIDEO_PROCESSOR_NAME, **hub_kwargs)
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(settings["num_frames"], settings["image_processor"])
+        return cls(settings["num_frames"], settings["image_processor"], settings.get("frame_times", False))
+
+
+def seconds_per_frame(clip: VideoFrames) -> float:
+    """Return the seconds from one frame to the next. Raises `ValueError` where the duration is not known."""
+    if clip.seconds is None:
+        raise ValueError(
+            "this model knows the times of frames in seconds, and a list of frames has none: give their rate too, as "
+            'video_metadata=[{"fps": 4}], one for each video, or give files'
+        )
+    return clip.seconds / len(clip)
+
+
+def frame_rates(video_metadata, num_videos: int) -> list[float | None]:
+    """Return the `fps` of each video, from one metadata object for all or one for each, in lists as the videos are."""
+    if video_metadata is None:
+        return [None] * num_videos
+    if not isinstance(video_metadata, (list, tuple)):
+        return [video_metadata["fps"]] * num_videos
+    flat = [m for one in video_metadata for m in (one if isinstance(one, (list, tuple)) else [one])]
+    if len(flat) != num_videos:
+        raise ValueError(f"{len(flat)} video_metadata for {num_videos} videos: give one for each")
+    return [m["fps"] for m in flat]
 
 
 def as_videos(videos) -> list:
@@ -256,4 +313,15 @@ def holds_videos(value) -> bool:
     return not (isinstance(first, Image.Image) or (isinstance(first, (np.ndarray, torch.Tensor)) and first.ndim == 3))
 
 
-__all__ = ["BliprenVideoProcessor", "VideoError", "as_videos", "holds_videos", "read_frames", "sample_times"]
+__all__ = [
+    "BliprenVideoProcessor",
+    "VideoError",
+    "VideoFrames",
+    "as_videos",
+    "frame_rates",
+    "holds_videos",
+    "read_frames",
+    "sample_times",
+    "seconds_per_frame",
+    "write_frame_times",
+]

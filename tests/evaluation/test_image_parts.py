@@ -9,6 +9,7 @@ from blipren.training.commands.doctor import DoctorSettings
 from blipren.training.doctor.checks import CheckFailure, ModelUnderTest, check_parts, draw_test_images
 from blipren.training.evaluation.features import encode_images
 from blipren.training.evaluation.image_parts import FINE, ORDER, SECOND, exchange_parts, part_use
+from blipren.video_blipren import VideoFrames
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,7 @@ def make(tmp_path_factory):
         model = BliprenForConditionalGeneration.from_vision_text_pretrained(
             *common, num_queries=4, qformer=QFORMER, dtype="float32", **options
         )
-        shared = {k: v for k, v in options.items() if k != "time_embedding"}
-        return model, BliprenProcessor.from_vision_text_pretrained(*common, num_queries=4, **shared)
+        return model, BliprenProcessor.from_vision_text_pretrained(*common, num_queries=4, **options)
 
     return build
 
@@ -54,6 +54,18 @@ def test_higher_resolutions_along_the_sequence_and_frames(make):
     assert not torch.equal(turned, frames)
     for clip, own in zip(turned, frames):  # the same frames in some order
         assert sorted(float(f.sum()) for f in clip) == pytest.approx(sorted(float(f.sum()) for f in own))
+
+
+def test_times_in_seconds_stay_where_frames_are_exchanged(make):
+    model, processor = make(second=True, scales=[1, 2], frames=3, time_embedding="seconds")
+    clips = [VideoFrames([PHOTOS[(i + k) % 3] for k in range(3)], seconds=6.0 + i) for i in range(3)]
+    features = encode_images(model, processor, clips)
+    assert features.patches[1, ::16, -1].tolist() == pytest.approx([7 / 6, 7 / 2, 35 / 6])
+    parts = exchange_parts(model.config, features, [1, 2, 0], seed=1)
+    assert set(parts) == {FINE, SECOND, ORDER}
+    for part in parts.values():
+        assert torch.equal(part.patches[..., -1], features.patches[..., -1])
+        assert not torch.equal(part.patches[..., :-1], features.patches[..., :-1])
 
 
 def test_a_model_of_one_part_has_none(make):

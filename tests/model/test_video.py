@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from tiny_models import QFORMER, random_image
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.video_utils import VideoMetadata
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
+from blipren.image_features_blipren import VIDEO_INPUTS
 from blipren.video_blipren import VideoError, read_frames, sample_times
 
 
@@ -182,7 +184,11 @@ def make(bases):
         vision = [bases("vision", "siglip_vision_model")]
         vision += [bases("vision", "dinov2")] if options.pop("second", False) else []
         common = (vision if len(vision) > 1 else vision[0], bases("llm", "llama", chat=chat))
-        shared = {k: options[k] for k in ("connector", "scales", "scale_join", "frame_tokens") if k in options}
+        shared = {
+            k: options[k]
+            for k in ("connector", "scales", "scale_join", "frame_tokens", "time_embedding")
+            if k in options
+        }
         model = BliprenForConditionalGeneration.from_vision_text_pretrained(
             *common, frames=4, num_queries=3, qformer=QFORMER, dtype="float32", **options
         )
@@ -198,6 +204,7 @@ def clip(seed: int, length: int = 8) -> list[Image.Image]:
 MODELS = {
     "all frames at once": ({}, 3),
     "learned time": ({"time_embedding": "learned"}, 3),
+    "time in seconds": ({"time_embedding": "seconds"}, 3),
     "frame by frame": ({"frame_tokens": True}, 12),
     "patches": ({"connector": "patches", "projector": "mlp2"}, 64),
     "two scales": ({"scales": [1, 2], "scale_join": "sequence"}, 3),
@@ -211,25 +218,27 @@ def test_videos_images_and_texts_in_one_batch(make, name, tmp_path):
     model, processor = make(**options)
     text = ["What moves ?", "What is this ?", "Both ?", "Hello"]
     videos, images = [[clip(1)], [], [clip(2, 3)], []], [[], [random_image(5)], [random_image(6)], []]
-    batch = processor(text=text, videos=videos, images=images, return_tensors="pt")
+    rate = {"video_metadata": {"fps": 2.0}} if processor.frame_times else {}
+    batch = processor(text=text, videos=videos, images=images, return_tensors="pt", **rate)
     ids = batch["input_ids"]
     assert (ids == processor.video_token_id).sum(1).tolist() == [tokens, 0, tokens, 0]
     assert batch["pixel_values_videos"].shape[:2] == (2, 4)
     together = model.generate(**batch, max_new_tokens=4, min_new_tokens=4)[:, ids.shape[1] :]
     for row in range(4):
         one = {"videos": [videos[row]] if videos[row] else None, "images": [images[row]] if images[row] else None}
+        one |= rate if videos[row] else {}
         alone = processor(text=[text[row]], **{k: v for k, v in one.items() if v}, return_tensors="pt")
         assert torch.equal(
             model.generate(**alone, max_new_tokens=4, min_new_tokens=4)[0, alone["input_ids"].shape[1] :],
             together[row],
         )
     # features from a cache: the same, in a prompt of the placeholders that training uses
-    own = {k: v for k, v in batch.items() if k.endswith("_videos")}
+    own = {k: v for k, v in batch.items() if k in VIDEO_INPUTS}
     with torch.no_grad():
         patches = model.encode_videos(**own)
         assert patches.shape[1] == 4 * model.config.patches_per_frame
         assert model.config.count_visual_tokens(patches.shape[1]) == tokens == processor.num_video_tokens
-        prompt = processor(text=["What moves ?"], videos=[videos[0]], return_tensors="pt")
+        prompt = processor(text=["What moves ?"], videos=[videos[0]], return_tensors="pt", **rate)
         ids = prompt["input_ids"].masked_fill(
             prompt["input_ids"] == processor.video_token_id, processor.image_token_id
         )
@@ -241,9 +250,47 @@ def test_videos_images_and_texts_in_one_batch(make, name, tmp_path):
     model.save_bridge(tmp_path)
     processor.save_pretrained(tmp_path)
     again, its_processor = (c.from_pretrained(tmp_path) for c in (BliprenForConditionalGeneration, BliprenProcessor))
-    repeated = its_processor(text=text, videos=videos, images=images, return_tensors="pt")
+    repeated = its_processor(text=text, videos=videos, images=images, return_tensors="pt", **rate)
     with torch.no_grad():
         assert torch.equal(again.eval()(**repeated).logits, model(**batch).logits)
+
+
+def test_times_in_seconds(make, tmp_path):
+    """The embedding is that of each frame's middle in seconds: the same frames make another video at another rate."""
+    model, processor = make(time_embedding="seconds")
+    with pytest.raises(
+        ValueError, match=r'a list of frames has none: give their rate too, as video_metadata=\[\{"fps"'
+    ):
+        processor(text="What ?", videos=[clip(1)], return_tensors="pt")
+    with pytest.raises(ValueError, match="1 video_metadata for 2 videos"):
+        processor(videos=[clip(1), clip(2)], video_metadata=[{"fps": 1.0}], return_tensors="pt")
+    metadata = [VideoMetadata(total_num_frames=8, fps=2.0), {"fps": 4.0}]
+    inputs = processor(text=["What ?"] * 2, videos=[clip(1), clip(1)], video_metadata=metadata, return_tensors="pt")
+    assert inputs["second_per_grid_ts"].tolist() == [1.0, 0.5]
+    own = {name: inputs[name] for name in VIDEO_INPUTS if name in inputs}
+    with torch.no_grad():
+        patches = model.encode_videos(**own)
+        assert patches[0, :, -1].unique().tolist() == [0.5, 1.5, 2.5, 3.5]
+        assert patches[1, :, -1].unique().tolist() == [0.25, 0.75, 1.25, 1.75]
+        first, second = model.get_video_features(**own).pooler_output
+        assert not torch.equal(first, second)
+        # a reference: sinusoids of the seconds, added to the features that the Q-Former takes
+        angles = patches[..., -1:] / 10000 ** (torch.arange(0, 32, 2) / 32)
+        times = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+        qformer = model.model.qformer
+        found = qformer(patches).query_states
+        qformer.config.time_embedding = None
+        torch.testing.assert_close(found, qformer(patches[..., :-1] + times).query_states)
+        qformer.config.time_embedding = "seconds"
+    with pytest.raises(ValueError, match="knows the times of frames in seconds: give second_per_grid_ts"):
+        model.encode_videos(inputs["pixel_values_videos"])
+    # files say it themselves
+    (tmp_path / "clip.gif").write_bytes(write_animation([grey(0), grey(80), grey(160), grey(240)], 500))
+    found = processor(text="What ?", videos=[tmp_path / "clip.gif"], return_tensors="pt")
+    assert found["second_per_grid_ts"].tolist() == [0.5]
+    for options in ({"frame_tokens": True}, {"connector": "patches", "projector": "mlp2"}):
+        with pytest.raises(ValueError, match="a time embedding by seconds needs a Q-Former that reads all frames"):
+            make(time_embedding="seconds", **options)
 
 
 def test_order_of_frames_matters_when_they_are_read_together(make):

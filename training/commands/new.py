@@ -57,8 +57,8 @@ class VisionSettings(Settings):
     """Take videos too: so many frames, sampled evenly by time."""
     frame_tokens: bool = False
     """The Q-Former reads each frame for itself and gives --queries tokens a frame, instead of --queries for all frames."""
-    time_embedding: str = choice("sinusoidal", "learned", default="sinusoidal")
-    """How a Q-Former that reads all frames at once knows their order."""
+    time_embedding: str = choice("sinusoidal", "learned", "seconds", default="sinusoidal")
+    """How a Q-Former that reads all frames at once knows their times: by place (sinusoidal, or learned), or by seconds."""
     image_processor: dict = field(default_factory=dict)
     """Image processor settings by name, such as {do_center_crop: false, size: {height: 224, width: 224}}; those of a
     second encoder under second."""
@@ -171,6 +171,7 @@ def run(settings: NewSettings) -> None:
         "tiles": settings.tiles,
         "frames": settings.frames,
         "frame_tokens": settings.frame_tokens,
+        "time_embedding": settings.time_embedding,
         "image_processor_options": settings.image_processor,
     }
     bert = None if aligned is not None else settings.qformer_init
@@ -181,7 +182,6 @@ def run(settings: NewSettings) -> None:
             settings.llm,
             **shared,
             projector=settings.projector,
-            time_embedding=settings.time_embedding,
             projector_options=settings.projector_options,
             qformer=text_side | settings.qformer,
             qformer_init=bert,

@@ -20,6 +20,7 @@ from blipren.training.data.cache.encoder import PIXEL_INPUTS
 from blipren.training.errors import one_line
 from blipren.training.evaluation.features import encode_images
 from blipren.training.evaluation.image_parts import exchange_parts
+from blipren.video_blipren import VideoFrames
 
 SHUFFLED_LOSS_RATIO = 1.5  # the loss of overfitted images must grow that much when they are exchanged
 IGNORED_PART = 1e-10  # share of the visual tokens; rounding in double precision stays below it
@@ -264,7 +265,10 @@ def check_parts(test: ModelUnderTest) -> str:
     images = test.images
     if model.config.num_frames is not None:
         count = model.config.num_frames
-        images = [[test.images[(i + k) % len(test.images)] for k in range(count)] for i in range(len(test.images))]
+        images = [
+            VideoFrames([test.images[(i + k) % len(test.images)] for k in range(count)], seconds=count)
+            for i in range(len(test.images))
+        ]
     features = encode_images(model, processor, images)
     others = [(i + 1) % len(images) for i in range(len(images))]
     changes = {}

@@ -67,6 +67,7 @@ class AlignedQFormer:
             "tiles": config.vision_tiles,
             "frames": config.num_frames,
             "frame_tokens": config.frame_tokens,
+            "time_embedding": config.qformer_config.time_embedding or "sinusoidal",
         }
         for field in dataclasses.fields(settings):
             if field.name in theirs:

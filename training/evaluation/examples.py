@@ -18,6 +18,7 @@ from blipren.training.data.sources.rows import Row, Source
 from blipren.training.data.sources.splits import SPLITS, normalize_split, split_by_hash
 from blipren.training.errors import UserError
 from blipren.training.evaluation.judges import installed_judges
+from blipren.video_blipren import VideoFrames
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Example:
         finally:
             self.row._data = None  # the encoded images of a whole split do not fit into memory
 
-    def load_frames(self, num_frames: int) -> list[Image.Image]:
+    def load_frames(self, num_frames: int) -> VideoFrames:
         """Return frames of the video, sampled evenly by time. Raises `ImageError`."""
         try:
             return self.row.load_frames(num_frames)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from blipren.configuration_blipren import count_pieces
+from blipren.video_blipren import VideoFrames, seconds_per_frame, write_frame_times
 
 
 @dataclass
@@ -49,7 +50,7 @@ class PatchFeatures:
 def encode_images(
     model,
     processor,
-    images: Sequence[Image.Image] | Sequence[list[Image.Image]],
+    images: Sequence[Image.Image] | Sequence[VideoFrames],
     batch_size: int = 32,
     keep_pixels: bool = False,
 ) -> PatchFeatures:
@@ -66,6 +67,10 @@ def encode_images(
         features = encode_images(model, processor, frames, batch_size, keep_pixels)
         kept = {name: value.unflatten(0, (-1, num_frames)) for name, value in (features.pixels or {}).items()}
         patches = features.patches.unflatten(0, (-1, num_frames)).flatten(1, 2)
+        if model.config.has_frame_times:
+            patches = write_frame_times(
+                patches, num_frames, torch.tensor([seconds_per_frame(video) for video in images])
+            )
         return PatchFeatures(patches, None, kept if keep_pixels else None)
     for start in range(0, len(images), batch_size):
         inputs = processor.image_processor(images=list(images[start : start + batch_size]), return_tensors="pt")

@@ -23,7 +23,9 @@ def exchange_parts(config, features: PatchFeatures, others: Sequence[int], seed:
     Args:
         others: another image for each.
     """
-    patches, found = features.patches, {}
+    # times of frames stay where they are: a frame that takes the place of another takes its time
+    patches, times = features.patches.tensor_split([config.vision_hidden_size], dim=-1)
+    found: dict[str, PatchFeatures] = {}
     exchanged = patches[list(others)]
     if config.pieces_are_a_sequence:
         pieces = config.vision_grid[0] * config.vision_grid[1]  # patches of the overview
@@ -48,6 +50,8 @@ def exchange_parts(config, features: PatchFeatures, others: Sequence[int], seed:
         orders = torch.from_numpy(np.stack([rng.permutation(frames) for _ in range(len(patches))]))
         own = patches.unflatten(1, (frames, -1))
         found[ORDER] = PatchFeatures(own[torch.arange(len(own))[:, None], orders].flatten(1, 2))
+    for own in found.values() if times.shape[-1] else ():
+        own.patches = torch.cat([own.patches, times], dim=-1)
     return found
 
 

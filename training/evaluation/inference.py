@@ -26,6 +26,7 @@ from blipren.training.evaluation.image_parts import exchange_parts
 from blipren.training.evaluation.image_use import answer_losses, other_images
 from blipren.training.evaluation.metrics.pope import PopeQuestion
 from blipren.training.evaluation.refer import ANSWER_TOKENS, place_questions
+from blipren.video_blipren import VideoFrames
 
 SHOWN_NEIGHBOURS = 3  # of a memory, for each image
 
@@ -94,7 +95,7 @@ def read_partial(path: Path, fingerprint: str) -> dict[str, dict]:
 
 def load_images(
     examples: Sequence[Example], num_frames: int | None = None
-) -> tuple[list[Example], list[Image.Image] | list[list[Image.Image]], list[dict]]:
+) -> tuple[list[Example], list[Image.Image] | list[VideoFrames], list[dict]]:
     """Return the examples whose image can be read, their images, and a record with the reason for each of the others.
 
     Args:
@@ -234,7 +235,8 @@ def _compute_losses(
 def encode_black_image(model, processor, num_frames: int | None = None) -> PatchFeatures:
     """Return the patch features of a black image, or of a video of `num_frames` such frames."""
     black = Image.new("RGB", (320, 240))
-    return encode_images(model, processor, [black if num_frames is None else [black] * num_frames])
+    video = None if num_frames is None else VideoFrames([black] * num_frames, seconds=num_frames)
+    return encode_images(model, processor, [video or black])
 
 
 def run_inference(

@@ -65,7 +65,7 @@ class AnswerTrainer(StageTrainer):
         """Return 0 as a function of the connector: the same weights take part in the backward pass of every batch."""
         config, device = self.model.config, self.args.device
         features = self.model.get_image_features(
-            patch_features=torch.zeros(1, 1, config.vision_hidden_size, device=device), return_dict=True
+            patch_features=torch.zeros(1, 1, config.patch_feature_size, device=device), return_dict=True
         )
         return 0.0 * torch.cat(list(features.pooler_output)).float().sum()
 

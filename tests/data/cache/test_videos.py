@@ -71,7 +71,24 @@ def test_features_of_a_folder_of_clips(video_model, clips, tmp_path, capsys):
         open_online(str(clips), model, processor, TrainSettings(model="m", cache="c", out="o"), augment=False)
 
 
-def test_training_and_evaluation_on_clips(video_model, clips, tmp_path):
+def test_times_in_seconds_are_cached_with_the_features(video_model, clips, tmp_path, tiny_vision, tiny_llm):
+    folder = make_model(tmp_path / "model", tiny_vision, tiny_llm, frames=4, time_embedding="seconds")
+    cache = run_embed(folder, clips, tmp_path / "cache", dtype="float32")
+    model, processor = (c.from_pretrained(folder) for c in (BliprenForConditionalGeneration, BliprenProcessor))
+    (data,), _ = open_caches([(cache, 1.0)], model, processor)
+    with torch.no_grad():
+        own = model.encode_videos(**processor.video_processor([clips / "clips/03.gif"], return_tensors="pt"))
+    torch.testing.assert_close(data.inputs([3], None)["patch_features"], own, atol=1e-5, rtol=0)
+    assert own[0, ::16, -1].tolist() == pytest.approx([0.075, 0.225, 0.375, 0.525])  # of 0.6 seconds
+    with pytest.raises(UserError, match="frame_times"):
+        by_place = BliprenForConditionalGeneration.from_pretrained(video_model)
+        open_caches([(cache, 1.0)], by_place, processor)
+    with pytest.raises(UserError, match="int8 cannot hold the times of frames in seconds"):
+        run_embed(folder, clips, tmp_path / "small", dtype="int8")
+
+
+def test_training_and_evaluation_on_clips(video_model, clips, tmp_path, tiny_vision, tiny_llm):
+    video_model = make_model(tmp_path / "model", tiny_vision, tiny_llm, frames=4, time_embedding="seconds")
     run_embed(video_model, clips, tmp_path / "cache")
     settings = {"max_steps": 2, "batch_size": 4, "device": "cpu", "workers": 0, "generate_samples": 1, "warmup": 0.0}
     assert not train(

@@ -12,8 +12,10 @@ from blipren.configuration_blipren import count_pieces
 from blipren.training.data.cache.fingerprints import encoder_fingerprint
 from blipren.training.engine.device import choose_device
 from blipren.training.errors import UserError
+from blipren.video_blipren import write_frame_times
 
 STORAGE = {"float16": np.float16, "float32": np.float32, "int8": np.int8}
+FRAME_TIMES = "second_per_grid_ts"
 PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "second_pixel_values")
 
 
@@ -42,7 +44,8 @@ class Encoder:
             if part in model.parts():
                 model.parts()[part].to(self.device, dtype).eval()
         self.variable = "pixel_attention_mask" in getattr(image_processor, "model_input_names", ())
-        self.hidden_size = model.config.vision_hidden_size
+        self.hidden_size = model.config.patch_feature_size
+        self.has_frame_times = model.config.has_frame_times
         self.tile_patches = getattr(image_processor, "tile_patches", None)
         self.pieces = count_pieces(model.config.vision_scales, model.config.vision_tiles)
 
@@ -65,6 +68,8 @@ class Encoder:
         features = self._model.encode_images(**inputs)
         if num_frames is not None:
             features = features.unflatten(0, (-1, num_frames)).flatten(1, 2)
+            if self.has_frame_times:
+                features = write_frame_times(features, num_frames, pixels[FRAME_TIMES])
         return features, inputs.get("pixel_attention_mask")
 
 

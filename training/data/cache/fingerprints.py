@@ -51,6 +51,8 @@ def encoder_fingerprint(model: torch.nn.Module, image_processor: Any) -> dict[st
         more["vision_tiles"] = config.vision_tiles
     if config.second_vision_config is not None:
         more["second_vision_weights"] = weights_hash(model.model.second_vision_tower)
+    if config.has_frame_times:
+        more["frame_times"] = "seconds"
     return {
         "vision_id": base.get("id"),
         "vision_revision": base.get("revision"),

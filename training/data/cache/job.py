@@ -97,6 +97,8 @@ class EmbedJob:
         fingerprint = cache_fingerprint(s, source, encoder)
         if config.num_frames is not None:
             fingerprint["storage"]["num_frames"] = config.num_frames
+        if encoder.has_frame_times and s.dtype == "int8":
+            raise UserError("--dtype int8 cannot hold the times of frames in seconds: embed with --dtype float16")
         rest = s if samples is None else dataclasses.replace(s, limit=None)
         return cls(source, processor, encoder, config, scorer, patches, values, fingerprint, rest, samples)
 

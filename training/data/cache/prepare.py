@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from blipren.training.data.cache.encoder import PIXEL_INPUTS
+from blipren.training.data.cache.encoder import FRAME_TIMES, PIXEL_INPUTS
 from blipren.training.data.cache.views import can_be_mirrored, cut_view, draw_view
 from blipren.training.data.sources.boxes import read_ground_truth
 from blipren.training.data.sources.caption_filter import CaptionFilter, FilteredTexts, filter_texts
@@ -188,6 +188,9 @@ def prepare_batch(rows: list[Row], config: PrepareConfig) -> PreparedBatch:
             kept, images = [kept[i] for i in good], [images[i] for i in good]
             if kept:
                 pixels = _pixels([view for views in images for view in views], config)
+    if pixels and config.num_frames is not None:
+        seconds = [prepared.row.seconds / config.num_frames for prepared in kept for _ in range(config.views)]
+        pixels[FRAME_TIMES] = torch.tensor(seconds)
     for prepared in kept:  # the undecoded image is not sent back to the main process
         prepared.row.image = prepared.row._data = prepared.row.record = None
         prepared.row.merged_records = []

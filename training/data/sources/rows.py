@@ -24,7 +24,7 @@ from blipren.training.data.sources.images import (
 )
 from blipren.training.data.sources.splits import normalize_split
 from blipren.training.errors import UserError
-from blipren.video_blipren import VideoError, read_frames
+from blipren.video_blipren import VideoError, VideoFrames, read_frames
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -62,6 +62,8 @@ class Row:
     width: int | None = None
     """Pixels of the upright image, known after `load`."""
     height: int | None = None
+    seconds: float | None = None
+    """Duration of a video, known after `load_frames`."""
     record: dict[str, Any] | None = field(default=None, repr=False)
     """All columns of the data set, where `open_rows` was asked to keep them; images in them are undecoded."""
     merged_records: list[dict[str, Any]] = field(default_factory=list, repr=False)
@@ -82,15 +84,15 @@ class Row:
         self.width, self.height = image.size
         return image
 
-    def load_frames(self, num_frames: int) -> list[Image.Image]:
-        """Return frames of the video, sampled evenly by time, and set `width` and `height`. Raises `ImageError`."""
+    def load_frames(self, num_frames: int) -> VideoFrames:
+        """Return frames of the video, sampled evenly by time, and set `width`, `height` and `seconds`. Raises `ImageError`."""
         try:
             frames = read_frames(self._video(), num_frames)
         except VideoError as error:
             raise ImageError(error.reason, error.detail) from error
         except ImportError as error:
             raise UserError(str(error)) from error
-        self.width, self.height = frames[0].size
+        (self.width, self.height), self.seconds = frames[0].size, frames.seconds
         return frames
 
     def _video(self) -> Path | bytes | Image.Image:
