@@ -2,11 +2,13 @@
 
     python benchmarks/scales.py --out scales.json      # SigLIP-B/16, 12-layer Q-Former, 135M Llama shape
     python benchmarks/scales.py --shape tiny           # a few seconds, to try the script
+    python benchmarks/scales.py --several 1 8 16 32    # instead: memory of an answer about so many images
 
 A step is forward and backward through Q-Former and projector, with random weights, a frozen encoder and a frozen language model
 and one caption an image; without the optimizer, whose work is the same in all arms. Arms share encoder and language model and
 take turns; a figure is the median of processor seconds over the rounds. `visual_tokens` is what an image or clip gives the
-language model.
+language model. With `--several` the peak memory of `generate` is that beyond the weights; `bytes_an_image` is what the prompt keeps
+of an image: keys and values, image features, patch features.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from parts.measure import PeakMemory
 from parts.notebook_rows import padded_with_labels
 from parts.train_arms import EOS, PAD, SHAPES
 from transformers import LlamaConfig, SiglipVisionConfig
@@ -80,15 +83,56 @@ class Arm:
         return time.process_time() - started
 
 
+def measure_several(arm: Arm, counts: list[int]) -> dict:
+    """Return the peak memory in bytes of an answer about each number of images, and what is kept of an image."""
+    model, peaks = arm.model.eval(), {}
+    for count in [counts[0], *counts]:  # the first one warms up
+        ids = torch.tensor([[1] + [arm.image_token] * arm.visual_tokens * count + [11, 12, 13]])
+        pixels = torch.randn(count, *arm.pixels.shape[1:])
+        with torch.inference_mode(), PeakMemory(torch.device("cpu")) as peak:
+            found = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=pixels,
+                max_new_tokens=4,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+        peaks[count] = peak.bytes
+    layers = found.past_key_values.layers
+    cache = sum(part.nbytes for layer in layers for part in (layer.keys, layer.values)) / layers[0].keys.shape[2]
+    width, dtype = model.get_input_embeddings().weight.shape[1], arm.features.element_size()
+    kept = {
+        "keys and values": round(cache * arm.visual_tokens),
+        "image features": arm.visual_tokens * width * dtype,
+        "patch features": arm.features[0].nbytes,
+    }
+    return {"peak_bytes": peaks, "bytes_an_image": kept}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="b16-135m")
     parser.add_argument("--images", type=int, default=4, help="images or clips of a step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--several", type=int, nargs="+", metavar="IMAGES", help="measure memory for these numbers of images"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.several:
+        result = measure_several(Arm("one scale", options.shape, 1, None), options.several)
+    else:
+        result = measure_steps(options)
+    print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure_steps(options: argparse.Namespace) -> dict:
+    """Return the processor seconds of a step of each arm."""
     keep_freed_memory()
     arms: dict[str, Arm] = {}
     for name in ARMS:
@@ -104,7 +148,7 @@ def main() -> None:
             print(name, {kind: round(value, 3) for kind, value in found.items()}, flush=True)
     medians = {n: {k: statistics.median(v) for k, v in kinds.items() if v} for n, kinds in seconds.items()}
     base = medians["one scale"]
-    result = {
+    return {
         "shape": options.shape,
         "images": options.images,
         "threads": options.threads,
@@ -112,9 +156,6 @@ def main() -> None:
         "ratios": {n: {k: v / base[k] for k, v in kinds.items()} for n, kinds in medians.items()},
         "visual_tokens": {name: arm.visual_tokens for name, arm in arms.items()},
     }
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

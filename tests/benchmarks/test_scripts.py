@@ -61,6 +61,12 @@ def test_scales(tmp_path):
     assert all(seconds > 0 for kinds in figures["seconds"].values() for seconds in kinds.values())
 
 
+def test_memory_of_several_images(tmp_path):
+    figures = run("scales.py", "--shape", "tiny", "--several", "1", "3", out=tmp_path / "several.json")
+    kept = figures["bytes_an_image"]
+    assert kept == {"keys and values": 4 * 2 * 2 * 24 * 4, "image features": 4 * 48 * 4, "patch features": 16 * 48 * 4}
+
+
 def test_memory(tmp_path):
     report = run("memory.py", "--entries", "50", "--width", "8", "--queries", "4", out=tmp_path / "memory.json")
     (figures,) = report["results"]

@@ -20,6 +20,7 @@ from blipren.training.doctor.checks import (
     check_prompt,
     check_reload,
     check_sees_image,
+    check_two_images,
     draw_test_images,
 )
 
@@ -126,6 +127,21 @@ def test_a_model_that_ignores_its_image(model_under_test, monkeypatch):
     with pytest.raises(CheckFailure, match="ignores its image"):
         check_sees_image(model_under_test)
     assert torch.equal(model_under_test.model.model.qformer.query_tokens, before)  # the check is undone
+
+
+@pytest.mark.parametrize(("ignored", "place"), [(0, "first"), (1, "second")])
+def test_a_model_that_ignores_one_image_of_two(model_under_test, monkeypatch, ignored, place):
+    assert "exchanging the first changes the loss" in check_two_images(model_under_test)
+    encode = model_under_test.model.model.get_image_features
+
+    def ignore_one(*arguments, **options):
+        found = encode(*arguments, **options)
+        found.pooler_output[ignored] = torch.zeros_like(found.pooler_output[ignored])
+        return found
+
+    monkeypatch.setattr(model_under_test.model.model, "get_image_features", ignore_one)
+    with pytest.raises(CheckFailure, match=f"exchanging the {place} of two images does not change the loss"):
+        check_two_images(model_under_test)
 
 
 def test_exit_status_1_with_the_reason(bases, tmp_path, capsys, monkeypatch):

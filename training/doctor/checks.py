@@ -294,6 +294,28 @@ def check_parts(test: ModelUnderTest) -> str:
     return "; ".join(f"exchanging {part} changes the visual tokens by {100 * c:.2g}%" for part, c in changes.items())
 
 
+def check_two_images(test: ModelUnderTest) -> str:
+    """Exchanging one image of two in a prompt changes the loss, whichever of them it is."""
+    model, answer = test.model, test.processor.encode_answer(test.captions[0])
+
+    @torch.no_grad()
+    def loss_with(first: int, second: int) -> float:
+        inputs = test.processor(images=[[test.images[first], test.images[second]]], return_tensors="pt")
+        ids = [*inputs["input_ids"][0].tolist(), *answer]
+        labels = [-100] * (len(ids) - len(answer)) + answer
+        inputs.update(
+            input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long(), labels=torch.tensor([labels])
+        )
+        return model(**{key: value.to(model.device) for key, value in inputs.items()}).loss.item()
+
+    right = loss_with(0, 1)
+    changes = {"first": loss_with(2, 1) - right, "second": loss_with(0, 2) - right}
+    for place, change in changes.items():
+        if change == 0:
+            raise CheckFailure(f"exchanging the {place} of two images does not change the loss: it is not read")
+    return "; ".join(f"exchanging the {place} changes the loss by {change:+.1e}" for place, change in changes.items())
+
+
 CHECKS: dict[str, Callable[[ModelUnderTest], str]] = {
     "dimensions fit": check_dimensions,
     "end of sequence": check_end_of_sequence,
@@ -302,6 +324,7 @@ CHECKS: dict[str, Callable[[ModelUnderTest], str]] = {
     "batch equals single": check_batch_equals_single,
     "save and load": check_reload,
     "parts of the image": check_parts,
+    "two images": check_two_images,
     "sees the image": check_sees_image,
 }
 
