@@ -57,13 +57,16 @@ class BliprenPieces:
             outputs["second_pixel_values"] = self.second_image_processor.preprocess(images, **given)["pixel_values"]
         return outputs
 
-    def _preprocess(self, images, size, crop_size, return_tensors, do_center_crop=False, **kwargs) -> BatchFeature:
+    def _preprocess(self, images, size, crop_size, do_center_crop=False, **kwargs) -> BatchFeature | list[np.ndarray]:
+        # those of encoders that segment too (MobileNetV2, BEiT) take no return_tensors here and give the arrays alone
+        alone = "return_tensors" not in kwargs
+        return_tensors = kwargs.pop("return_tensors", None)
+
         def resize_to(images, **sizes) -> list[np.ndarray]:
             sizes = {"size": size, "crop_size": crop_size, "do_center_crop": do_center_crop} | sizes
-            made = super(BliprenPieces, self)._preprocess(images, return_tensors=None, **sizes, **kwargs)[
-                "pixel_values"
-            ]
-            return [np.asarray(image) for image in made]
+            sizes |= {} if alone else {"return_tensors": None}
+            made = super(BliprenPieces, self)._preprocess(images, **sizes, **kwargs)
+            return [np.asarray(image) for image in (made if alone else made["pixel_values"])]
 
         base = resize_to(images)
         pixels = [image[None] for image in base]
@@ -79,7 +82,9 @@ class BliprenPieces:
                     pixels[number] = np.concatenate([pixels[number], cut_pieces(large, scale, scale)])
             if len(self.scales) == 1:
                 pixels = base
-            return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
+            return pixels if alone else BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
+        if alone:
+            raise ValueError(f"{type(self).__name__} gives arrays without masks, and tiles need a mask: use scales")
         masks, grids = [], []
         for number, (image, overview) in enumerate(zip(images, base)):
             _, height, width = overview.shape

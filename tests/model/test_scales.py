@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_models import QFORMER, random_image
 from transformers import AutoImageProcessor, AutoModel, pipeline
+from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import MobileNetV2ImageProcessorPil
 
 from blipren import BliprenConfig, BliprenForConditionalGeneration, BliprenForImageTextRetrieval, BliprenProcessor
-from blipren.pieces_blipren import choose_tile_grid
+from blipren.pieces_blipren import choose_tile_grid, with_pieces
 from blipren.pipeline_blipren import BliprenImageToTextPipeline
 
 CAPTIONS = ["A dog runs .", "Two children play .", "A man ."]
@@ -231,6 +232,25 @@ def test_images_of_differing_lengths_are_no_model_for_vllm(make):
     _, processor = make("siglip_vision_model", tiles=4, connector="patches")
     with pytest.raises(ValueError, match="serve a model with a Q-Former"):
         processor._get_num_multimodal_tokens(image_sizes=[(40, 30)])
+
+
+def test_scales_of_an_image_processor_that_gives_arrays_alone():
+    """MobileNetV2's: the base scale is the plain processor's output, the larger one its output at twice the size."""
+    settings = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
+    plain, larger = (
+        MobileNetV2ImageProcessorPil(**(settings | {"size": {"height": s, "width": s}})) for s in (32, 64)
+    )
+    processor = MobileNetV2ImageProcessorPil(**settings)
+    processor.scales = [1, 2]
+    pixels = with_pieces(processor)(PHOTOS, return_tensors="np")["pixel_values"]
+    assert pixels.shape == (3, 5, 3, 32, 32)
+    assert np.array_equal(pixels[:, 0], plain(PHOTOS, return_tensors="np")["pixel_values"])
+    whole = larger(PHOTOS, return_tensors="np")["pixel_values"]
+    assert np.array_equal(pixels[:, 1], whole[:, :, :32, :32]) and np.array_equal(pixels[:, 4], whole[:, :, 32:, 32:])
+    tiled = MobileNetV2ImageProcessorPil(**settings)
+    tiled.tiles, tiled.tile_patches = 2, 1
+    with pytest.raises(ValueError, match="tiles need a mask: use scales"):
+        with_pieces(tiled)(PHOTOS)
 
 
 def test_what_does_not_fit_together_is_refused(make):
