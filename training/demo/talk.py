@@ -14,8 +14,7 @@ from blipren.training.conversation.conversation import Conversation
 from blipren.training.demo.pictures import join, overlay
 from blipren.training.evaluation.attention import answer_maps, seen_image, token_texts
 from blipren.training.evaluation.features import PatchFeatures, encode_images
-from blipren.training.evaluation.generation import Sampling
-from blipren.training.evaluation.inference import SHOWN_NEIGHBOURS
+from blipren.training.evaluation.generation import SHOWN_NEIGHBOURS, Sampling
 
 
 class StopWhenSet(StoppingCriteria):

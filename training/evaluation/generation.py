@@ -23,6 +23,8 @@ from blipren.training.engine.loading import load_checkpoint
 from blipren.training.errors import UserError
 from blipren.training.evaluation.features import PatchFeatures, encode_images
 
+SHOWN_NEIGHBOURS = 3  # of a memory, for each image
+
 
 def load_model(path: str, device: str = "auto", **kwargs):
     """Load a checkpoint for inference.

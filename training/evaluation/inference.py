@@ -21,14 +21,12 @@ from tqdm import tqdm
 from blipren.training.data.sources.images import ImageError
 from blipren.training.evaluation.examples import Example, Split
 from blipren.training.evaluation.features import PatchFeatures, encode_images
-from blipren.training.evaluation.generation import generate_answers
+from blipren.training.evaluation.generation import SHOWN_NEIGHBOURS, generate_answers
 from blipren.training.evaluation.image_parts import exchange_parts
 from blipren.training.evaluation.image_use import answer_losses, other_images
 from blipren.training.evaluation.metrics.pope import PopeQuestion
 from blipren.training.evaluation.refer import ANSWER_TOKENS, place_questions
 from blipren.video_blipren import VideoFrames
-
-SHOWN_NEIGHBOURS = 3  # of a memory, for each image
 
 
 @dataclasses.dataclass(frozen=True)
