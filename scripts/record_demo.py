@@ -47,9 +47,10 @@ class Recorder:
         self.show(1500)
 
     def look(self, word: int) -> None:
-        """Tap a word and record its map."""
-        self.page.locator(".words label").nth(word).click()
-        self.page.wait_for_selector(".map img")
+        """Rest the mouse on a word and record its map."""
+        label = self.page.locator(".words label").nth(word)
+        label.hover()
+        self.page.get_by_text(f"Where the model looked for “{label.inner_text()}”").wait_for()
         self.page.wait_for_timeout(1200)
         self.show(1500)
 

@@ -79,6 +79,8 @@ def test_a_clip(browse, tmp_path):
         assert answer == processor.decode_answer(wanted)
         map_of(tab, 0)
         assert tab.evaluate("document.querySelector('.map img').naturalWidth") == 4 * 384 + 3 * 8
+        label, picture = (tab.locator(f".map {part}").bounding_box() for part in ("[data-testid=block-label]", "img"))
+        assert label["y"] + label["height"] <= picture["y"]
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 

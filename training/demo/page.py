@@ -32,6 +32,7 @@ CSS = """
 .words label:has(input:checked) { border-color: var(--color-accent); background: var(--color-accent-soft) }
 .min_value, .max_value { color: var(--body-text-color) !important }
 [aria-label="Share"] { display: none } /* it would send a picture to another host */
+.map .image-container { padding-top: 2.25rem } /* below its label, which else covers the top of the picture */
 .example img { width: 3rem; height: 3rem; border-radius: 4px }
 .words label:focus-within { outline: 2px solid var(--color-accent) }
 """
