@@ -49,6 +49,13 @@ def test_preferences(tmp_path):
     assert dpo["ratios"]["flops"] > dpo["with_reference"]["flops"] > 1 and grpo["ratios"]["flops"] > 1
 
 
+def test_notes(tmp_path):
+    report = run("notes.py", "--texts", "24", out=tmp_path / "notes.json")
+    assert report["How many shapes are on the left?"]["right"] == 1
+    pairs = ("How many shapes are on the right?", "What is only on the right?")
+    assert sum(report[question]["asked"] for question in pairs) == 24
+
+
 def test_places(tmp_path):
     figures = run("places.py", "--share", "0.1", "--steps", "200", out=tmp_path / "places.json")
     alone, read = (figures[f"{name}, MLP, seen"]["mean error"] for name in ("place in the grid", "features and place"))

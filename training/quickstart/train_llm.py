@@ -5,6 +5,7 @@ import math
 import random
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -261,7 +262,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def text_batch(tokenizer, seed: int, indices: range, course: Course) -> dict[str, Tensor]:
+def text_batch(tokenizer, seed: int, indices: Sequence[int], course: Course) -> dict[str, Tensor]:
     """Return a batch with one document a row: its notes, then all of its answers. Each answer attends to the notes and
     to itself, at positions that continue the notes.
 
