@@ -3,6 +3,7 @@
 Captions are lists of token ids of the language model, without its end token.
 """
 
+import heapq
 import math
 from collections import Counter, defaultdict
 
@@ -12,6 +13,7 @@ from transformers import LogitsProcessor
 
 NGRAMS, SIGMA = 4, 6.0  # as coco-caption's CIDEr-D
 CONTEXT = 3  # tokens that the guiding n-gram model looks back
+BRANCHES = 20  # likeliest next tokens that a search without the language model looks at
 BACKOFF = 0.5  # weight of the shorter context, in captions
 _FACTOR = 0x9E3779B97F4A7C15  # odd, so that products of it are all different
 
@@ -186,7 +188,8 @@ class NgramModel:
             for place in range(CONTEXT, len(padded)):
                 for length in range(CONTEXT + 1):
                     counts[padded[place - length : place]][padded[place]] += weight
-        self._counts, self._found = dict(counts), {}
+        self._counts, self._found, self._likeliest = dict(counts), {}, {}
+        self._longest = max(map(len, captions))
 
     def next_tokens(self, tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the ids of possible next tokens, and the logarithms of their probabilities."""
@@ -205,6 +208,28 @@ class NgramModel:
             ids, values = list(probabilities), [max(p, 1e-12) for p in probabilities.values()]
             self._found[context] = torch.tensor(ids, dtype=torch.long), torch.tensor(values).log()
         return self._found[context]
+
+    def search(self, end: int, beams: int, length: int) -> list[list[int]]:
+        """Return the captions that beam search finds: the parts of known captions put together anew, without end token.
+
+        Args:
+            end: the end token. length: most tokens of a caption; none is longer than the longest known one.
+        """
+        live, found = [(0.0, ())] if beams else [], []
+        for _ in range(min(length + 1, self._longest)):
+            longer = []
+            for score, tokens in live:
+                context = ((-1,) * CONTEXT + tokens)[-CONTEXT:]
+                if context not in self._likeliest:
+                    ids, logs = self.next_tokens(tokens)
+                    values, places = logs.topk(min(BRANCHES, len(logs)))
+                    self._likeliest[context] = list(zip(values.tolist(), ids[places].tolist()))
+                for value, token in self._likeliest[context]:
+                    longer.append((score + value, (*tokens, token)))
+            best = heapq.nlargest(2 * beams, longer)
+            found += [list(tokens[:-1]) for _, tokens in best if tokens[-1] == end and len(tokens) > 1]
+            live = [one for one in best if one[1][-1] != end][:beams]
+        return found
 
 
 class NgramGuidance(LogitsProcessor):

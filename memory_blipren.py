@@ -53,6 +53,7 @@ class MemorySettings:
         guides: nearest entries whose captions guide the search for candidates.
         guidance: weights of their n-gram model; with each one a search gives candidates. 0 is the model alone.
         num_beams: beams of these searches, all of which become candidates.
+        recombined: beams of a search in their n-gram model alone, whose captions are candidates; 0 leaves them out.
         retrieved: nearest entries whose captions are candidates too; 0 leaves them out.
         copy_penalty: is taken from the predicted CIDEr of a candidate that is a known caption, word for word.
         near_duplicate: cosine of embeddings from which on two images count as near duplicates.
@@ -64,6 +65,7 @@ class MemorySettings:
     guides: int = 50
     guidance: tuple[float, ...] = (0.0, 0.5)
     num_beams: int = 5
+    recombined: int = 40
     retrieved: int = 200
     copy_penalty: float = 0.1
     near_duplicate: float = 0.9

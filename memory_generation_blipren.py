@@ -253,7 +253,8 @@ class BliprenMemoryMixin:
             own = own or generated[row][:1]
             others = memory.tokens(near[row][: settings.retrieved].tolist())
             retrieved = [caption for captions in others for caption in captions if len(caption) < most]
-            candidates = list(dict.fromkeys(map(tuple, own + retrieved)))
+            recombined = models[row].search(memory.info["end"], settings.recombined, most - 1)
+            candidates = list(dict.fromkeys(map(tuple, own + recombined + retrieved)))
             scores = table.predicted_cider(candidates, weights)
             known = memory.are_copies(candidates)
             scores = scores - settings.copy_penalty * known

@@ -1,12 +1,17 @@
-"""Time of `blipren embed` and `blipren train` until the final validation loss of a notebook's loop.
+"""Time until the validation CIDEr at which a notebook's loop ends: `blipren train`, and a memory.
 
     python benchmarks/time_to_quality.py DATASET --vision ENCODER --llm LLM --recipe flickr8k-mini --out quality.json
 
-Both arms train the same untrained checkpoint with a frozen language model. The notebook's loop is arm (a) of train.py: every
+All ways start from the same untrained checkpoint with a frozen language model. The notebook's loop is arm (a) of train.py: every
 step decodes and encodes its photos again, has one row per caption, padded to 64 tokens, and computes all logits; AdamW with a
-half cosine. The other arm embeds the data set once and runs `blipren train` with the same learning rate and its own batch size;
-its time includes the embedding. Both are validated in the same way, on all captions of the validation split, and validation is
-not part of the times. Times are processor time: run it with one thread (`--threads 1`) on a shared machine.
+half cosine. Only its first steps are made so and timed. The others read the cache and pad to the longest row, which learns the
+same in less time; they count as much as the timed ones.
+
+The other ways embed the data set once, without views, and take the first `--steps` of the recipe's `train` section, each as a
+run of its own whose learning rate falls to its end. Step 0 is the untrained checkpoint. Each is measured without a memory, and
+with one: `blipren memory` chooses its copy penalty on the same validation images, and its time counts. CIDEr is that of beam
+search with three beams and no length penalty, on all validation images, for all ways; measuring it is not part of the times.
+Times are processor time: run it with one thread (`--threads 1`) on a shared machine.
 """
 
 import argparse
@@ -24,17 +29,20 @@ from torch import nn
 from blipren.training.cli import build_settings
 from blipren.training.commands.embed import EmbedSettings
 from blipren.training.commands.embed import run as embed
-from blipren.training.commands.new import NewSettings
 from blipren.training.commands.new import run as new
-from blipren.training.commands.train import TrainSettings
 from blipren.training.data.batches.blocks import PromptEncoder, Segment, build_blocks
 from blipren.training.data.batches.training_data import open_caches, read_caches, read_images
-from blipren.training.data.sources.settings import SourceSettings
 from blipren.training.engine.loading import load_checkpoint
 from blipren.training.engine.memory import keep_freed_memory
+from blipren.training.evaluation.features import PatchFeatures
+from blipren.training.evaluation.generation import generate_answers
+from blipren.training.evaluation.metrics.captions import score_captions
+from blipren.training.evaluation.metrics.tokenizer import tokenize
+from blipren.training.memory.build import make_memory
 from blipren.training.stages.train import train
 
 CAPTION_LENGTH = 64
+GENERATION = {"max_new_tokens": 40, "num_beams": 3, "length_penalty": 0.0}
 
 
 def arguments() -> argparse.Namespace:
@@ -42,91 +50,94 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("dataset", help="a data set with a train and a validation split")
     parser.add_argument("--vision", required=True)
     parser.add_argument("--llm", required=True)
-    parser.add_argument("--recipe", default="flickr8k-mini", help="whose sections new and embed are taken")
+    parser.add_argument("--recipe", default="flickr8k-mini", help="whose sections new, embed and train are taken")
     parser.add_argument("--notebook-epochs", type=int, default=2)
     parser.add_argument("--notebook-pairs", type=int, default=40, help="pairs of a step of the notebook way")
-    parser.add_argument("--epochs", type=int, default=4, help="of ours")
-    parser.add_argument("--batch-size", type=int, default=16, help="images of a step of ours")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of both")
+    parser.add_argument("--timed-steps", type=int, default=12, help="its steps that are made in full")
+    parser.add_argument("--notebook-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 60, 120, 200], help="of ours")
+    parser.add_argument("--max-copies", type=float, default=0.3, help="share of captions that may be copies")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("time_to_quality.json"))
     return parser.parse_args()
 
 
+def quality(model, processor, source, copied: set[str] | None = None) -> dict:
+    """Return CIDEr on the validation images, the share of copies, and processor seconds a caption."""
+    model.eval()
+    references = {str(image): texts for image, texts in source.references().items()}
+    began = time.process_time()
+    captions: dict[str, str] = {}
+    for start in range(0, len(source.texts), 50):
+        images = range(start, min(start + 50, len(source.texts)))
+        inputs = source.inputs(list(images), None)
+        features = PatchFeatures(inputs["patch_features"], inputs.get("patch_attention_mask"))
+        made = generate_answers(model, processor, features, **GENERATION)
+        captions |= {str(image): answer["text"] for image, answer in zip(images, made)}
+    seconds = (time.process_time() - began) / len(captions)
+    cider = score_captions(captions, references, tokenizer="python", meteor=False).corpus["CIDEr"]
+    found = {"cider": cider, "seconds_a_caption": seconds}
+    if copied is not None:
+        found["copies"] = sum(text in copied for text in tokenize(list(captions.values()), "python")) / len(captions)
+    return found
+
+
 class Notebook:
     """A notebook's training loop on the files of the data set."""
 
-    def __init__(self, options: argparse.Namespace, model, processor, cache: Path, settings: TrainSettings):
+    def __init__(self, options: argparse.Namespace, source: EmbedSettings, model, processor, text, validation):
         self.options, self.model, self.processor = options, model, processor
-        (self.text,), (self.validation,) = open_caches(
-            read_caches(settings.cache), model, processor
-        )  # the same tokens as ours
-        by_id = {p.row.id: p for p in read_images(options.dataset, processor, SourceSettings())["train"]}
+        self.text, self.validation = text, validation  # the same tokens as ours
+        by_id = {p.row.id: p for p in read_images(options.dataset, processor, source)["train"]}
         self.images = [by_id[id] for id in self.text.ids]
-        prompts = PromptEncoder(processor)
-        self.rows = self.pairs_of(self.text, prompts)
-        self.validation_rows = self.pairs_of(self.validation, prompts)
-
-    def pairs_of(self, source, prompts: PromptEncoder) -> list[tuple[int, list[int], list[int]]]:
-        """Return (image, prompt, answer) of every caption."""
-        found = []
-        for image in range(len(source.texts)):
-            for block in build_blocks((0, image), source.texts.answers(image), source.visual_tokens(image), prompts):
+        prompts, self.rows = PromptEncoder(processor), []
+        for image in range(len(text.texts)):
+            for block in build_blocks((0, image), text.texts.answers(image), text.visual_tokens(image), prompts):
                 pairs = map(Segment.last_answer, block.segments)
-                found += [(image, block.prefix + rest, answer) for rest, answer in pairs]
-        return found
+                self.rows += [(image, block.prefix + rest, answer) for rest, answer in pairs]
 
-    def tensors(self, rows: list, length: int) -> dict[str, torch.Tensor]:
-        return padded_with_labels(rows, length, self.processor.tokenizer.pad_token_id)
+    def inputs(self, rows: list, timed: bool) -> dict[str, torch.Tensor]:
+        """Return a batch: pixels and rows of one length, or cached features and rows as long as the longest."""
+        images = [image for image, _, _ in rows]
+        length, pad = max(len(p) + len(a) for _, p, a in rows), self.processor.tokenizer.pad_token_id
+        if not timed:
+            return {**padded_with_labels(rows, length, pad), **self.text.inputs(images, None)}
+        pictures = [self.images[image].row.load() for image in images]
+        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")
+        return {**padded_with_labels(rows, len(rows[0][1]) + CAPTION_LENGTH, pad), **pixels}
 
-    @torch.no_grad()
-    def validation_loss(self) -> float:
-        self.model.eval()
-        total = tokens = 0.0
-        for begin in range(0, len(self.validation_rows), 50):
-            rows = self.validation_rows[begin : begin + 50]
-            batch = self.tensors(rows, max(len(p) + len(a) for _, p, a in rows))
-            features = self.validation.inputs([image for image, _, _ in rows], None)
-            count = int((batch["labels"] != -100).sum())
-            total += self.model(**batch, **features, use_cache=False).loss.item() * count
-            tokens += count
-        self.model.train()
-        return total / tokens
-
-    def train(self) -> list[dict]:
-        """Train. Returns one event per epoch with `seconds` and `loss`."""
+    def train(self) -> dict:
+        """Train. Returns steps, processor seconds of a full step and of all of them, and the quality at the end."""
         options, model = self.options, self.model
         model.freeze()
-        model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-        rows, per_step = list(self.rows), options.notebook_pairs
-        steps = options.notebook_epochs * (len(rows) // per_step)
-        events, seconds, step = [{"seconds": 0.0, "loss": self.validation_loss()}], 0.0, 0
-        print("notebook", events[-1], flush=True)
-        for epoch in range(options.notebook_epochs):
-            random.Random(epoch).shuffle(rows)
+        rate = options.notebook_learning_rate
+        optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+        per_step = options.notebook_pairs
+        steps = options.notebook_epochs * (len(self.rows) // per_step)
+        full_steps: list[float] = []
+        for step in range(steps):
+            place = step * per_step % (len(self.rows) // per_step * per_step)
+            if place == 0:
+                random.Random(options.seed * 1000 + step).shuffle(self.rows)
+            model.train()
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
             began = time.process_time()
-            for begin in range(0, len(rows) - per_step + 1, per_step):
-                for group in optimizer.param_groups:
-                    warm = min(1.0, (step + 1) / 30)
-                    group["lr"] = options.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-                some = rows[begin : begin + per_step]
-                pictures = [self.images[image].row.load() for image, _, _ in some]
-                pixels = self.processor.image_processor(images=pictures, return_tensors="pt")
-                batch = self.tensors(some, len(some[0][1]) + CAPTION_LENGTH)
-                loss = model(**batch, **pixels, use_cache=False).loss
-                loss.backward()
-                nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                if step % 50 == 0:
-                    print(f"notebook step {step}/{steps} loss {loss.item():.4f}", flush=True)
-            seconds += time.process_time() - began
-            events.append({"seconds": seconds, "loss": self.validation_loss()})
-            print("notebook", events[-1], flush=True)
-        return events
+            batch = self.inputs(self.rows[place : place + per_step], step < options.timed_steps)
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step < options.timed_steps:
+                full_steps.append(time.process_time() - began)
+            if (step + 1) % 50 == 0:
+                print(f"notebook step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
+        a_step = sorted(full_steps)[len(full_steps) // 2]
+        found = quality(model, self.processor, self.validation)
+        return {"steps": steps, "seconds_a_step": a_step, "seconds": a_step * steps, **found}
 
 
 def main() -> None:
@@ -139,35 +150,61 @@ def main() -> None:
     print(json.dumps(report, indent=1))
 
 
+def timed(function, *args) -> float:
+    """Return the processor seconds of a call."""
+    began = time.process_time()
+    function(*args)
+    return time.process_time() - began
+
+
 def run(options: argparse.Namespace, folder: Path) -> dict:
-    untrained, cache, out = folder / "untrained", folder / "cache", folder / "run"
-    settings: NewSettings | EmbedSettings
-    settings = build_settings(
-        "new", {"out": str(untrained), "vision": options.vision, "llm": options.llm}, options.recipe
-    )
-    new(settings)
-    began = time.process_time()
-    embed(
-        build_settings(
-            "embed",
-            {"model": str(untrained), "dataset": options.dataset, "cache": str(cache)},
-            options.recipe,
-        )
-    )
-    embedding = time.process_time() - began
-    ours = TrainSettings(
-        model=str(untrained), cache=str(cache), out=str(out), epochs=options.epochs, batch_size=options.batch_size,
-        learning_rate=options.learning_rate, warmup=30, min_learning_rate=0.02, generate_samples=0, device="cpu",
-    )  # fmt: skip
-    began = time.process_time()
-    train(ours)
-    whole = time.process_time() - began
-    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    validations = [e for e in events if e["kind"] == "validation"]
-    print("ours", [(e["step"], e["loss"]) for e in validations], f"{embedding:.0f} s + {whole:.0f} s", flush=True)
-    model, processor = load_checkpoint(str(untrained))
-    notebook = Notebook(options, model, processor, cache, ours).train()
-    return {"embedding_seconds": embedding, "whole_seconds": whole, "ours": events, "notebook": notebook}
+    untrained, cache = str(folder / "untrained"), str(folder / "cache")
+    torch.manual_seed(options.seed)
+    new(build_settings("new", {"out": untrained, "vision": options.vision, "llm": options.llm}, options.recipe))
+    given = {"model": untrained, "dataset": options.dataset, "cache": cache, "views": 1}
+    source: EmbedSettings = build_settings("embed", given, options.recipe)
+    report: dict = {"embedding_seconds": timed(embed, source), "ours": []}
+    model, processor = load_checkpoint(untrained)
+    (text,), (validation,) = open_caches(read_caches(cache), model, processor)
+    report["notebook"] = Notebook(options, source, model, processor, text, validation).train()
+    print("notebook", report["notebook"], flush=True)
+    copied = set(tokenize([caption for own in text.references().values() for caption in own], "python"))
+    for steps in options.steps:
+        report["ours"] += ours(options, steps, folder, validation, copied)
+    for name, memory in (("train", False), ("memory", True)):
+        enough = [w for w in report["ours"] if w["memory"] == memory and w["cider"] >= report["notebook"]["cider"]]
+        if enough:
+            best = min(enough, key=lambda way: way["seconds"])
+            report[name] = {
+                "way": best,
+                "ratio_on_a_cache": report["notebook"]["seconds"] / best["seconds"],
+                "ratio": report["notebook"]["seconds"] / (best["seconds"] + report["embedding_seconds"]),
+            }
+    return report
+
+
+def ours(options: argparse.Namespace, steps: int, folder: Path, validation, copied: set[str]) -> list[dict]:
+    """Return what so many steps take and bring, without a memory and with one."""
+    checkpoint, memory, seconds = str(folder / "untrained"), str(folder / f"memory-{steps}"), 0.0
+    if steps:
+        given = {
+            "model": checkpoint, "cache": str(folder / "cache"), "out": str(folder / f"run-{steps}"), "max_steps": steps,
+            "eval_every": steps, "keep_best": "last", "generate_samples": 0, "seed": options.seed, "device": "cpu",
+        }  # fmt: skip
+        seconds = timed(train, build_settings("train", given, options.recipe))
+        checkpoint = given["out"]
+    given = {
+        "model": checkpoint, "cache": str(folder / "cache"), "out": memory, "max_copies": options.max_copies,
+        "device": "cpu", **GENERATION,
+    }  # fmt: skip
+    memory_seconds = timed(make_memory, build_settings("memory", given, options.recipe))
+    model, processor = load_checkpoint(checkpoint)
+    ways = [{"steps": steps, "memory": False, "seconds": seconds, **quality(model, processor, validation, copied)}]
+    model.load_memory(memory)
+    found = quality(model, processor, validation, copied)
+    ways.append({"steps": steps, "memory": True, "seconds": seconds + memory_seconds, **found})
+    print("ours", ways, flush=True)
+    return ways
 
 
 if __name__ == "__main__":

@@ -84,6 +84,21 @@ def test_the_ngram_model_is_a_distribution_that_prefers_what_it_has_seen():
     assert mixed[2:].exp() == pytest.approx(torch.full((2, 16), 1 / 16), abs=1e-6)
 
 
+def test_parts_of_known_captions_are_put_together_anew():
+    model = NgramModel([[5, 6, 7, 8, 2], [9, 6, 7, 10, 2], [11, 2]], [1.0, 1.0, 1.0])
+    found = model.search(2, beams=20, length=6)
+    likelihood = {}
+    for caption in found:
+        steps = [
+            dict(zip(*(part.tolist() for part in model.next_tokens(tuple(caption[:i])))))
+            for i in range(len(caption) + 1)
+        ]
+        likelihood[tuple(caption)] = sum(step[token] for step, token in zip(steps, [*caption, 2]))
+    assert {(5, 6, 7, 8), (9, 6, 7, 10), (11,), (5, 6, 7, 10), (9, 6, 7, 8)} <= set(likelihood)
+    assert len(found) == len(likelihood) and max(map(len, found)) <= 4 and max(likelihood, key=likelihood.get) == (11,)
+    assert max(map(len, model.search(2, beams=20, length=1))) == 1 and model.search(2, beams=0, length=6) == []
+
+
 def test_neighbours_are_the_nearest_without_the_image_itself(monkeypatch):
     memory = random_memory()
     queries, stored = raw(memory), memory.embeddings.float()
