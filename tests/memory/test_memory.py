@@ -28,6 +28,7 @@ from blipren.training.objectives.rewards.cider import CiderReward
 from tests.captioning.conftest import seeing  # noqa: F401
 from tests.data.tools import run_embed
 from tests.evaluation.conftest import colour_picture
+from tests.tiny_models import random_image
 
 CAPTIONS = [
     [[5, 6, 7, 8, 9], [5, 6, 7, 9]],
@@ -371,8 +372,12 @@ def test_the_texts_are_answers_to_the_caption_prompt(remembering):
     assert memory_info(model, processor) == model.memory.info
 
 
-def test_entries_are_half_the_image_and_half_its_views(seeing, pictures, tmp_path):  # noqa: F811
-    cache = FeatureCache.open(run_embed(seeing, pictures, tmp_path / "cache", dtype="float32", views=3).folder)
+def test_entries_are_half_the_image_and_half_its_views(seeing, tmp_path):  # noqa: F811
+    rows = [{"file_name": f"{i}.png", "captions": ["noise"], "split": "train"} for i in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        random_image(int(row["file_name"][0])).save(tmp_path / row["file_name"])
+    cache = FeatureCache.open(run_embed(seeing, tmp_path, tmp_path / "cache", dtype="float32", views=3).folder)
     views = [cache.patch_features("train", [0, 1], [view] * 2)[0].mean(dim=1) for view in range(3)]
     assert not torch.allclose(views[0], views[1])
     expected = views[0] * (1 / 2 + 1 / 6) + (views[1] + views[2]) / 6
