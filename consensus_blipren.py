@@ -189,6 +189,7 @@ class NgramModel:
                 for length in range(CONTEXT + 1):
                     counts[padded[place - length : place]][padded[place]] += weight
         self._counts, self._found, self._likeliest = dict(counts), {}, {}
+        self._totals = {context: sum(found.values()) for context, found in counts.items()}
         self._longest = max(map(len, captions))
 
     def next_tokens(self, tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,6 +210,25 @@ class NgramModel:
             self._found[context] = torch.tensor(ids, dtype=torch.long), torch.tensor(values).log()
         return self._found[context]
 
+    def _probability(self, context: tuple[int, ...], token: int) -> float:
+        """Return the probability of a token after a context, as `next_tokens` has it."""
+        if context and not self._totals.get(context):
+            return self._probability(context[1:], token)
+        total, count = self._totals[context], self._counts[context][token]
+        kept = BACKOFF / (total + BACKOFF) if context else 0.0
+        below = self._probability(context[1:], token) * kept if context else 0.0
+        return below + count / total * (1 - kept)
+
+    def _likeliest_next(self, context: tuple[int, ...]) -> list[tuple[float, int]]:
+        """Return logarithms and ids of the `BRANCHES` likeliest next tokens; others of a context are likeliest by shorter ones."""
+        if context not in self._likeliest:
+            tokens = set(self._counts.get(context, ()))
+            if context:
+                tokens |= {token for _, token in self._likeliest_next(context[1:])}
+            values = ((math.log(max(self._probability(context, token), 1e-12)), token) for token in tokens)
+            self._likeliest[context] = heapq.nlargest(BRANCHES, values)
+        return self._likeliest[context]
+
     def search(self, end: int, beams: int, length: int) -> list[list[int]]:
         """Return the captions that beam search finds: the parts of known captions put together anew, without end token.
 
@@ -220,11 +240,7 @@ class NgramModel:
             longer = []
             for score, tokens in live:
                 context = ((-1,) * CONTEXT + tokens)[-CONTEXT:]
-                if context not in self._likeliest:
-                    ids, logs = self.next_tokens(tokens)
-                    values, places = logs.topk(min(BRANCHES, len(logs)))
-                    self._likeliest[context] = list(zip(values.tolist(), ids[places].tolist()))
-                for value, token in self._likeliest[context]:
+                for value, token in self._likeliest_next(context):
                     longer.append((score + value, (*tokens, token)))
             best = heapq.nlargest(2 * beams, longer)
             found += [list(tokens[:-1]) for _, tokens in best if tokens[-1] == end and len(tokens) > 1]

@@ -97,6 +97,12 @@ def test_parts_of_known_captions_are_put_together_anew():
         likelihood[tuple(caption)] = sum(step[token] for step, token in zip(steps, [*caption, 2]))
     assert {(5, 6, 7, 8), (9, 6, 7, 10), (11,), (5, 6, 7, 10), (9, 6, 7, 8)} <= set(likelihood)
     assert len(found) == len(likelihood) and max(map(len, found)) <= 4 and max(likelihood, key=likelihood.get) == (11,)
+    for context in ((), (6,), (6, 7), (5, 6, 7), (77, 6, 7), (1, 2, 3)):
+        ids, logs = model.next_tokens(context)
+        likeliest = model._likeliest_next(((-1,) * 3 + context)[-3:])
+        assert {token: value for value, token in likeliest} == pytest.approx(
+            dict(zip(ids.tolist(), logs.tolist())), abs=1e-5
+        )
     assert max(map(len, model.search(2, beams=20, length=1))) == 1 and model.search(2, beams=0, length=6) == []
 
 
