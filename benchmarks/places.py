@@ -1,26 +1,37 @@
-"""What a frozen encoder's patch features hold of the place of an object: probes that predict its box from one patch.
+"""Where the place of an object is lost between image tower and answer: two measurements of the world of boxes.
 
     python benchmarks/places.py --out places.json
 
+**What patch features hold**: probes that predict the box of an object from one patch.
 The quickstart's image tower, drawn scenes; 600 scenes to fit, 150 to judge, and 150 with combinations that neither the tower
 nor the probe has seen. A probe reads the features of one patch on the object, alone or with the patch's place in the grid,
 which is what `patch_position_embeddings` adds. Linear: least squares; MLP: one hidden layer of 256, 1,500 steps.
+
+**What the language model reads**: true notes on a scene, whose places are exact or moved by noise, stand where the visual
+tokens would, and it is asked for the box of each object that is alone of its kind. No image and no bridge take part, so this is
+what a perfect bridge would reach. The box has to overlap that of the notes, moved or not.
 """
 
 import argparse
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import SiglipVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipVisionModel
 
+from blipren.grounding_blipren import read_places
 from blipren.training.evaluation.metrics.boxes import THRESHOLD, box_iou
 from blipren.training.quickstart.grounded_scenes import object_box
+from blipren.training.quickstart.notes import Note
 from blipren.training.quickstart.scenes import make_scene
 from blipren.training.quickstart.steps import TOWERS
+from blipren.training.quickstart.train_llm import read_notes
 from blipren.training.quickstart.train_vision import GRID, patch_targets, pixels_of
 
+NOISES = (0.0, 0.04)  # standard deviation of the notes' places, in shares of the side
+ASKED = 25  # scenes
 SETS = {"fit": (0, 600, "seen"), "seen": (5000, 150, "seen"), "unseen": (6000, 150, "unseen")}
 
 
@@ -63,11 +74,36 @@ def fit_mlp(inputs: np.ndarray, targets: np.ndarray, steps: int):
     return lambda other: model((torch.tensor(other).float() - mean) / deviation).detach().numpy()
 
 
+def ask_for_boxes(model, tokenizer, scenes: list, noise: float, rng: random.Random) -> np.ndarray:
+    """Return the IoU of the answers with the boxes of the notes, which are moved by noise: one for each object alone of its
+    kind."""
+    ious = []
+    for scene in scenes:
+        kinds = [o.combination for o in scene.objects]
+        notes = []
+        for o in scene.objects:
+            across, down = rng.gauss(0, noise), rng.gauss(0, noise)
+            x1, y1, x2, y2 = object_box(o)
+            box = (x1 + across, y1 + down, x2 + across, y2 + down)
+            notes.append(Note(f" {o.size} {o.colour} {o.shape}", tuple(min(1.0, max(0.0, v)) for v in box)))
+        soft = read_notes(model, tokenizer, notes)
+        for o, note in zip(scene.objects, notes):
+            if kinds.count(o.combination) > 1:
+                continue
+            asked = model.get_input_embeddings()(torch.tensor(tokenizer.encode(f"Find every {o.colour} {o.shape}.")))
+            given = torch.cat([soft, asked])[None]
+            output = model.generate(inputs_embeds=given, max_new_tokens=32, do_sample=False)
+            found = read_places(tokenizer.decode(output[0], skip_special_tokens=True)).boxes
+            ious.append(float(box_iou([found[0]], [[1000 * v for v in note.box]])[0, 0]) if found else 0.0)
+    return np.array(ious)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--vision", type=Path, default=TOWERS / "vision", help="folder of a SigLIP tower for 96x96 images"
     )
+    parser.add_argument("--llm", type=Path, default=TOWERS / "boxes-llm", help="folder of a language model of notes")
     parser.add_argument("--steps", type=int, default=1500, help="steps of the MLP")
     parser.add_argument("--share", type=float, default=1.0, help="share of the scenes")
     parser.add_argument("--seed", type=int, default=77)
@@ -98,6 +134,20 @@ def main() -> None:
                     "IoU 0.5": round(float((iou >= THRESHOLD).mean()), 3),
                     "mean IoU": round(float(iou.mean()), 3),
                 }
+    llm = AutoModelForCausalLM.from_pretrained(options.llm, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.llm)
+    for group in ("seen", "unseen"):
+        start = SETS[group][0]
+        scenes = [
+            make_scene(options.seed, n, group) for n in range(start, start + max(4, round(ASKED * options.share)))
+        ]
+        for noise in NOISES:
+            iou = ask_for_boxes(llm, tokenizer, scenes, noise, random.Random(f"{options.seed}/{group}/{noise}"))
+            figures[f"language model, notes moved by {noise}, {group}"] = {
+                "IoU 0.5": round(float((iou >= THRESHOLD).mean()), 3),
+                "mean IoU": round(float(iou.mean()), 3),
+                "questions": len(iou),
+            }
     for name, values in figures.items():
         print(f"{name:44}" + ", ".join(f"{key} {value}" for key, value in values.items()))
     if options.out is not None:

@@ -3,11 +3,9 @@
 import dataclasses
 import math
 import random
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,113 +29,28 @@ from blipren.training.quickstart.conversation_scenes import (
     write_turns,
 )
 from blipren.training.quickstart.glyphs import digit_notes, make_digit_picture, write_digit_texts
-from blipren.training.quickstart.grounded_scenes import object_box, scene_truth
+from blipren.training.quickstart.grounded_scenes import scene_truth
+from blipren.training.quickstart.notes import (
+    MORE_COLOURS,
+    MORE_SHAPES,
+    PLACE_BYTES,
+    PLACE_WORDS,
+    Note,
+    place_words,
+    rename_document,
+    write_notes,
+)
 from blipren.training.quickstart.optimization import make_optimizer, save_half_precision, take_step
-from blipren.training.quickstart.scenes import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene, make_scene
-from blipren.training.quickstart.wording import NUMBERS, place_answer, plural, write_captions, write_questions
+from blipren.training.quickstart.scenes import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, make_scene
+from blipren.training.quickstart.wording import NUMBERS, plural, write_captions, write_questions
 
 WIDTH = 128
 CAPTION_PROMPTS = ("Short caption:", "Short caption:", "Short caption:", "Caption:", "Describe the image:")
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 WORDS_PER_POSITION = 6  # at most, of the notes
-PLACE_WORDS = 8  # of a box: two tokens for each of its numbers
-PLACE_STEPS = 20  # of a side
-PLACE_BYTES = [chr(byte) for byte in (*range(161, 173), *range(174, 246))]  # tokens of no text
-PLACE_WAVES = 6
-PLACE_NOISE = 0.006  # shares of the side; a soft token is not exact either
+PLACE_NORM = 0.6
 UNSAID_NORM = 3  # the embeddings of words have norms of 0.9 to 1.6, those of tokens that no text has 5.1
 LAST_DIGIT_WEIGHT = 0.1  # of the loss: the notes do not tell thousandths
-
-# Colours and shapes that no scene has: texts about them teach that any colour goes with any shape.
-MORE_COLOURS = tuple(
-    "pink brown gray cyan golden silver beige teal maroon navy olive violet indigo crimson ivory bronze".split()
-)
-MORE_SHAPES = tuple("heart ring arrow hexagon moon cube cone leaf cloud bell key lamp boat tree house fish".split())
-
-
-class Note(NamedTuple):
-    """What one position before the prompt holds: words, and the box of an object as shares of the side.
-
-    A `written` note is text as a prompt is: it takes a position for each token.
-    """
-
-    text: str
-    box: tuple[float, ...] | None = None
-    written: bool = False
-
-
-class Cell(NamedTuple):
-    """A place without an object."""
-
-    row: int
-    column: int
-
-
-EMPTY_CELLS = [Cell(row, column) for row in range(3) for column in range(3)]
-
-
-def write_notes(scene: Scene, rng: random.Random, shuffled: float, placed: bool = True) -> list[Note]:
-    """Return notes on a scene, one for each position before the prompt.
-
-    The embeddings of the words of a position are summed. Each object is one position, " large red circle top left", as a
-    soft token stands for an object or a region. The positions are mostly in reading order; some objects come twice, and
-    some positions say that a place is empty, " nothing bottom".
-
-    Args:
-        shuffled: share of the scenes whose objects are in any order.
-        placed: whether words say where an object is, beside its box.
-    """
-    objects = list(scene.objects)
-    if rng.random() < shuffled:
-        rng.shuffle(objects)
-    most = rng.choice((1, 1, 1, 2))
-    notes = []
-    for o in objects:
-        place = f" {place_answer(o)}" if placed else ""
-        notes += [Note(f" {o.size} {o.colour} {o.shape}{place}", object_box(o))] * rng.randint(1, most)
-    taken = {(o.row, o.column) for o in objects}
-    free = [f" {place_answer(cell)}" for cell in EMPTY_CELLS if (cell.row, cell.column) not in taken]
-    for _ in range(rng.randrange(17 - len(notes))):
-        notes.insert(rng.randint(0, len(notes)), Note(rng.choice((" nothing", " nothing" + rng.choice(free)))))
-    return notes
-
-
-def place_words(tokenizer, box: tuple[float, ...], rng: random.Random) -> list[tuple[int, float]]:
-    """Return tokens and weights whose weighted embeddings say where a box is, to about a hundredth of the side.
-
-    Each of x1, y1, x2, y2 has 21 tokens that no text uses, for 0, 0.05, ..., 1. A number is the mean of the two around it,
-    weighted by nearness, since a soft token can mix embeddings but not write digits.
-    """
-    words = []
-    for axis, share in enumerate(box):
-        place = min(PLACE_STEPS, max(0, PLACE_STEPS * (share + rng.gauss(0, PLACE_NOISE))))
-        low = min(PLACE_STEPS - 1, int(place))
-        for step, weight in ((low, low + 1 - place), (low + 1, place - low)):
-            token = PLACE_BYTES[(PLACE_STEPS + 1) * axis + step]
-            words.append((tokenizer.convert_tokens_to_ids(token), weight))
-    return words
-
-
-def place_embeddings(width: int) -> Tensor:
-    """Return first embeddings of the tokens of `PLACE_BYTES`: [tokens, width], each about as long as a word's.
-
-    Those of a number lie on a smooth random curve, so that neighbours are alike: what is learned of 0.4 holds for 0.45, and
-    a projector can follow the curve.
-    """
-    angles = math.pi * torch.linspace(0, 1, PLACE_STEPS + 1)[:, None] * torch.arange(1, PLACE_WAVES + 1)
-    curve = torch.cat([angles.cos(), angles.sin()], dim=1) / PLACE_WAVES**0.5
-    return (curve @ torch.randn(4, 2 * PLACE_WAVES, width) * width**-0.5).flatten(0, 1)
-
-
-def rename(texts: list[str], rng: random.Random) -> list[str]:
-    """Return the texts with some colours and shapes replaced by ones that no scene has."""
-    share = rng.random()
-    swaps = {c: n for c, n in zip(COLOURS, rng.sample(MORE_COLOURS, len(COLOURS))) if rng.random() < share}
-    swaps |= {s: n for s, n in zip(SHAPES, rng.sample(MORE_SHAPES, len(SHAPES))) if rng.random() < share}
-    swaps |= {plural(s): n + "s" for s, n in swaps.items() if s in SHAPES}
-    pattern = re.compile(rf"\b({'|'.join(swaps)})\b")
-    texts = [pattern.sub(lambda m: swaps[m[1]], t) for t in texts] if swaps else texts
-    return [re.sub(r"\ban? (?=(\w))", lambda m: "an " if m[1] in "aeiou" else "a ", t) for t in texts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +61,9 @@ class Course:
     """Share of texts whose notes are in any order, since the order of queries is not known in advance."""
     crowded: bool = False
     """Most scenes have three objects, since these are the hard ones."""
-    boxes: bool = False
-    """Notes hold the box of their object, and there are questions about boxes and points."""
+    boxes: str = ""
+    """Notes hold the box of their object. "find": all questions ask for boxes, and places are learned anew; "all": they are
+    about boxes, points and all else."""
     glyphs: bool = False
     """Four of five texts are about small digits, or about clips."""
     conversations: bool = False
@@ -168,7 +82,12 @@ def write_document(seed: int, index: int, course: Course) -> tuple[list[Note], l
         if len(scene.objects) < 3:
             scene = make_scene(seed, 10**8 + 2 * index + number)
     # most notes leave out the words that say nearly where a thing is, since they are no box
-    notes = write_notes(scene, rng, course.shuffled, placed=not course.boxes or rng.random() < 0.3)
+    notes = write_notes(scene, rng, course.shuffled, placed=not course.boxes or rng.random() < 0.1)
+    if course.boxes == "find":
+        notes = [note for note in notes if note.box]
+        found = grounding.write_questions(scene_truth(scene, rng), (1, 1), ("find",))[:2]
+        pairs = [(question, " " + answer) for question, answer in found]
+        return rename_document(notes, pairs, rng) if rng.random() < 0.5 else (notes, pairs)
     pairs = [(rng.choice(CAPTION_PROMPTS), " " + c) for c in write_captions(scene, rng)[:2]]
     if rng.random() < 0.05:
         return [], pairs[:1]  # without notes no question has an answer
@@ -205,16 +124,6 @@ def write_pair_document(
     notes += [Note(RIGHT, written=True), *write_notes(second, rng, course.shuffled)]
     pairs = [(" " + question, " " + answer) for question, answer in turns]
     return rename_document(notes, pairs, rng) if rng.random() < 0.5 else (notes, pairs)
-
-
-def rename_document(
-    notes: list[Note], pairs: list[tuple[str, str]], rng: random.Random
-) -> tuple[list[Note], list[tuple[str, str]]]:
-    """Return notes and pairs with some colours and shapes replaced by ones that no scene has, the same ones in all."""
-    texts = rename([note.text for note in notes] + [t for pair in pairs for t in pair], rng)
-    notes = [note._replace(text=text) for note, text in zip(notes, texts)]
-    texts = texts[len(notes) :]
-    return notes, list(zip(texts[::2], texts[1::2]))
 
 
 def write_glyph_document(seed: int, index: int, rng: random.Random) -> tuple[list[Note], list[tuple[str, str]]]:
@@ -285,7 +194,7 @@ def text_batch(tokenizer, seed: int, indices: Sequence[int], course: Course) -> 
             soft += [not note.written] * (len(own) if note.written else 1)
         documents.append((words, soft, answers))
     length = max(len(notes) + sum(len(p) + len(a) for p, a in answers) for notes, _, answers in documents)
-    ids = torch.zeros(len(documents), length, WORDS_PER_POSITION + course.boxes * PLACE_WORDS, dtype=torch.long)
+    ids = torch.zeros(len(documents), length, WORDS_PER_POSITION + bool(course.boxes) * PLACE_WORDS, dtype=torch.long)
     weights = torch.zeros(ids.shape)
     labels = torch.full((len(documents), length), -100)
     scale = torch.ones(len(documents), length)
@@ -337,11 +246,22 @@ def embed_words(model: LlamaForCausalLM, input_ids: Tensor, weights: Tensor, sca
     return embeddings.sum(dim=2) * scale[..., None]
 
 
+def read_notes(model: LlamaForCausalLM, tokenizer, notes: list[Note]) -> Tensor:
+    """Return notes as a perfect bridge would give them to the model: [notes, width]."""
+    table, rng = model.get_input_embeddings().weight, random.Random(0)
+    rows = []
+    for note in notes:
+        words = [(token, 1.0) for token in tokenizer.encode(note.text)]
+        words += place_words(tokenizer, note.box, rng) if note.box else []
+        rows.append(sum(weight * table[token] for token, weight in words))
+    return torch.stack(rows).detach()
+
+
 def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, start: Path | None = None) -> None:
-    """Train tokenizer and Llama on text and write both; with `start` continue from it at half the learning rate."""
+    """Train tokenizer and Llama on text and write both; with `start` continue from it, mostly at half the learning rate."""
     torch.manual_seed(seed)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else train_tokenizer(seed)
-    learning_rate = 1e-3 if start else 2e-3
+    learning_rate = 1e-3 if start and course.boxes != "find" else 2e-3
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -363,8 +283,8 @@ def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, star
     with torch.no_grad():  # tokens that were never said have grown into one large vector, which would drown the words
         weight = model.get_input_embeddings().weight
         continues = F.cosine_similarity(weight[digits][:1], weight[digits]).min() < 0.9  # they have been said
-        if course.boxes and not continues:
-            weight[places] = place_embeddings(WIDTH)
+        if course.boxes == "find":
+            weight[places] = torch.randn(len(places), WIDTH) * PLACE_NORM * config.initializer_range
         if course.glyphs or (course.boxes and not continues):
             weight[digits] = torch.randn(len(digits), WIDTH) * config.initializer_range
         if course.glyphs:
