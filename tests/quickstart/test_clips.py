@@ -106,6 +106,6 @@ def test_small_digits_stand_where_the_questions_say():
         assert len(questions) == len(picture.glyphs) + 1
         for glyph, cell in zip(picture.glyphs, picture.cells):
             assert (int(3 * glyph.y), int(3 * glyph.x)) == (cell.row, cell.column)
-            x, y, half = round(glyph.x * PICTURE_SIDE), round(glyph.y * PICTURE_SIDE), 6
+            x, y, half = round(glyph.x * PICTURE_SIDE), round(glyph.y * PICTURE_SIDE), 12
             assert np.asarray(image)[y - half : y + half, x - half : x + half].std() > 10
-            assert 11 <= glyph.height * PICTURE_SIDE <= 13  # three pixels of the encoder's 96
+            assert glyph.height * PICTURE_SIDE == 24  # six pixels of the encoder's 96

@@ -65,7 +65,7 @@ def draw_glyphs(image: Image.Image, glyphs: tuple[Glyph, ...]) -> Image.Image:
 # ---- pictures with small digits, and their texts --------------------------------------------------------------------
 
 PICTURE_SIDE = 384  # four times the side that the image tower sees
-SMALL = 12 / PICTURE_SIDE  # height of a digit: twelve pixels of the picture, three of what the tower sees
+SMALL = 24 / PICTURE_SIDE  # height of a digit: 24 pixels of the picture, six of what the tower sees
 
 
 class Cell(NamedTuple):

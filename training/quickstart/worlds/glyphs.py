@@ -15,7 +15,7 @@ from blipren.training.quickstart.steps import TOWERS, export_model, run_step
 
 DURATION = "takes about ten minutes on two cores"
 RECIPE = "quickstart-glyphs"
-SPLITS = {"train": 2400, "validation": 60, "test": 200}
+SPLITS = {"train": 1800, "validation": 60, "test": 200}
 SCALES = [1, 3]
 
 
