@@ -88,6 +88,16 @@ def test_language_model_of_the_boxes_reads_places():
     assert ask(notes, "Find every green cross.") == "not in the picture"
 
 
+def test_a_third_digit_counts_little_but_a_comma_in_its_place_counts():
+    digits, comma = torch.arange(10), 10
+    labels = torch.tensor([[1, 2, 3, comma, 4, 5, comma, 6, 7, 8]])
+    third = train_llm.third_digits(labels, digits)[0]
+    assert third.nonzero()[:, 0].tolist() == [2, 9]
+    losses = train_llm.digit_losses(torch.zeros(10, 12), labels[0], digits, third)
+    assert losses[~third].tolist() == pytest.approx([math.log(12)] * 8)
+    assert losses[third].tolist() == pytest.approx([math.log(12 / 10) + 0.1 * math.log(10)] * 2)
+
+
 def test_towers_are_trained_on_nothing_held_out():
     for index in range(400):
         notes, pairs = train_llm.write_document(

@@ -231,13 +231,22 @@ def text_batch(tokenizer, seed: int, indices: Sequence[int], course: Course) -> 
     }
 
 
-def label_weights(labels: Tensor, digits: Tensor) -> Tensor:
-    """Return the weight of each label [rows, length] in the loss: less for the third of three digits (ids `digits`)."""
+def digit_losses(logits: Tensor, labels: Tensor, digits: Tensor, third: Tensor) -> Tensor:
+    """Return the loss of each label [labels] where a third digit (`third`, [labels]) counts little.
+
+    That some digit follows counts fully: a model that may well write a comma in its place says 34 for 343.
+    """
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    no_digit = logits.logsumexp(dim=1) - logits[:, digits].logsumexp(dim=1)  # negative log-probability of any digit
+    return torch.where(third, no_digit + LAST_DIGIT_WEIGHT * (losses - no_digit), losses)
+
+
+def third_digits(labels: Tensor, digits: Tensor) -> Tensor:
+    """Return where labels [rows, length] are the third of three digits (ids `digits`)."""
     is_digit = torch.isin(labels, digits)
-    third = is_digit[:, 2:] & is_digit[:, 1:-1] & is_digit[:, :-2]
-    weights = torch.ones(labels.shape)
-    weights[:, 2:][third] = LAST_DIGIT_WEIGHT
-    return weights
+    third = torch.zeros_like(is_digit)
+    third[:, 2:] = is_digit[:, 2:] & is_digit[:, 1:-1] & is_digit[:, :-2]
+    return third
 
 
 def embed_words(model: LlamaForCausalLM, input_ids: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
@@ -307,9 +316,8 @@ def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, star
             logits = model.lm_head(states).float()
             if course.boxes:  # places are never said, so nothing may push them away either
                 logits[:, places] = torch.finfo(torch.float32).min
-            losses = F.cross_entropy(logits, labels[labels != -100], reduction="none")
-            weights = label_weights(labels, digits)[labels != -100]
-            loss = (losses * weights).sum() / weights.sum() if course.boxes else losses.mean()
+            third = third_digits(labels, digits) & bool(course.boxes)
+            loss = digit_losses(logits, labels[labels != -100], digits, third[labels != -100]).mean()
         take_step(loss, model, optimizer, schedule)
         if step % 500 == 499:
             save_half_precision(model, out)

@@ -10,7 +10,9 @@
         --llm-steps 500 --batch 48 --shuffled 0.7 --boxes find    # first-boxes: see below
     python -m blipren.training.quickstart.train_towers --part llm --start find/llm --out boxes --seed 13 \
         --llm-steps 400 --shuffled 0.7 --boxes all
-    cp -r boxes/llm training/quickstart/towers/boxes-llm
+    python -m blipren.training.quickstart.train_towers --part llm --start boxes/llm --out numbers --seed 14 \
+        --llm-steps 120 --shuffled 0.7 --boxes all
+    cp -r numbers/llm training/quickstart/towers/boxes-llm
     python -m blipren.training.quickstart.train_towers --part vision --glyphs --start training/quickstart/towers/vision \
         --out glyphs --seed 0 --vision-steps 3500
     cp -r glyphs/vision training/quickstart/towers/glyphs-vision
@@ -27,7 +29,8 @@ write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), 
 and variants of both: an image tower that also reads digits, and language models that say digits, directions and order, or
 have read texts with boxes, or texts of several turns and about two scenes. (Digits get new embeddings at the start of each run
 with `--glyphs`. The first one was made without this, and its model never learned to say one: see `train_llm`. `first-boxes`
-is the boxes' model of an earlier version, `towers/boxes-llm` of commit e646f6a: it said boxes, but did not read them.) The
+is the boxes' model of an earlier version, `towers/boxes-llm` of commit e646f6a: it said boxes, but did not read them. `find` and
+`boxes` were made with commit 063036a, in whose loss a comma counted ten times as much as a third digit.) The
 language model is trained in three runs: on notes in the order in which a caption names the objects, then on notes in any
 order, then mostly on scenes of three objects, whose words the model of the second run still confused. Neither tower is
 trained on a held-out combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of the group
