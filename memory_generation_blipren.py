@@ -128,7 +128,7 @@ class BliprenMemoryMixin:
             image_inputs: `pixel_values` and what belongs to them, or `patch_features`, as for the model.
 
         Returns:
-            For each image dictionaries with `id`, `similarity` (cosine) and `captions`, nearest first.
+            For each image dictionaries with `id`, `similarity` (cosine) and `captions`, least Euclidean distance first.
 
         Raises:
             ValueError: the model has no memory.
