@@ -8,6 +8,7 @@ float16, with the `mean`, `std` and `scale` (median squared distance) that do it
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from transformers.utils import cached_file
 from .base_models_blipren import optional_file
 from .consensus_blipren import DocumentFrequencies, ReferenceTable, hash_captions, hash_letters
 
+logger = logging.getLogger(__name__)
 try:  # only a model with a memory needs it
     import pyarrow
 except ImportError:
@@ -88,8 +90,7 @@ class BliprenMemory:
     """Embeddings and captions of known images.
 
     Args:
-        embeddings: `(entries, width)`, standardised. statistics: `mean` and `std` `(width,)`, `scale` `()`,
-            `caption_hashes`, `letters`.
+        embeddings: `(entries, width)`, standardised. statistics: the other tensors of `embeddings.safetensors`.
         texts: Arrow table with columns id, image_hash, captions, tokens.
         info: `encoder` and `language_model` that it was made for, `prompts` whose answers the captions are (token ids
             without placeholders), `end` (id of the end token).
@@ -152,8 +153,7 @@ class BliprenMemory:
 
     def _hashes(self, captions: list[list[int]]) -> np.ndarray:
         letters = self.statistics.get("letters")  # memories had none at first
-        hashes = hash_captions(captions) if letters is None else hash_letters(captions, letters)
-        return hashes.view(np.int64)
+        return (hash_captions(captions) if letters is None else hash_letters(captions, letters)).view(np.int64)
 
     def extend(self, embeddings: torch.Tensor, texts: dict[str, list]) -> "BliprenMemory":
         """Return a memory with more entries. Entries whose image it has already, by id or image hash, are left out."""
@@ -218,6 +218,8 @@ class BliprenMemory:
             raise ValueError(
                 f"the memory in {folder} is damaged: {entries} entries, {len(embeddings)} embeddings, {len(texts)} texts"
             )
+        if "letters" not in tensors:
+            logger.warning("the memory in %s compares captions by tokens; make it again to compare words", folder)
         index = folder / INDEX if (folder / INDEX).is_file() else None
         memory = cls(embeddings, tensors, texts, info, MemorySettings(**settings), index)
         memory.folder = folder

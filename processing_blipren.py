@@ -21,7 +21,7 @@ from .prompts_blipren import (
     pick_video_token,
 )
 from .text_encoding_blipren import BliprenTextEncodingMixin
-from .video_blipren import BliprenVideoProcessor, as_videos, frame_rates, holds_videos, read_frames
+from .video_blipren import BliprenVideoProcessor, as_videos, holds_videos, read_videos
 from .vision_blipren import load_vision_setup
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # folder of a checkpoint
@@ -125,8 +125,7 @@ class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
 
         Args:
             vision, llm: Hub ids (perhaps `id@revision`) or folders.
-            connector, num_queries, vision_feature_layer, vision_feature_select, scales, scale_join, tiles, frames, frame_tokens,
-                time_embedding: as for the model.
+            connector, num_queries and the others up to time_embedding: as for the model.
             image_processor_options: settings of the image processor, such as `{"do_center_crop": False}`.
             prompts: caption prompts; by default "Short caption:", or a sentence for chat models.
             system_prompts: system prompts, for chat models.
@@ -303,9 +302,7 @@ class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
             images = None
         check_image_sources(images)
         texts = [self._strip_duplicate_bos(t) for t in texts]
-        videos = [video for group in groups for video in group]
-        rates = frame_rates(kwargs.get("video_metadata"), len(videos))
-        frames = [read_frames(video, self.frames_per_video, fps) for video, fps in zip(videos, rates)]
+        frames = read_videos(sum(groups, []), self.frames_per_video, kwargs.get("video_metadata"))
         images, texts, _, _ = super().prepare_inputs_layout(images=images, text=texts, **kwargs)
         return images, texts, frames, None
 

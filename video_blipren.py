@@ -232,11 +232,7 @@ class BliprenVideoProcessor(ImageProcessingMixin):
             VideoError: a video cannot be used.
             ValueError: with `frame_times`, for frames of unknown duration.
         """
-        videos = as_videos(videos)
-        rates = frame_rates(video_metadata, len(videos))
-        return self.process_frames(
-            [read_frames(video, self.num_frames, fps) for video, fps in zip(videos, rates)], return_tensors
-        )
+        return self.process_frames(read_videos(as_videos(videos), self.num_frames, video_metadata), return_tensors)
 
     preprocess = __call__
 
@@ -283,16 +279,23 @@ def seconds_per_frame(clip: VideoFrames) -> float:
     return clip.seconds / len(clip)
 
 
-def frame_rates(video_metadata, num_videos: int) -> list[float | None]:
-    """Return the `fps` of each video, from one metadata object for all or one for each, in lists as the videos are."""
-    if video_metadata is None:
-        return [None] * num_videos
-    if not isinstance(video_metadata, (list, tuple)):
-        return [video_metadata["fps"]] * num_videos
-    flat = [m for one in video_metadata for m in (one if isinstance(one, (list, tuple)) else [one])]
-    if len(flat) != num_videos:
-        raise ValueError(f"{len(flat)} video_metadata for {num_videos} videos: give one for each")
-    return [m["fps"] for m in flat]
+def read_videos(videos: list, num_frames: int, video_metadata=None) -> list[VideoFrames]:
+    """Return the frames of each video, as [`read_frames`] does.
+
+    Args:
+        video_metadata: metadata whose `fps` is that of lists of frames: one for all, or one for each, in lists as the
+            videos are.
+
+    Raises:
+        VideoError: a video cannot be used.
+        ValueError: another number of metadata than of videos.
+    """
+    given = video_metadata if isinstance(video_metadata, (list, tuple)) else [video_metadata] * len(videos)
+    flat = [one for group in given for one in (group if isinstance(group, (list, tuple)) else [group])]
+    if len(flat) != len(videos):
+        raise ValueError(f"{len(flat)} video_metadata for {len(videos)} videos: give one for each")
+    rates = [None if one is None else one["fps"] for one in flat]
+    return [read_frames(video, num_frames, fps) for video, fps in zip(videos, rates)]
 
 
 def as_videos(videos) -> list:
@@ -318,9 +321,9 @@ __all__ = [
     "VideoError",
     "VideoFrames",
     "as_videos",
-    "frame_rates",
     "holds_videos",
     "read_frames",
+    "read_videos",
     "sample_times",
     "seconds_per_frame",
     "write_frame_times",

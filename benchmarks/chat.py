@@ -19,6 +19,7 @@ import torch
 import trl
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
+from parts.measure import print_report
 from parts.train_arms import SHAPES
 from parts.turns import train_in_turns
 from PIL import Image
@@ -201,10 +202,7 @@ def main() -> None:
             folder = Path(place) / kind
             rows = write_rows(folder, options.images, options.turns, kind)
             report["kinds"][kind] = compare(checkpoint, folder, rows, options)
-    text = json.dumps(report, indent=1)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
-    print(text)
+    print_report(report, options.out)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ is right if every token is the likeliest one behind the right tokens before it.
 """
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+from parts.measure import print_report
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blipren.training.quickstart.steps import TOWERS
@@ -54,10 +54,7 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.llm)
     found = share_right(model, tokenizer, options.seed, options.texts)
     report = {question: {"right": right, "asked": asked} for question, (right, asked) in found.items()}
-    text = json.dumps(report, indent=1)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
-    print(text)
+    print_report(report, options.out)
 
 
 if __name__ == "__main__":

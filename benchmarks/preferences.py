@@ -22,6 +22,7 @@ import trl
 from chat import WORDS, first_loss, make_checkpoint, ratios_of
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from parts.measure import print_report
 from parts.train_arms import SHAPES
 from parts.turns import train_in_turns
 from PIL import Image
@@ -244,10 +245,7 @@ def main() -> None:
         rows = write_rows(folder, options.images, options.pairs)
         report["dpo"] = compare_dpo(checkpoint, folder, rows, options)
         report["grpo"] = compare_grpo(checkpoint, folder, options)
-    text = json.dumps(report, indent=1)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
-    print(text)
+    print_report(report, options.out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,20 @@
 """What benchmarks measure of a step besides its time: memory, matrix rate, time by operator."""
 
 import ctypes
+import json
 import platform
 import time
 from pathlib import Path
 
 import torch
+
+
+def print_report(report: dict, out: Path | None) -> None:
+    """Print a report as JSON, and write it into a file if one is named."""
+    text = json.dumps(report, indent=1)
+    if out is not None:
+        out.write_text(text + "\n")
+    print(text)
 
 
 def resident(key: str) -> int:

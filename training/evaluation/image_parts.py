@@ -50,8 +50,8 @@ def exchange_parts(config, features: PatchFeatures, others: Sequence[int], seed:
         orders = torch.from_numpy(np.stack([rng.permutation(frames) for _ in range(len(patches))]))
         own = patches.unflatten(1, (frames, -1))
         found[ORDER] = PatchFeatures(own[torch.arange(len(own))[:, None], orders].flatten(1, 2))
-    for own in found.values() if times.shape[-1] else ():
-        own.patches = torch.cat([own.patches, times], dim=-1)
+    for part in found.values():
+        part.patches = torch.cat([part.patches, times], dim=-1)
     return found
 
 
