@@ -220,7 +220,10 @@ class NgramModel:
         return below + count / total * (1 - kept)
 
     def _likeliest_next(self, context: tuple[int, ...]) -> list[tuple[float, int]]:
-        """Return logarithms and ids of the `BRANCHES` likeliest next tokens; others of a context are likeliest by shorter ones."""
+        """Return log-probabilities and ids of the `BRANCHES` likeliest next tokens.
+
+        Tokens that never followed the context are taken from the likeliest ones of the next shorter context.
+        """
         if context not in self._likeliest:
             tokens = set(self._counts.get(context, ()))
             if context:

@@ -48,7 +48,7 @@ WIDTH = 128
 CAPTION_PROMPTS = ("Short caption:", "Short caption:", "Short caption:", "Caption:", "Describe the image:")
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 WORDS_PER_POSITION = 6  # at most, of the notes
-PLACE_NORM = 0.6
+PLACE_NORM = 0.6  # of the first embeddings of place tokens, relative to those of words
 UNSAID_NORM = 3  # the embeddings of words have norms of 0.9 to 1.6, those of tokens that no text has 5.1
 LAST_DIGIT_WEIGHT = 0.1  # of the loss: the notes do not tell thousandths
 

@@ -149,7 +149,7 @@ class AnswerTrainer(StageTrainer):
         if text := summary.get("text_loss"):
             lines.append(
                 f"the language model's loss on text without images: {text['before']:.4f} before, {text['after']:.4f} "
-                "after, in nats a token; train on texts alone beside the images keeps it low"
+                "after, in nats a token; training on texts alone beside the images keeps it low"
             )
         return [
             *lines,
