@@ -55,7 +55,7 @@ def test_an_empty_question_is_answered_by_the_memory():
     parts = list(talk.stream(model, processor, None, [random_image(0)], GREEDY, max_new_tokens=24))
     wanted = generate_answers(model, processor, [random_image(0)], None, max_new_tokens=24)[0]["text"]
     assert parts == [wanted] and wanted in CAPTIONS
-    assert len(talk.known) == 3 and talk.known[0]["similarity"] >= talk.known[1]["similarity"]
+    assert len(talk.known) == 3 and all(set(one["captions"]) <= set(CAPTIONS) for one in talk.known)
     streamed = list(talk.stream(model, processor, "And?", [], GREEDY, max_new_tokens=8))
     assert len(streamed) > 1
 
