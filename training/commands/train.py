@@ -44,7 +44,7 @@ class ScalingSettings(Settings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     compile: bool = False
-    """Compile the model (torch.compile)."""
+    """Compile the transformer layers (torch.compile)."""
     compile_backend: str = "inductor"
     """Backend of torch.compile."""
     fsdp: bool = False

@@ -32,6 +32,7 @@ def count(step) -> int:
 
     A frozen weight counts twice, for the forward pass and for the gradient of its input; a trained one three times.
     """
-    with FlopCounterMode(display=False) as counter:
+    # uncompiled: torch compiles nothing that it met first inside of a counter, now or later
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()

@@ -94,3 +94,17 @@ def checkpoint_activations(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.forward = recomputed(module.forward)
+
+
+def compile_layers(model: nn.Module, backend: str) -> None:
+    """Compile every transformer layer by itself, for rows of any length.
+
+    Layers of one class share their compiled code, so a model of 30 layers compiles one: the whole model as one graph took
+    more than five minutes on a GPU (docs/results/negative.md). What lies between the layers stays uncompiled.
+    Source: https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True, backend=backend)

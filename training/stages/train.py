@@ -6,7 +6,6 @@ course of a run, `stage_trainer.py` checkpoints, log and validation.
 """
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +32,7 @@ from blipren.training.engine.model_setup import (
 )
 from blipren.training.engine.optimizer import Average, parameter_groups
 from blipren.training.engine.run_folder import RunFolder
-from blipren.training.engine.trained_parts import checkpoint_activations, choose_trained
+from blipren.training.engine.trained_parts import checkpoint_activations, choose_trained, compile_layers
 from blipren.training.engine.trainer.arguments import training_arguments
 from blipren.training.engine.trainer.log_window import token_log_line
 from blipren.training.engine.trainer.run import process_count, run_stage
@@ -234,7 +233,7 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     if settings.compile:
-        os.environ["ACCELERATE_DYNAMO_USE_DYNAMIC"] = "true"  # lengths differ from batch to batch
+        compile_layers(model, settings.compile_backend)
     judge = settings.keep_best if validation and settings.keep_best != "last" else None
     args = training_arguments(
         settings,
@@ -249,8 +248,6 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
         **(zero.start(device) if zero_config else {}),
         metric_for_best_model=judge,
         greater_is_better=judge == "CIDEr",
-        torch_compile=settings.compile,
-        torch_compile_backend=settings.compile_backend if settings.compile else None,
     )
     if zero_config and precision == "bf16":  # inside of DeepSpeed's engine, where it would cast the weights themselves
         model.forward = torch.autocast(device, torch.bfloat16)(model.forward)

@@ -88,6 +88,7 @@ class AnswerValidation:
         model.train(was_training)
         return sums[0] / sums[1]
 
+    @torch.compiler.set_stance("force_eager")  # generation has too many forms to be compiled for
     def captions(self, images: Sequence[int]) -> list[str]:
         """Return a generated caption for each image number of the validation split."""
         model, device = self.trainer.model, self.trainer.args.device
@@ -134,6 +135,7 @@ class AnswerValidation:
         references = {str(i): texts for i, texts in references.items()}
         return score_captions(made, references, tokenizer="python", meteor=False).corpus["CIDEr"]
 
+    @torch.compiler.set_stance("force_eager")  # generation has too many forms to be compiled for
     def replies(self, samples: Sequence[int]) -> list[str]:
         """Return a generated answer to the last turn of conversations of the validation split."""
         model, data = self.trainer.model, self.conversations
