@@ -19,7 +19,7 @@ IMAGE_INPUTS = (
     "qformer_input_ids",
     "qformer_attention_mask",
 )
-VIDEO_INPUTS = ("pixel_values_videos", "second_pixel_values_videos", "second_per_grid_ts")
+VIDEO_INPUTS = ("pixel_values_videos", "second_pixel_values_videos", "seconds_per_frame")
 
 
 @dataclass
@@ -99,7 +99,7 @@ class BliprenImageFeaturesMixin:
         self,
         pixel_values_videos: torch.Tensor | None = None,
         second_pixel_values_videos: torch.Tensor | None = None,
-        second_per_grid_ts: torch.Tensor | None = None,
+        seconds_per_frame: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
@@ -111,13 +111,13 @@ class BliprenImageFeaturesMixin:
         """Compute the features of videos as [`get_image_features`] does those of images.
 
         Args:
-            pixel_values_videos, second_pixel_values_videos, second_per_grid_ts: see [`encode_videos`].
+            pixel_values_videos, second_pixel_values_videos, seconds_per_frame: see [`encode_videos`].
             patch_features: `(num_videos, num_frames * num_patches, vision_hidden)`, instead of them.
             patch_attention_mask, qformer_input_ids, qformer_attention_mask, output_attentions, output_hidden_states: as
                 for images. Hidden states and attentions of the vision encoder are those of the frames.
         """
         return self._encode_and_connect(
-            partial(self._encode_frames, pixel_values_videos, second_pixel_values_videos, second_per_grid_ts),
+            partial(self._encode_frames, pixel_values_videos, second_pixel_values_videos, seconds_per_frame),
             patch_features,
             patch_attention_mask,
             qformer_input_ids,

@@ -115,7 +115,7 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
         second_pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         second_pixel_values_videos: torch.Tensor | None = None,
-        second_per_grid_ts: torch.Tensor | None = None,
+        seconds_per_frame: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
@@ -143,7 +143,7 @@ class BliprenModel(BliprenImageFeaturesMixin, BliprenPreTrainedModel):
             )
         if given.get("video") is None and pixel_values_videos is not None:
             given["video"] = self.get_video_features(
-                pixel_values_videos, second_pixel_values_videos, second_per_grid_ts, return_dict=True
+                pixel_values_videos, second_pixel_values_videos, seconds_per_frame, return_dict=True
             )
         ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         masks = {
@@ -346,7 +346,7 @@ class BliprenForConditionalGeneration(
         second_pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         second_pixel_values_videos: torch.Tensor | None = None,
-        second_per_grid_ts: torch.Tensor | None = None,
+        seconds_per_frame: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         patch_attention_mask: torch.Tensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
@@ -360,7 +360,7 @@ class BliprenForConditionalGeneration(
         Args:
             input_ids: `(batch, length)`, with the placeholder where image features go.
             pixel_values: images of the whole batch in order, see [`encode_images`].
-            pixel_values_videos, second_pixel_values_videos, second_per_grid_ts: videos of the whole batch in order, see
+            pixel_values_videos, second_pixel_values_videos, seconds_per_frame: videos of the whole batch in order, see
                 [`encode_videos`].
             attention_mask: `(batch, length)`, or a 4-D mask that the language model uses unchanged.
             past_key_values: key-value cache of the language model; `cache` is its name from transformers 5.24 on.
@@ -394,7 +394,7 @@ class BliprenForConditionalGeneration(
             second_pixel_values=second_pixel_values,
             pixel_values_videos=pixel_values_videos,
             second_pixel_values_videos=second_pixel_values_videos,
-            second_per_grid_ts=second_per_grid_ts,
+            seconds_per_frame=seconds_per_frame,
             patch_features=patch_features,
             patch_attention_mask=patch_attention_mask,
             qformer_input_ids=qformer_input_ids,

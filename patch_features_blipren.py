@@ -40,21 +40,21 @@ class BliprenPatchFeaturesMixin:
         self,
         pixel_values_videos: torch.Tensor,
         second_pixel_values_videos: torch.Tensor | None = None,
-        second_per_grid_ts: torch.Tensor | None = None,
+        seconds_per_frame: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute patch features `(num_videos, num_frames * num_patches, vision_hidden)`, frame by frame.
 
         Args:
             pixel_values_videos: `(num_videos, num_frames, ...)`, each frame as in `encode_images`.
             second_pixel_values_videos: the same for the second encoder.
-            second_per_grid_ts: `(num_videos,)`, seconds from frame to frame, for a time embedding by seconds.
+            seconds_per_frame: `(num_videos,)`, seconds from frame to frame, for a time embedding by seconds.
 
         Raises:
             ValueError: this model takes no videos, or needs the seconds and has none.
         """
-        return self._encode_frames(pixel_values_videos, second_pixel_values_videos, second_per_grid_ts)[1]
+        return self._encode_frames(pixel_values_videos, second_pixel_values_videos, seconds_per_frame)[1]
 
-    def _encode_frames(self, pixel_values_videos, second_pixel_values_videos=None, second_per_grid_ts=None, **options):
+    def _encode_frames(self, pixel_values_videos, second_pixel_values_videos=None, seconds_per_frame=None, **options):
         """Return the (first) vision encoder's own output, of the frames, and the patch features of the videos."""
         if self.config.num_frames is None:
             raise ValueError("this model takes no videos: make one with `blipren new --frames 8`")
@@ -66,9 +66,9 @@ class BliprenPatchFeaturesMixin:
         )
         features = features.unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
         if self.config.has_frame_times:
-            if second_per_grid_ts is None:
-                raise ValueError("this model knows the times of frames in seconds: give second_per_grid_ts")
-            features = write_frame_times(features, pixel_values_videos.shape[1], second_per_grid_ts)
+            if seconds_per_frame is None:
+                raise ValueError("this model knows the times of frames in seconds: give seconds_per_frame")
+            features = write_frame_times(features, pixel_values_videos.shape[1], seconds_per_frame)
         return outputs, features
 
     def _encode(

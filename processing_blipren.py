@@ -42,7 +42,7 @@ class BliprenProcessor(ProcessorMixin, BliprenTextEncodingMixin):
         video_token (`str`, *optional*): placeholder of a video, of a model that takes videos.
         frames_per_video (`int`, *optional*): frames of a video; `None` for a model that takes none.
         num_video_tokens (`int`, *optional*): placeholders a video.
-        frame_times (`bool`): return `second_per_grid_ts` beside videos, for a model whose time embedding is by seconds.
+        frame_times (`bool`): return `seconds_per_frame` beside videos, for a model whose time embedding is by seconds.
         num_visual_tokens (`int`, *optional*): placeholders an image; `None` if images differ (NaFlex, tiles).
         answer_end (`str`): token that ends an answer.
         answer_start (`str`): text between prompt and answer: a space for plain prompts, nothing for chats and for the

@@ -257,7 +257,8 @@ class BliprenQFormer(PreTrainedModel):
             return self.time_embeddings(times)
         half = torch.arange(0, like.shape[-1], 2, device=like.device, dtype=torch.float32)
         angles = times[..., None] / 10000 ** (half / like.shape[-1])
-        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : like.shape[-1]].to(like.dtype)
+        waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., : like.shape[-1]]
+        return (self.config.time_embedding_scale * waves).to(like.dtype)
 
     def get_input_embeddings(self) -> nn.Module | None:
         return self.word_embeddings if self.config.use_text else None

@@ -43,6 +43,8 @@ class BliprenQFormerConfig(PreTrainedConfig):
         time_embedding (`str`, *optional*): for videos whose frames are read together, added to the patches of a frame:
             `"sinusoidal"` or `"learned"` by its place among the frames, or `"seconds"`, sinusoids of its time in seconds,
             which stands in a last column of the patch features.
+        time_embedding_scale (`float`, defaults to 1.0): factor of the sinusoids, whose length is the square root of half
+            their width. Where patch features are longer, a larger factor lets queries tell neighbouring frames apart.
         num_frames (`int`, *optional*): frames of a video, for the learned time embedding.
         patches_per_frame (`int`, *optional*): patches of a frame, over all of its pieces.
         use_text (`bool`, defaults to `False`): build the text side (embeddings and text feed-forward) for stage 1.
@@ -82,6 +84,7 @@ class BliprenQFormerConfig(PreTrainedConfig):
         patch_position_embeddings: bool = False,
         num_patches: int | None = None,
         time_embedding: str | None = None,
+        time_embedding_scale: float = 1.0,
         num_frames: int | None = None,
         patches_per_frame: int | None = None,
         use_text: bool = False,
@@ -138,6 +141,7 @@ class BliprenQFormerConfig(PreTrainedConfig):
         if time_embedding not in (None, "sinusoidal", "learned", "seconds"):
             raise ValueError(f"time_embedding is {time_embedding!r}; it must be 'sinusoidal', 'learned' or 'seconds'")
         self.time_embedding = time_embedding
+        self.time_embedding_scale = time_embedding_scale
         self.num_frames = num_frames
         self.patches_per_frame = patches_per_frame
         self.use_text = use_text

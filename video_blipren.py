@@ -45,15 +45,15 @@ class VideoFrames(list):
         self.seconds = seconds
 
 
-def write_frame_times(features: torch.Tensor, num_frames: int, second_per_grid_ts: torch.Tensor) -> torch.Tensor:
+def write_frame_times(features: torch.Tensor, num_frames: int, seconds_per_frame: torch.Tensor) -> torch.Tensor:
     """Return features of videos with the time of each frame, the middle of its part of the video, in the last column.
 
     Args:
         features: `(num_videos, num_frames * num_patches, width + 1)`.
-        second_per_grid_ts: `(num_videos,)`, seconds from one frame to the next.
+        seconds_per_frame: `(num_videos,)`, seconds from one frame to the next.
     """
     places = torch.arange(num_frames, device=features.device) + 0.5
-    times = second_per_grid_ts.to(features.device, torch.float32)[:, None] * places
+    times = seconds_per_frame.to(features.device, torch.float32)[:, None] * places
     times = times.repeat_interleave(features.shape[1] // num_frames, dim=1)[..., None]
     return torch.cat([features[..., :-1], times.to(features.dtype)], dim=-1)
 
@@ -216,17 +216,25 @@ class BliprenVideoProcessor(ImageProcessingMixin):
         self.image_processor = image_processor
         self.frame_times = frame_times
 
+    fps = 24.0
+    """Rate that vLLM gives the black frames that it measures its memory with; no other video has it."""
+
+    @property
+    def do_sample_frames(self) -> bool:
+        """Whether the metadata of a video is needed beside its frames, which vLLM reads from here."""
+        return self.frame_times
+
     @property
     def model_input_names(self) -> list[str]:
         names = [f"{name}_videos" for name in self.image_processor.model_input_names]
-        return names + (["second_per_grid_ts"] if self.frame_times else [])
+        return names + (["seconds_per_frame"] if self.frame_times else [])
 
     def __call__(self, videos, return_tensors: str | None = None, video_metadata=None, **kwargs) -> BatchFeature:
         """Return `pixel_values_videos` `(num_videos, num_frames, channels, height, width)`, with pieces behind frames.
 
         Args:
             videos: one video or a list of them, each as in [`read_frames`].
-            video_metadata: for each video its metadata, of which `fps` is used, for a list of frames.
+            video_metadata: for each video its metadata, of which `duration`, else `fps`, is used, for a list of frames.
 
         Raises:
             VideoError: a video cannot be used.
@@ -241,7 +249,7 @@ class BliprenVideoProcessor(ImageProcessingMixin):
         inputs = self.image_processor(images=[frame for clip in clips for frame in clip], return_tensors="np")
         data = {f"{name}_videos": value.reshape(len(clips), -1, *value.shape[1:]) for name, value in inputs.items()}
         if self.frame_times:
-            data["second_per_grid_ts"] = np.array([seconds_per_frame(clip) for clip in clips], dtype=np.float32)
+            data["seconds_per_frame"] = np.array([seconds_per_frame(clip) for clip in clips], dtype=np.float32)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def to_dict(self) -> dict:
@@ -283,8 +291,8 @@ def read_videos(videos: list, num_frames: int, video_metadata=None) -> list[Vide
     """Return the frames of each video, as [`read_frames`] does.
 
     Args:
-        video_metadata: metadata whose `fps` is that of lists of frames: one for all, or one for each, in lists as the
-            videos are.
+        video_metadata: metadata whose `duration` in seconds, or else `fps`, is that of lists of frames: one for all, or
+            one for each, in lists as the videos are.
 
     Raises:
         VideoError: a video cannot be used.
@@ -294,8 +302,15 @@ def read_videos(videos: list, num_frames: int, video_metadata=None) -> list[Vide
     flat = [one for group in given for one in (group if isinstance(group, (list, tuple)) else [group])]
     if len(flat) != len(videos):
         raise ValueError(f"{len(flat)} video_metadata for {len(videos)} videos: give one for each")
-    rates = [None if one is None else one["fps"] for one in flat]
+    rates = [None if one is None else _frame_rate(video, one) for video, one in zip(videos, flat)]
     return [read_frames(video, num_frames, fps) for video, fps in zip(videos, rates)]
+
+
+def _frame_rate(video, metadata) -> float | None:
+    """Return the frames a second of what is left of a video: of frames that were taken from it, fewer than it has itself."""
+    if metadata.get("duration") and not isinstance(video, (str, bytes, os.PathLike)):
+        return len(video) / metadata["duration"]
+    return metadata.get("fps")
 
 
 def as_videos(videos) -> list:

@@ -264,9 +264,10 @@ def test_times_in_seconds(make, tmp_path):
         processor(text="What ?", videos=[clip(1)], return_tensors="pt")
     with pytest.raises(ValueError, match="1 video_metadata for 2 videos"):
         processor(videos=[clip(1), clip(2)], video_metadata=[{"fps": 1.0}], return_tensors="pt")
-    metadata = [VideoMetadata(total_num_frames=8, fps=2.0), {"fps": 4.0}]
+    metadata = [VideoMetadata(total_num_frames=8, fps=2.0), {"fps": 30.0, "duration": 2.0}]  # its frames are a choice
     inputs = processor(text=["What ?"] * 2, videos=[clip(1), clip(1)], video_metadata=metadata, return_tensors="pt")
-    assert inputs["second_per_grid_ts"].tolist() == [1.0, 0.5]
+    assert inputs["seconds_per_frame"].tolist() == [1.0, 0.5]
+    assert processor.video_processor.do_sample_frames  # vLLM asks for it
     own = {name: inputs[name] for name in VIDEO_INPUTS if name in inputs}
     with torch.no_grad():
         patches = model.encode_videos(**own)
@@ -281,13 +282,15 @@ def test_times_in_seconds(make, tmp_path):
         found = qformer(patches).query_states
         qformer.config.time_embedding = None
         torch.testing.assert_close(found, qformer(patches[..., :-1] + times).query_states)
-        qformer.config.time_embedding = "seconds"
-    with pytest.raises(ValueError, match="knows the times of frames in seconds: give second_per_grid_ts"):
+        expected = qformer(patches[..., :-1] + 3 * times).query_states
+        qformer.config.time_embedding, qformer.config.time_embedding_scale = "seconds", 3.0
+        torch.testing.assert_close(qformer(patches).query_states, expected)
+    with pytest.raises(ValueError, match="knows the times of frames in seconds: give seconds_per_frame"):
         model.encode_videos(inputs["pixel_values_videos"])
     # files say it themselves
     (tmp_path / "clip.gif").write_bytes(write_animation([grey(0), grey(80), grey(160), grey(240)], 500))
     found = processor(text="What ?", videos=[tmp_path / "clip.gif"], return_tensors="pt")
-    assert found["second_per_grid_ts"].tolist() == [0.5]
+    assert found["seconds_per_frame"].tolist() == [0.5]
     for options in ({"frame_tokens": True}, {"connector": "patches", "projector": "mlp2"}):
         with pytest.raises(ValueError, match="a time embedding by seconds needs a Q-Former that reads all frames"):
             make(time_embedding="seconds", **options)

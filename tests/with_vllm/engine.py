@@ -10,9 +10,12 @@ import vllm
 from PIL import Image
 
 
-def shown(path: str) -> dict:
-    """Return the image of a file, or the frames of a `.npy` file, as vLLM takes them."""
-    return {"video": np.load(path)} if path.endswith(".npy") else {"image": Image.open(path).convert("RGB")}
+def shown(path: str, fps: float | None) -> dict:
+    """Return the image of a file, or the frames of a `.npy` file (with their rate), as vLLM takes them."""
+    if not path.endswith(".npy"):
+        return {"image": Image.open(path).convert("RGB")}
+    frames = np.load(path)
+    return {"video": frames if fps is None else (frames, {"fps": fps, "duration": len(frames) / fps})}
 
 
 def main() -> None:
@@ -25,7 +28,7 @@ def main() -> None:
         enforce_eager=True,
     )
     settings = vllm.SamplingParams(temperature=0, max_tokens=task["max_tokens"], min_tokens=task["max_tokens"])
-    prompts = [{"prompt": row["prompt"], "multi_modal_data": shown(row["shown"])} for row in task["rows"]]
+    prompts = [{"prompt": row["prompt"], "multi_modal_data": shown(row["shown"], row["fps"])} for row in task["rows"]]
     outputs = engine.generate(prompts, settings)
     found = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],

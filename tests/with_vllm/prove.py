@@ -4,8 +4,8 @@
 
 It makes an environment of its own, since vLLM's CPU build needs an older transformers, and tiny chat checkpoints unless
 one is given: with the placeholder inside the vocabulary of the language model and beyond it, then one with scales, two
-encoders and videos, and one with tiles. vLLM's engine answers questions about images (and videos, as lists of frames), and
-so does its OpenAI-compatible server of the first two. Exit status 0 only if all tokens equal those of `generate` in
+encoders and videos, one with the times of frames in seconds, and one with tiles. vLLM's engine answers questions about
+images (and videos, as lists of frames), and so does its OpenAI-compatible server of the first two. Exit status 0 only if all tokens equal those of `generate` in
 transformers. Our package is not in that environment: the code of the checkpoint runs. It takes about ten minutes and 4 GB
 of disk.
 """
@@ -36,8 +36,10 @@ UNWANTED = ["torchvision", "torchcodec", "torchaudio"]
 VOCABULARIES = {"inside the vocabulary": 384, "beyond the vocabulary": 320}  # the tokenizer has 320 tokens without it
 MORE_KINDS = {  # options of the model, and whether it has a second encoder
     "scales, two encoders and videos": ({"scales": [1, 2], "frames": 4}, True),
+    "videos by seconds": ({"frames": 4, "time_embedding": "seconds"}, False),
     "tiles": ({"tiles": 4}, False),
 }
+RATES = [1.0, 4.0]  # frames a second of the videos
 TOKENS = 8
 QUESTIONS = ["What is in the picture?", "Which colour is it?"]
 
@@ -98,13 +100,15 @@ def expected_tokens(checkpoint: Path, photos: list[Path], videos: list[Path]) ->
     rows = []
     for shown in [*photos, *videos]:
         is_video = shown.suffix == ".npy"
+        fps = RATES[videos.index(shown)] if is_video and processor.frame_times else None
         given = {"videos": [np.load(shown)]} if is_video else {"images": Image.open(shown)}
+        given |= {} if fps is None else {"video_metadata": [{"fps": fps}]}
         for question in QUESTIONS:
             inputs = processor(text=question, **given, return_tensors="pt")
             tokens = model.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS)[0]
             new = tokens[inputs["input_ids"].shape[1] :].tolist()
             prompt = processor.prompt_text(question, num_images=int(not is_video), num_videos=int(is_video))
-            rows.append({"shown": str(shown), "question": question, "prompt": prompt, "tokens": new})
+            rows.append({"shown": str(shown), "fps": fps, "question": question, "prompt": prompt, "tokens": new})
     if len({str(row["tokens"]) for row in rows}) != len(rows):
         raise ValueError(f"{checkpoint}: generate gives equal tokens for two questions, so equal tokens prove nothing")
     return {"checkpoint": str(checkpoint), "max_tokens": TOKENS, "rows": rows}

@@ -15,7 +15,7 @@ from blipren.training.errors import UserError
 from blipren.video_blipren import write_frame_times
 
 STORAGE = {"float16": np.float16, "float32": np.float32, "int8": np.int8}
-FRAME_TIMES = "second_per_grid_ts"
+FRAME_TIMES = "seconds_per_frame"
 PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "second_pixel_values")
 
 
