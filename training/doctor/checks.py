@@ -85,7 +85,7 @@ def check_dimensions(test: ModelUnderTest) -> str:
     model, processor = test.model, test.processor
     inputs = processor(images=test.images[0], return_tensors="pt")
     placeholders = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    pixels = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    pixels = {k: v.to(model.device) for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
     features = model.get_image_features(**pixels).pooler_output[0]
     width = model.get_input_embeddings().weight.shape[1]
     if features.shape != (placeholders, width):

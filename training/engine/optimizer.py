@@ -73,7 +73,8 @@ class Average:
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, parameter in self.trained.items():
-            self.weights[name].lerp_(parameter.float(), 1 - decay)
+            # the Trainer may have moved the model to a GPU since
+            self.weights[name] = self.weights[name].to(parameter.device).lerp_(parameter.float(), 1 - decay)
         self.updates += 1
 
     def full_weights(self) -> dict[str, torch.Tensor]:
