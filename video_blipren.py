@@ -126,6 +126,7 @@ def _read_animation(video, num_frames: int) -> VideoFrames:
             ends, total = [], 0.0
             for number in range(getattr(image, "n_frames", 1)):
                 image.seek(number)
+                image.load()  # WebP says only now how long the frame is shown
                 total += (image.info.get("duration") or 100) / 1000  # browsers show a frame without duration for 0.1 s
                 ends.append(total)
             _check_size(*image.size, total)

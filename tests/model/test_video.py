@@ -86,6 +86,8 @@ def test_variable_rate_counts_time_not_frames():
 def test_animated_images_are_videos(kind):
     animation = write_animation([grey(0), grey(80), grey(160), grey(240)], 100, kind)
     assert levels(read_frames(animation, 4)) == pytest.approx([0, 80, 160, 240], abs=2)
+    found = read_frames(write_animation([grey(0), grey(0), grey(0), grey(240)], 100, kind), 4)  # stored as two frames
+    assert levels(found) == pytest.approx([0, 0, 0, 240], abs=2) and found.seconds == pytest.approx(0.4)
 
 
 def test_far_frames_are_reached_by_a_jump(monkeypatch):

@@ -5,7 +5,7 @@ from PIL import Image
 
 from blipren import BliprenConfig
 from blipren.training.commands.quickstart import QuickstartSettings
-from blipren.training.quickstart.clips import DIRECTIONS, draw_clip, make_clip, write_clip_texts
+from blipren.training.quickstart.clips import DIRECTIONS, draw_clip, make_clip, write_clip_texts, write_clips
 from blipren.training.quickstart.glyphs import (
     FONT,
     PICTURE_SIDE,
@@ -17,6 +17,7 @@ from blipren.training.quickstart.glyphs import (
 )
 from blipren.training.quickstart.scenes import HELD_OUT_COMBINATIONS
 from blipren.training.quickstart.worlds import clips, glyphs
+from blipren.video_blipren import read_frames
 
 
 def run_small(world, name: str, out, monkeypatch) -> dict:
@@ -87,6 +88,16 @@ def test_digits_follow_each_other():
     frames = [np.asarray(frame) for frame in draw_clip(clip, 8)]
     assert all(np.array_equal(frames[2 * k], frames[2 * k + 1]) for k in range(4))
     assert write_clip_texts(clip)[1] == [("Which digits are shown?", " ".join(map(str, clip.digits)))]
+
+
+def test_files_of_clips_hold_what_was_drawn(tmp_path):
+    """Equal frames that follow each other are one longer frame of the file."""
+    write_clips(tmp_path, 0, {"train": 12}, frames=8)
+    clips = [make_clip(0, index) for index in range(12)]
+    assert any(first == second for clip in clips for first, second in zip(clip.digits, clip.digits[1:]))
+    for index, clip in enumerate(clips):
+        frames = read_frames(tmp_path / "clips" / f"{index:05d}.webp", 8)
+        assert all(np.array_equal(read, drawn) for read, drawn in zip(frames, draw_clip(clip, 8), strict=True))
 
 
 def test_every_digit_is_drawn_as_its_font():
