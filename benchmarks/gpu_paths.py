@@ -27,6 +27,7 @@ PATHS = {
     "bf16 compiled": ["--precision", "bf16", "--compile"],
     "bf16 recomputed activations": ["--precision", "bf16", "--gradient-checkpointing"],
     "bf16 padded rows": ["--precision", "bf16", "--no-shared-prefix"],
+    "bf16 averaged weights": ["--precision", "bf16", "--ema", "0.9"],
     "bf16 LoRA": ["--precision", "bf16", "--llm-tuning", "lora"],
     "bf16 full": ["--precision", "bf16", "--llm-tuning", "full", "--learning-rates", "{llm: 2.0e-5}"],
 }
@@ -70,6 +71,7 @@ def main() -> None:
         blipren(
             "new", work / "model", "--config", "quickstart", "--vision", TOWERS / "vision", "--llm", TOWERS / "llm"
         )
+        blipren("doctor", work / "model")
         blipren("embed", work / "model", work / "scenes", work / "cache", "--device", options.device)
         for name in options.paths:
             run = work / name.replace(" ", "-")
