@@ -198,9 +198,16 @@ def _summary(config: dict, parts: list[dict]) -> str:
         bridge = f"a Q-Former of {layers} layers and a `{config.get('projector')}` projector"
     else:
         bridge = f"a `{config.get('projector')}` projector on every patch"
+    scales, tiles, frames = (config.get(name) for name in ("vision_scales", "vision_tiles", "num_frames"))
+    vision = f"A frozen {vision_type} vision encoder"
+    if scales and len(scales) > 1:
+        vision += f" that sees the image at scales {', '.join(map(str, scales))}"
+    if tiles:
+        vision += f" that sees the image and up to {tiles} tiles of it"
+    kinds = f"images and videos (of which it sees {frames} frames)" if frames else "images"
     state = {"frozen": "frozen", "LoRA": "tuned with LoRA", "trained": "trained with it"}[llm["training"]]
     return (
-        f"Describes images and answers questions about them. A frozen {vision_type} vision encoder, {bridge}, and a "
+        f"Describes {kinds} and answers questions about them. {vision}, {bridge}, and a "
         f"{text_type} language model ({state}): an image becomes {count} in front of the prompt. "
         "Made with BLIPren."
     )

@@ -18,6 +18,7 @@ QFORMER_SIZES = (
     "intermediate_size",
     "cross_attention_frequency",
 )
+PIECES = {"vision_scales": "scales", "vision_join": "scale-join", "vision_tiles": "tiles", "num_frames": "frames"}
 
 
 def training_commands(config: dict, settings: dict, dataset: str | None) -> list[str]:
@@ -36,9 +37,16 @@ def training_commands(config: dict, settings: dict, dataset: str | None) -> list
     qformer = config.get("qformer_config") or {}
     if queries := qformer.get("num_query_tokens"):
         sizes = {name: qformer[name] for name in QFORMER_SIZES if name in qformer}
+        if (scale := qformer.get("time_embedding_scale", 1.0)) != 1.0:
+            sizes["time_embedding_scale"] = scale
         new += f" --queries {queries} --qformer {shlex.quote(_as_yaml(sizes))}"
-    if frames := config.get("num_frames"):
-        new += f" --frames {frames}"
+    for name, flag in PIECES.items():
+        if (value := config.get(name)) not in (None, [1], "channels"):
+            new += f" --{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    if config.get("frame_tokens"):
+        new += " --frame-tokens"
+    if (time := qformer.get("time_embedding")) not in (None, "sinusoidal"):
+        new += f" --time-embedding {time}"
     train = ["blipren train my-vlm cache run"]
     for name, value in settings.items():
         field = known[name]

@@ -72,6 +72,18 @@ def test_the_card_holds_what_the_run_left(sources):
     }
 
 
+def test_scales_and_frames_are_in_the_summary_and_the_command(sources):
+    path = sources.model / "config.json"
+    config = json.loads(path.read_text()) | {"vision_scales": [1, 2], "vision_join": "sequence", "num_frames": 8}
+    config["qformer_config"] |= {"num_query_tokens": 4, "time_embedding": "seconds", "time_embedding_scale": 3.0}
+    path.write_text(json.dumps(config))
+    text = build_card("user/thing", sources)["README.md"].decode()
+    assert "images and videos (of which it sees 8 frames)" in text and "sees the image at scales 1, 2" in text
+    assert re.search(
+        r"time_embedding_scale: 3.0.*--scales 1 2 --scale-join sequence --frames 8 --time-embedding sec", text
+    )
+
+
 def test_the_hub_accepts_the_card(sources, hub):
     from huggingface_hub import HfApi
 
