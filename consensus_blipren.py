@@ -1,9 +1,8 @@
-"""What known captions say about a new one: predicted CIDEr of candidates, and an n-gram model that guides generation.
+"""What known captions say about a new one: predicted CIDEr of candidates, joined captions, and guided generation.
 
 Captions are lists of token ids of the language model, without its end token.
 """
 
-import heapq
 import math
 from collections import Counter, defaultdict
 
@@ -13,7 +12,7 @@ from transformers import LogitsProcessor
 
 NGRAMS, SIGMA = 4, 6.0  # as coco-caption's CIDEr-D
 CONTEXT = 3  # tokens that the guiding n-gram model looks back
-BRANCHES = 20  # likeliest next tokens that a search without the language model looks at
+SHARED = 2  # tokens at which two captions are joined
 BACKOFF = 0.5  # weight of the shorter context, in captions
 _FACTOR = 0x9E3779B97F4A7C15  # odd, so that products of it are all different
 
@@ -173,6 +172,49 @@ class ReferenceTable:
         alike = np.einsum("il,li->i", penalty[rows], table[:, place])
         return np.bincount(rows, values * alike, len(candidates)) * 10 / NGRAMS
 
+    def search(
+        self, candidates: list[tuple[int, ...]], image_weights: np.ndarray, joins: int, joined: int, length: int
+    ) -> tuple[list[tuple[int, ...]], np.ndarray]:
+        """Return the candidates and captions that are joined from the best of them, and their predicted CIDEr.
+
+        Args:
+            candidates: different ones. joins: how often the best are joined with each other.
+            joined: how many of them. length: most tokens of a joined caption.
+        """
+        candidates, scores = list(candidates), self.predicted_cider(candidates, image_weights)
+        for _ in range(joins):
+            best, considered = np.argsort(-scores, kind="stable")[:joined], set(candidates)
+            more = [c for c in join_captions([candidates[i] for i in best], length) if c not in considered]
+            if not more:
+                break
+            candidates += more
+            scores = np.concatenate([scores, self.predicted_cider(more, image_weights)])
+        return candidates, scores
+
+
+def join_captions(captions: list[tuple[int, ...]], length: int) -> list[tuple[int, ...]]:
+    """Return new captions that begin as one of these and, behind `SHARED` tokens that both have, end as another.
+
+    Args:
+        length: most tokens of a joined caption.
+    """
+    heads: dict[tuple, dict[tuple, None]] = defaultdict(dict)  # sets in order
+    tails: dict[tuple, dict[tuple, None]] = defaultdict(dict)
+    for caption in captions:
+        for place in range(SHARED, len(caption) + 1):
+            shared = caption[place - SHARED : place]
+            heads[shared][caption[:place]] = None
+            tails[shared][caption[place:]] = None
+    joined = {
+        head + tail: None
+        for shared, found in heads.items()
+        for head in found
+        for tail in tails[shared]
+        if len(head) + len(tail) <= length
+    }
+    known = set(captions)
+    return [caption for caption in joined if caption not in known]
+
 
 class NgramModel:
     """Probabilities of the next token in weighted captions, after at most `CONTEXT` tokens.
@@ -188,9 +230,7 @@ class NgramModel:
             for place in range(CONTEXT, len(padded)):
                 for length in range(CONTEXT + 1):
                     counts[padded[place - length : place]][padded[place]] += weight
-        self._counts, self._found, self._likeliest = dict(counts), {}, {}
-        self._totals = {context: sum(found.values()) for context, found in counts.items()}
-        self._longest = max(map(len, captions))
+        self._counts, self._found = dict(counts), {}
 
     def next_tokens(self, tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the ids of possible next tokens, and the logarithms of their probabilities."""
@@ -209,46 +249,6 @@ class NgramModel:
             ids, values = list(probabilities), [max(p, 1e-12) for p in probabilities.values()]
             self._found[context] = torch.tensor(ids, dtype=torch.long), torch.tensor(values).log()
         return self._found[context]
-
-    def _probability(self, context: tuple[int, ...], token: int) -> float:
-        """Return the probability of a token after a context, as `next_tokens` has it."""
-        if context and not self._totals.get(context):
-            return self._probability(context[1:], token)
-        total, count = self._totals[context], self._counts[context][token]
-        kept = BACKOFF / (total + BACKOFF) if context else 0.0
-        below = self._probability(context[1:], token) * kept if context else 0.0
-        return below + count / total * (1 - kept)
-
-    def _likeliest_next(self, context: tuple[int, ...]) -> list[tuple[float, int]]:
-        """Return log-probabilities and ids of the `BRANCHES` likeliest next tokens.
-
-        Tokens that never followed the context are taken from the likeliest ones of the next shorter context.
-        """
-        if context not in self._likeliest:
-            tokens = set(self._counts.get(context, ()))
-            if context:
-                tokens |= {token for _, token in self._likeliest_next(context[1:])}
-            values = ((math.log(max(self._probability(context, token), 1e-12)), token) for token in tokens)
-            self._likeliest[context] = heapq.nlargest(BRANCHES, values)
-        return self._likeliest[context]
-
-    def search(self, end: int, beams: int, length: int) -> list[list[int]]:
-        """Return the captions that beam search finds: the parts of known captions put together anew, without end token.
-
-        Args:
-            end: the end token. length: most tokens of a caption; none is longer than the longest known one.
-        """
-        live, found = [(0.0, ())] if beams else [], []
-        for _ in range(min(length + 1, self._longest)):
-            longer = []
-            for score, tokens in live:
-                context = ((-1,) * CONTEXT + tokens)[-CONTEXT:]
-                for value, token in self._likeliest_next(context):
-                    longer.append((score + value, (*tokens, token)))
-            best = heapq.nlargest(2 * beams, longer)
-            found += [list(tokens[:-1]) for _, tokens in best if tokens[-1] == end and len(tokens) > 1]
-            live = [one for one in best if one[1][-1] != end][:beams]
-        return found
 
 
 class NgramGuidance(LogitsProcessor):
@@ -284,5 +284,6 @@ __all__ = [
     "ReferenceTable",
     "hash_captions",
     "hash_letters",
+    "join_captions",
     "letters_of_tokens",
 ]

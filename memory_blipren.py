@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -55,8 +54,11 @@ class MemorySettings:
         guides: nearest entries whose captions guide the search for candidates.
         guidance: weights of their n-gram model; with each one a search gives candidates. 0 is the model alone.
         num_beams: beams of these searches, all of which become candidates.
-        recombined: beams of a search in their n-gram model alone, whose captions are candidates; 0 leaves them out.
         retrieved: nearest entries whose captions are candidates too; 0 leaves them out.
+        joins: how often the best candidates are joined with each other, see `join_captions`; 0 leaves that out.
+        joined: how many of them.
+        fluency: weight of the language model's log-likelihood of a candidate, without the image; 0 does not read any.
+        read: candidates of the highest predicted score that the language model reads.
         copy_penalty: is taken from the predicted CIDEr of a candidate that is a known caption, word for word.
         near_duplicate: cosine of embeddings from which on two images count as near duplicates.
     """
@@ -67,8 +69,11 @@ class MemorySettings:
     guides: int = 50
     guidance: tuple[float, ...] = (0.0, 0.5)
     num_beams: int = 5
-    recombined: int = 40
     retrieved: int = 200
+    joins: int = 3
+    joined: int = 60
+    fluency: float = 0.002
+    read: int = 40
     copy_penalty: float = 0.1
     near_duplicate: float = 0.9
 
@@ -213,6 +218,7 @@ class BliprenMemory:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         settings, entries = info.pop("settings"), info.pop("entries")
         settings["guidance"] = tuple(settings["guidance"])
+        settings.pop("recombined", None)  # of memories of before captions were joined
         embeddings = tensors.pop("embeddings")
         if not len(embeddings) == len(texts) == entries:
             raise ValueError(
@@ -364,14 +370,6 @@ class BliprenMemory:
         return table, (weights + (1 - weights.sum()) / len(weights)).numpy()
 
 
-def copy_memory(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Copy the files of a memory folder."""
-    Path(target).mkdir(parents=True, exist_ok=True)
-    for name in (*FILES, INDEX):
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
-
-
 def find_memory(path: str | os.PathLike, hub_kwargs: dict) -> Path | None:
     """Return the folder of a checkpoint's memory, fetched if it is on the Hub; `None` if it has none."""
     first = optional_file(path, f"{FOLDER}/{FILES[0]}", hub_kwargs)
@@ -397,4 +395,4 @@ def _schema():
     )
 
 
-__all__ = ["BliprenMemory", "MemorySettings", "Neighbours", "copy_memory", "find_memory"]
+__all__ = ["BliprenMemory", "MemorySettings", "Neighbours", "find_memory"]

@@ -1,16 +1,18 @@
 """Captions with a memory: candidates of the model and of known images, ranked by what neighbours' captions predict."""
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import LogitsProcessorList
 
 from .consensus_blipren import NgramGuidance, NgramModel
 from .image_features_blipren import IMAGE_INPUTS, BliprenImageFeatures
-from .memory_blipren import FILES, FOLDER, BliprenMemory, copy_memory, find_memory
+from .memory_blipren import FILES, FOLDER, INDEX, BliprenMemory, find_memory
 
 # arguments of `generate` whose result is more than one best answer of the model itself
 _OWN_DISTRIBUTION = ("streamer", "assistant_model", "prompt_lookup_num_tokens", "return_dict_in_generate")
@@ -118,7 +120,10 @@ class BliprenMemoryMixin:
         if folder is None:
             self.memory.save(target)
         elif not (target.is_dir() and target.samefile(folder)):
-            copy_memory(folder, target)
+            target.mkdir(parents=True, exist_ok=True)
+            for name in (*FILES, INDEX):
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, target / name)
 
     def find_neighbours(self, k: int = 5, exclude: list[str | None] | None = None, **image_inputs) -> list[list[dict]]:
         """Return the entries of the memory that are most similar to each image.
@@ -180,11 +185,14 @@ class BliprenMemoryMixin:
     def _caption_rows(self, kwargs: dict) -> torch.Tensor:
         """Return which rows are a caption prompt behind one image."""
         prompts = [tuple(prompt) for prompt in self.memory.info["prompts"]]
-        ids = kwargs["input_ids"]
-        mask = kwargs.get("attention_mask")
+        return torch.tensor([tuple(row.tolist()) in prompts for row in self._prompts(kwargs)])
+
+    def _prompts(self, kwargs: dict) -> list[torch.Tensor]:
+        """Return the tokens of each row without placeholders and padding."""
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         kept = ids != self.config.image_token_id
         kept = kept if mask is None else kept & mask.bool()
-        return torch.tensor([tuple(row[own].tolist()) in prompts for row, own in zip(ids, kept)])
+        return [row[own] for row, own in zip(ids, kept)]
 
     @torch.no_grad()
     def rank_captions(self, **kwargs) -> list[list[Candidate]]:
@@ -242,7 +250,7 @@ class BliprenMemoryMixin:
                 place = next((i for i, token in enumerate(answer) if token in self._ends()), None)
                 generated[row].append(answer[:place])
                 finished[row].append(place is not None)
-        most = self._most_new_tokens(kwargs, length)
+        most, prompts = self._most_new_tokens(kwargs, length), self._prompts(kwargs)
         result = []
         for row, regression in enumerate(regressions):
             if regression is None:
@@ -253,14 +261,32 @@ class BliprenMemoryMixin:
             own = own or generated[row][:1]
             others = memory.tokens(near[row][: settings.retrieved].tolist())
             retrieved = [caption for captions in others for caption in captions if len(caption) < most]
-            recombined = models[row].search(memory.info["end"], settings.recombined, most - 1)
-            candidates = list(dict.fromkeys(map(tuple, own + recombined + retrieved)))
-            scores = table.predicted_cider(candidates, weights)
+            candidates = list(dict.fromkeys(map(tuple, own + retrieved)))
+            candidates, scores = table.search(candidates, weights, settings.joins, settings.joined, most - 1)
+            if settings.fluency:
+                best = np.argsort(-scores, kind="stable")[: settings.read]
+                likelihoods = self._log_likelihoods([candidates[i] for i in best], prompts[row])
+                fluency = np.full(len(candidates), likelihoods.min())  # of the others, which would not be chosen
+                fluency[best] = likelihoods
+                scores = scores + settings.fluency * fluency
             known = memory.are_copies(candidates)
             scores = scores - settings.copy_penalty * known
             order = np.argsort(-scores, kind="stable")
             result.append([Candidate(list(candidates[i]), float(scores[i]), bool(known[i])) for i in order])
         return result
+
+    def _log_likelihoods(self, captions: list[tuple[int, ...]], prompt: torch.Tensor) -> np.ndarray:
+        """Return the log-likelihood of each caption and its end behind a prompt without an image, `(captions,)`."""
+        end = self.memory.info["end"]
+        rows = [[*prompt.tolist(), *caption, end] for caption in captions]
+        first, width = max(1, len(prompt)), max(map(len, rows))
+        ids = torch.tensor([row + [end] * (width - len(row)) for row in rows], device=self.device)
+        places = torch.tensor(
+            [row * width + i for row, own in enumerate(rows) for i in range(first - 1, len(own) - 1)]
+        )
+        logits = self(input_ids=ids, logits_at=places.to(self.device), use_cache=False).logits.float()
+        losses = F.cross_entropy(logits, ids.flatten()[places + 1], reduction="none").cpu()
+        return np.bincount((places // width).numpy(), -losses.double().numpy())
 
     def _ngram_model(self, query: torch.Tensor, near: torch.Tensor) -> NgramModel:
         """Return the n-gram model of the nearest entries' captions, each weighted by its similarity."""

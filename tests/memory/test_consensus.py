@@ -1,10 +1,10 @@
-"""Predicted CIDEr, the n-gram model of known captions, its guidance, and its search."""
+"""Predicted CIDEr, joined captions, the n-gram model of known captions and its guidance."""
 
 import numpy as np
 import pytest
 import torch
 
-from blipren.consensus_blipren import DocumentFrequencies, NgramGuidance, NgramModel, ReferenceTable
+from blipren.consensus_blipren import DocumentFrequencies, NgramGuidance, NgramModel, ReferenceTable, join_captions
 from blipren.training.objectives.rewards.cider import CiderReward
 
 CAPTIONS = [
@@ -45,22 +45,11 @@ def test_the_ngram_model_is_a_distribution_that_prefers_what_it_has_seen():
     assert mixed[2:].exp() == pytest.approx(torch.full((2, 16), 1 / 16), abs=1e-6)
 
 
-def test_parts_of_known_captions_are_put_together_anew():
-    model = NgramModel([[5, 6, 7, 8, 2], [9, 6, 7, 10, 2], [11, 2]], [1.0, 1.0, 1.0])
-    found = model.search(2, beams=20, length=6)
-    likelihood = {}
-    for caption in found:
-        steps = [
-            dict(zip(*(part.tolist() for part in model.next_tokens(tuple(caption[:i])))))
-            for i in range(len(caption) + 1)
-        ]
-        likelihood[tuple(caption)] = sum(step[token] for step, token in zip(steps, [*caption, 2]))
-    assert {(5, 6, 7, 8), (9, 6, 7, 10), (11,), (5, 6, 7, 10), (9, 6, 7, 8)} <= set(likelihood)
-    assert len(found) == len(likelihood) and max(map(len, found)) <= 4 and max(likelihood, key=likelihood.get) == (11,)
-    for context in ((), (6,), (6, 7), (5, 6, 7), (77, 6, 7), (1, 2, 3)):
-        ids, logs = model.next_tokens(context)
-        likeliest = model._likeliest_next(((-1,) * 3 + context)[-3:])
-        assert {token: value for value, token in likeliest} == pytest.approx(
-            dict(zip(ids.tolist(), logs.tolist())), abs=1e-5
-        )
-    assert max(map(len, model.search(2, beams=20, length=1))) == 1 and model.search(2, beams=0, length=6) == []
+def test_captions_are_joined_at_two_tokens_that_both_have():
+    captions = [(5, 6, 7, 8), (9, 6, 7, 10), (11, 7, 8, 12), (1, 6, 7)]
+    joined = join_captions(captions, 6)
+    assert set(joined) == {
+        (5, 6, 7, 10), (9, 6, 7, 8), (9, 6, 7), (5, 6, 7), (1, 6, 7, 8), (1, 6, 7, 10), (5, 6, 7, 8, 12), (11, 7, 8)
+    }  # fmt: skip
+    assert len(joined) == len(set(joined)) and (9, 6, 7, 8, 12) in join_captions([*captions, *joined], 6)
+    assert (5, 6, 7, 8, 12) not in join_captions(captions, 4) and join_captions([(1, 2), (3, 4)], 6) == []

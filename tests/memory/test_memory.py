@@ -79,6 +79,9 @@ def test_beyond_a_million_entries_an_index_finds_the_same(monkeypatch, tmp_path)
 def test_saved_extended_and_damaged(tmp_path):
     memory = random_memory(settings=MemorySettings(copy_penalty=0.25, guidance=(0.5,)))
     memory.save(tmp_path)
+    info = json.loads((tmp_path / "memory.json").read_text())
+    info["settings"]["recombined"] = 40  # a setting of older memories
+    (tmp_path / "memory.json").write_text(json.dumps(info))
     loaded = BliprenMemory.load(tmp_path)
     assert loaded.settings == memory.settings and loaded.info == memory.info
     assert torch.equal(loaded.embeddings, memory.embeddings) and loaded.texts.equals(memory.texts)
@@ -197,6 +200,27 @@ def test_captions_come_through_the_memory_and_one_argument_leaves_it_out(remembe
         assert [c.score for c in candidates] == sorted((c.score for c in candidates), reverse=True)
         assert row[: len(candidates[0].tokens)] == candidates[0].tokens[:12]
     assert not torch.equal(found, own) and all(any(c.known for c in own) for own in ranked)
+    # the language model's likelihood counts: that of each caption behind the prompt, with its end
+    prompt = model._prompts(inputs)[0]
+    some = [tuple(c.tokens) for c in ranked[0][:4]]
+    for caption, likelihood in zip(some, model._log_likelihoods(some, prompt)):
+        ids = torch.tensor([[*prompt.tolist(), *caption, processor.answer_end_id]])
+        logs = model(input_ids=ids).logits.log_softmax(dim=-1)[0, len(prompt) - 1 : -1]
+        assert likelihood == pytest.approx(logs.gather(1, ids[0, len(prompt) :, None]).sum().item(), rel=1e-4)
+    model.memory = model.memory.with_settings(fluency=0.0)
+    predicted = {tuple(c.tokens): c.score for c in model.rank_captions(**inputs, **options)[0]}
+    scores = {tuple(c.tokens): c.score for c in ranked[0]}
+    gained = [scores[caption] - predicted[caption] for caption in some]
+    assert gained == pytest.approx(0.002 * model._log_likelihoods(some, prompt), rel=1e-4)
+    # known captions are joined
+    names, tokens = ["x", "y"], [[[84, 77, 71, 88]], [[89, 77, 71, 84]]]  # each a letter
+    more = {"id": names, "image_hash": names, "captions": [["x"], ["y"]], "tokens": tokens}
+    model.memory = model.memory.extend(torch.zeros(2, model.config.patch_feature_size), more)
+    for joins in (0, 1):
+        model.memory = model.memory.with_settings(joins=joins)
+        known = {tuple(c.tokens): c.known for c in model.rank_captions(**inputs, **options)[0]}
+        assert known[84, 77, 71, 88] and known.get((84, 77, 71, 84)) == (False if joins else None)
+    model.load_memory(folder)
     # alone as in a batch; the same by position, and from features
     alone = inputs_of(processor, pictures, ["06.png"])
     answer = processor.decode_answer(found[1, length:])
