@@ -100,9 +100,8 @@ def test_a_third_digit_counts_little_but_a_comma_in_its_place_counts():
 
 def test_towers_are_trained_on_nothing_held_out():
     for index in range(400):
-        notes, pairs = train_llm.write_document(
-            0, index, Course(crowded=index % 2 == 0, boxes=("", "find", "all")[index % 3])
-        )
+        course = Course(crowded=index % 2 == 0, boxes=("", "find", "all")[index % 3], conversations=index % 2 == 1)
+        notes, pairs = train_llm.write_document(0, index, course)
         text = "".join(note.text for note in notes) + " ".join(prompt + answer for prompt, answer in pairs)
         for colour, shape in HELD_OUT_COMBINATIONS:
             assert f"{colour} {shape}" not in text

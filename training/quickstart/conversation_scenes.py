@@ -93,7 +93,7 @@ def _reading_order(o: SceneObject) -> tuple[int, int]:
     return o.row, o.column
 
 
-def _changed_pair(scene: Scene, what: str, rng: random.Random, group: str) -> Scene:
+def changed_scene(scene: Scene, what: str, rng: random.Random, group: str) -> Scene:
     """Return a changed scene that holds out what its group does."""
     while True:
         changed = change_scene(scene, what, rng)
@@ -147,6 +147,11 @@ def more_pair_turns(kind: str, left: Scene, right: Scene) -> list[tuple[str, str
     return turns
 
 
+def list_objects(scene: Scene) -> str:
+    """Return what stands in a scene, in reading order: "small red circle top left, large blue cross center"."""
+    return ", ".join(f"{o.size} {o.colour} {o.shape} {place_answer(o)}" for o in scene.objects)
+
+
 def best_guess_share(answers: list[tuple[object, str]]) -> float:
     """Return the share of answers that are right when the likeliest answer to what is known is always given.
 
@@ -196,7 +201,7 @@ def iterate_rows(seed: int, parts: tuple[Part, ...] = DEFAULT_PARTS) -> Iterator
             if kind == "different":
                 first, answer = rng.choice(sorted(scenes)), rng.choice(DIFFERENCES)
                 name = f"images/{part.group}-{offset + k:06d}-changed.png"
-                new[name] = _changed_pair(scenes[first], answer, rng, part.group)
+                new[name] = changed_scene(scenes[first], answer, rng, part.group)
                 images = [names[first], name]
                 rng.shuffle(images)
                 pair = [(scenes[first], new[name])[n != names[first]] for n in images]

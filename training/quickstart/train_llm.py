@@ -1,16 +1,19 @@
 """Training of the quickstart's language model: notes on a scene, then captions and answers about it."""
 
 import dataclasses
+import functools
 import math
 import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blipren.training.data.sources import grounding
@@ -21,10 +24,11 @@ from blipren.training.quickstart.conversation_scenes import (
     PAIR_QUESTIONS,
     RIGHT,
     answer_pair,
-    change_scene,
+    changed_scene,
     draw_counts,
     draw_pair_kind,
     draw_scene_of,
+    list_objects,
     more_pair_turns,
     write_turns,
 )
@@ -113,13 +117,14 @@ def write_pair_document(
     first = draw_scene_of(seed, index, rng.choice(numbers) if kind == "different" else numbers[0], 2)
     if kind == "different":
         answer = rng.choice(DIFFERENCES)
-        second = change_scene(first, answer, rng)
+        second = changed_scene(first, answer, rng, "seen")
         first, second = rng.sample((first, second), 2)
     else:
         second = draw_scene_of(seed, index, numbers[1], 3)
     asked = ("different",) if kind == "different" else ("same number", "more")
     turns = [(PAIR_QUESTIONS[k], answer if k == "different" else answer_pair(k, first, second)) for k in asked]
     turns += more_pair_turns(kind, first, second)
+    turns += [(f"What is on the {side}?", list_objects(s)) for side, s in (("left", first), ("right", second))]
     notes = [Note(LEFT, written=True), *write_notes(first, rng, course.shuffled)]
     notes += [Note(RIGHT, written=True), *write_notes(second, rng, course.shuffled)]
     pairs = [(" " + question, " " + answer) for question, answer in turns]
@@ -171,6 +176,26 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
+@functools.lru_cache(maxsize=100_000)
+def encode(tokenizer, text: str) -> list[int]:
+    """Return the token ids of a text; notes and questions come again and again."""
+    return tokenizer.encode(text)
+
+
+class TextBatches(Dataset):
+    """The batches of a run, one for each step: `batch` documents each, as `text_batch` makes them."""
+
+    def __init__(self, tokenizer, seed: int, steps: int, batch: int, course: Course):
+        self.tokenizer, self.seed, self.steps, self.batch, self.course = tokenizer, seed, steps, batch, course
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        indices = range(step * self.batch, (step + 1) * self.batch)
+        return text_batch(self.tokenizer, self.seed, indices, self.course)
+
+
 def text_batch(tokenizer, seed: int, indices: Sequence[int], course: Course) -> dict[str, Tensor]:
     """Return a batch with one document a row: its notes, then all of its answers. Each answer attends to the notes and
     to itself, at positions that continue the notes.
@@ -183,41 +208,42 @@ def text_batch(tokenizer, seed: int, indices: Sequence[int], course: Course) -> 
     documents = []
     for index in indices:
         notes, pairs = write_document(seed, index, course)
-        answers = [(tokenizer.encode(p), tokenizer.encode(a) + [tokenizer.eos_token_id]) for p, a in pairs]
+        answers = [(encode(tokenizer, p), [*encode(tokenizer, a), tokenizer.eos_token_id]) for p, a in pairs]
         rng = random.Random(f"{seed}/places/{index}")
         words, soft = [], []
         for note in notes:
-            own = [(token, 1.0) for token in tokenizer.encode(note.text)]
+            own = [(token, 1.0) for token in encode(tokenizer, note.text)]
             if course.boxes and note.box:
                 own += place_words(tokenizer, note.box, rng)
             words += [[word] for word in own] if note.written else [own]
             soft += [not note.written] * (len(own) if note.written else 1)
         documents.append((words, soft, answers))
     length = max(len(notes) + sum(len(p) + len(a) for p, a in answers) for notes, _, answers in documents)
-    ids = torch.zeros(len(documents), length, WORDS_PER_POSITION + bool(course.boxes) * PLACE_WORDS, dtype=torch.long)
-    weights = torch.zeros(ids.shape)
-    labels = torch.full((len(documents), length), -100)
-    scale = torch.ones(len(documents), length)
-    positions = torch.zeros_like(labels)
-    segments = torch.full_like(labels, -1)  # 0 notes, 1, 2, ... the answers
+    ids = np.zeros((len(documents), length, WORDS_PER_POSITION + bool(course.boxes) * PLACE_WORDS), np.int64)
+    weights = np.zeros(ids.shape, np.float32)
+    labels = np.full((len(documents), length), -100)
+    scale = np.ones(labels.shape, np.float32)
+    positions = np.zeros_like(labels)
+    segments = np.full_like(labels, -1)  # 0 notes, 1, 2, ... the answers
     for row, (notes, soft, answers) in enumerate(documents):
         end = len(notes)
         for place, note in enumerate(notes):
-            ids[row, place, : len(note)] = torch.tensor([token for token, _ in note])
-            weights[row, place, : len(note)] = torch.tensor([weight for _, weight in note])
+            ids[row, place, : len(note)] = [token for token, _ in note]
+            weights[row, place, : len(note)] = [weight for _, weight in note]
         # the norm of a soft token varies
-        scale[row, :end][torch.tensor(soft, dtype=torch.bool)] = math.exp(
-            random.Random(f"{seed}/scale/{indices[row]}").uniform(-0.3, 0.3)
-        )
-        positions[row, :end] = torch.arange(end)
+        scale[row, :end][soft] = math.exp(random.Random(f"{seed}/scale/{indices[row]}").uniform(-0.3, 0.3))
+        positions[row, :end] = np.arange(end)
         segments[row, :end] = 0
         for number, (prompt, answer) in enumerate(answers, start=1):
             start, end = end, end + len(prompt) + len(answer)
-            ids[row, start:end, 0] = torch.tensor(prompt + answer)
+            ids[row, start:end, 0] = prompt + answer
             weights[row, start:end, 0] = 1.0
-            labels[row, start + len(prompt) : end] = torch.tensor(answer)
-            positions[row, start:end] = torch.arange(len(notes), len(notes) + end - start)
+            labels[row, start + len(prompt) : end] = answer
+            positions[row, start:end] = np.arange(len(notes), len(notes) + end - start)
             segments[row, start:end] = number
+    ids, weights, labels, scale, positions, segments = map(
+        torch.from_numpy, (ids, weights, labels, scale, positions, segments)
+    )
     same = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
     allowed = same & torch.ones(length, length, dtype=torch.bool).tril()
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
@@ -266,8 +292,20 @@ def read_notes(model: LlamaForCausalLM, tokenizer, notes: list[Note]) -> Tensor:
     return torch.stack(rows).detach()
 
 
-def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, start: Path | None = None) -> None:
-    """Train tokenizer and Llama on text and write both; with `start` continue from it, mostly at half the learning rate."""
+def train_llm(
+    out: Path,
+    seed: int,
+    steps: int,
+    batch: int,
+    course: Course,
+    start: Path | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+) -> None:
+    """Train tokenizer and Llama on text and write both; with `start` continue from it, mostly at half the learning rate.
+
+    Texts are written by `workers` processes beside this one, or by this one where there are none.
+    """
     torch.manual_seed(seed)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else train_tokenizer(seed)
     learning_rate = 1e-3 if start and course.boxes != "find" else 2e-3
@@ -303,14 +341,16 @@ def train_llm(out: Path, seed: int, steps: int, batch: int, course: Course, star
             unsaid = (weight.norm(dim=1) > UNSAID_NORM).nonzero()[:, 0]
             weight[unsaid] = torch.randn(len(unsaid), WIDTH) * config.initializer_range
     model.set_attn_implementation("sdpa")
+    model, digits = model.to(device), digits.to(device)
     print(f"llm: {model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary")
     optimizer, schedule = make_optimizer(model.parameters(), learning_rate, steps)
     started = time.process_time()
-    for step in range(steps):
-        texts = text_batch(tokenizer, seed, range(step * batch, (step + 1) * batch), course)
+    batches = TextBatches(tokenizer, seed, steps, batch, course)
+    for step, texts in enumerate(DataLoader(batches, batch_size=None, num_workers=workers)):
+        texts = {name: tensor.to(device) for name, tensor in texts.items()}
         labels = texts.pop("labels")[:, 1:]
         embeddings = embed_words(model, texts.pop("input_ids"), texts.pop("weights"), texts.pop("scale"))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             output = model.model(inputs_embeds=embeddings, **texts, use_cache=False)
             states = output.last_hidden_state[:, :-1][labels != -100]
             logits = model.lm_head(states).float()

@@ -21,20 +21,21 @@
     python -m blipren.training.quickstart.train_towers --part llm --glyphs --start glyphs/llm --out digits --seed 4 \
         --llm-steps 1500
     cp -r digits/llm training/quickstart/towers/glyphs-llm
-    python -m blipren.training.quickstart.train_towers --part llm --start training/quickstart/towers/llm \
-        --out turns --seed 20 --llm-steps 900 --batch 48 --shuffled 0.7 --crowded --conversations
+    python -m blipren.training.quickstart.train_towers --part llm --start training/quickstart/towers/llm --out turns \
+        --seed 30 --llm-steps 4535 --batch 192 --shuffled 0.7 --crowded --conversations --device cuda --workers 2
     cp -r turns/llm training/quickstart/towers/conversations-llm
 
 write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in about 70 minutes on one core,
 and variants of both: an image tower that also reads digits, and language models that say digits, directions and order, or
-have read texts with boxes, or texts of several turns and about two scenes. (Digits get new embeddings at the start of each run
-with `--glyphs`. The first one was made without this, and its model never learned to say one: see `train_llm`. `first-boxes`
-is the boxes' model of an earlier version, `towers/boxes-llm` of commit e646f6a: it said boxes, but did not read them. `find` and
-`boxes` were made with commit 063036a, in whose loss a comma counted ten times as much as a third digit.) The
-language model is trained in three runs: on notes in the order in which a caption names the objects, then on notes in any
-order, then mostly on scenes of three objects, whose words the model of the second run still confused. Neither tower is
-trained on a held-out combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of the group
-"seen" only, the language model on text about such scenes and never on an image.
+have read texts with boxes, or texts of several turns and about two scenes (in six minutes on an H100 that others used).
+(Digits get new embeddings at the start of each run with `--glyphs`. The first one was made without this, and its model never
+learned to say one: see `train_llm`. `first-boxes` is the boxes' model of an earlier version, `towers/boxes-llm` of commit
+e646f6a: it said boxes, but did not read them. `find` and `boxes` were made with commit 063036a, in whose loss a comma
+counted ten times as much as a third digit.) The language model is trained in three runs: on notes in the order in which a
+caption names the objects, then on notes in any order, then mostly on scenes of three objects, whose words the model of the
+second run still confused. Neither tower is trained on a held-out combination of colour and shape (see `scenes.py`): the
+image tower is trained on scenes of the group "seen" only, the language model on text about such scenes and never on an
+image.
 
 - Image tower (`train_vision.py`): a linear head on every patch predicts colour, shape, size and place of the object there.
 - Language model (`train_llm.py`): captions and answers behind the prompts that the processor writes. Most texts begin with
@@ -66,13 +67,17 @@ def main() -> None:
         "--boxes", choices=("find", "all"), default="", help="notes hold boxes, and questions ask for them"
     )
     parser.add_argument("--conversations", action="store_true", help="texts about two scenes, and of several turns")
+    parser.add_argument("--device", default="cpu", help="of the language model")
+    parser.add_argument("--workers", type=int, default=0, help="processes that write its texts")
     args = parser.parse_args()
     course = Course(args.shuffled, args.crowded, args.boxes, args.glyphs, args.conversations)
     print(json.dumps({k: str(v) for k, v in vars(args).items()}))
     if args.part in ("all", "vision"):
         train_vision(args.out / "vision", args.seed, args.vision_steps, args.batch, args.glyphs, args.start)
     if args.part in ("all", "llm"):
-        train_llm(args.out / "llm", args.seed, args.llm_steps, args.batch // 2, course, args.start)
+        train_llm(
+            args.out / "llm", args.seed, args.llm_steps, args.batch // 2, course, args.start, args.device, args.workers
+        )
 
 
 if __name__ == "__main__":
