@@ -1,10 +1,12 @@
-"""TRL's `SFTTrainer` on a checkpoint named by its path, plain and with LoRA; what it saves loads back to equal logits."""
+"""TRL's `SFTTrainer` on a checkpoint named by its path, plain and with LoRA; what it saves loads back to equal logits.
+`GRPOTrainer` on a model with a memory: it samples from the model itself, and saves the memory."""
 
 import pytest
 import torch
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from tests.hub.tiny import picture, write_llm, write_model, write_vision
+from tests.memory.tools import random_memory
 
 trl = pytest.importorskip("trl", reason="TRL is an extra: pip install blipren[trl]")
 
@@ -82,3 +84,48 @@ def test_sft_trainer_from_a_path(full, tuning, tmp_path):
     inner = trained.get_base_model() if tuning == "lora" else trained
     same = {n.replace(".base_layer.", "."): p for n, p in inner.named_parameters()}
     assert frozen and all(torch.equal(p.float(), same[n].float()) for n, p in frozen.items())
+
+
+def test_grpo_trainer_samples_from_a_model_with_a_memory_and_saves_it(full, tmp_path):
+    from datasets import Dataset
+
+    model, processor = BliprenForConditionalGeneration.from_pretrained(full), BliprenProcessor.from_pretrained(full)
+    model.memory = random_memory(model, processor, seed=0)
+    rows = [{"prompt": [{"role": "user", "content": processor.prompts[0]}], "image": picture(i)} for i in range(2)]
+    sampled = []
+
+    def length(completions, **columns):
+        sampled.extend(completions)
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    def trainer(name: str):
+        return trl.GRPOTrainer(
+            model=model,
+            reward_funcs=length,
+            args=trl.GRPOConfig(
+                output_dir=str(tmp_path / name),
+                max_steps=1,
+                per_device_train_batch_size=4,
+                num_generations=2,
+                max_completion_length=8,
+                learning_rate=0.0,
+                seed=3,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to="none",
+                save_strategy="no",
+                chat_template_kwargs={"padding": False},
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=processor,
+        )
+
+    remembering = trainer("with")
+    assert remembering.train().global_step == 1
+    found, sampled[:] = list(sampled), []
+    remembering.save_model(str(tmp_path / "saved"))
+    assert len(BliprenForConditionalGeneration.from_pretrained(tmp_path / "saved").memory) == 12
+    model.memory = None
+    trainer("without").train()
+    assert sampled == found and len(found) == 4
