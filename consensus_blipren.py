@@ -13,6 +13,7 @@ from transformers import LogitsProcessor
 NGRAMS, SIGMA = 4, 6.0  # as coco-caption's CIDEr-D
 CONTEXT = 3  # tokens that the guiding n-gram model looks back
 SHARED = 2  # tokens at which two captions are joined
+AGREED = 0.2  # a word on whose presence people agree less is never doubted
 BACKOFF = 0.5  # weight of the shorter context, in captions
 _FACTOR = 0x9E3779B97F4A7C15  # odd, so that products of it are all different
 
@@ -115,6 +116,9 @@ class DocumentFrequencies:
 
     Args:
         captions: of each image.
+
+    Attributes:
+        agreement: of each token, the share of the other captions of an image that have it where one has it.
     """
 
     def __init__(self, captions: list[list[list[int]]]):
@@ -123,6 +127,12 @@ class DocumentFrequencies:
         _, first = np.unique(_mix(hashes, image_of[rows].astype(np.uint64)), return_index=True)  # once an image
         self.hashes, self.counts = np.unique(hashes[first], return_counts=True)
         self.log_images = math.log(max(2, len(captions)))
+        shares: dict[int, list[float]] = defaultdict(list)
+        for own in captions:
+            if len(own) > 1:
+                for token, count in Counter(token for caption in own for token in set(caption)).items():
+                    shares[token].append((count - 1) / (len(own) - 1))
+        self.agreement = {token: sum(found) / len(found) for token, found in shares.items()}
 
     def weights(self, hashes: np.ndarray) -> np.ndarray:
         """Return the inverse document frequency of n-grams."""
@@ -149,6 +159,8 @@ class ReferenceTable:
         self.lengths, length_of = np.unique(weighed.lengths, return_inverse=True)
         self.rows, self.values = weighed.rows, weighed.values
         self.cell = length_of[self.rows] * len(self.ngrams) + column
+        mentioned = [(i, t) for i, own in enumerate(captions) for t in {t for caption in own for t in caption}]
+        self.mentioned = np.array(mentioned, dtype=np.int64).reshape(-1, 2)  # image and token
 
     def predicted_cider(self, candidates: list[list[int]], image_weights: np.ndarray) -> np.ndarray:
         """Return the CIDEr that each candidate would have against the weighted mean of the neighbours' captions.
@@ -172,23 +184,52 @@ class ReferenceTable:
         alike = np.einsum("il,li->i", penalty[rows], table[:, place])
         return np.bincount(rows, values * alike, len(candidates)) * 10 / NGRAMS
 
+    def doubts(self, image_weights: np.ndarray) -> dict[int, float]:
+        """Return how much speaks against each token: its agreement above `AGREED`, times the predicted chance of its absence.
+
+        Of what is there, people agree on objects rather than on colours and actions. Where they would agree on a word and
+        similar images do not have it, it is likely invented.
+        """
+        images, tokens = self.mentioned.T
+        there = np.bincount(tokens, image_weights[images]).clip(0, 1)
+        return {
+            token: (agreement - AGREED) * (1 - (there[token] if token < len(there) else 0.0))
+            for token, agreement in self.frequencies.agreement.items()
+            if agreement > AGREED
+        }
+
     def search(
-        self, candidates: list[tuple[int, ...]], image_weights: np.ndarray, joins: int, joined: int, length: int
+        self,
+        candidates: list[tuple[int, ...]],
+        image_weights: np.ndarray,
+        joins: int,
+        joined: int,
+        length: int,
+        invention_penalty: float = 0.0,
     ) -> tuple[list[tuple[int, ...]], np.ndarray]:
-        """Return the candidates and captions that are joined from the best of them, and their predicted CIDEr.
+        """Return the candidates and captions that are joined from the best of them, and their scores.
+
+        The score is the predicted CIDEr less the doubts about the words.
 
         Args:
             candidates: different ones. joins: how often the best are joined with each other.
             joined: how many of them. length: most tokens of a joined caption.
+            invention_penalty: weight of the doubts.
         """
-        candidates, scores = list(candidates), self.predicted_cider(candidates, image_weights)
+        doubts = self.doubts(image_weights) if invention_penalty else {}
+
+        def score(captions: list[tuple[int, ...]]) -> np.ndarray:
+            doubted = [sum(doubts.get(token, 0.0) for token in set(caption)) for caption in captions]
+            return self.predicted_cider(captions, image_weights) - invention_penalty * np.array(doubted)
+
+        candidates, scores = list(candidates), score(candidates)
         for _ in range(joins):
             best, considered = np.argsort(-scores, kind="stable")[:joined], set(candidates)
             more = [c for c in join_captions([candidates[i] for i in best], length) if c not in considered]
             if not more:
                 break
             candidates += more
-            scores = np.concatenate([scores, self.predicted_cider(more, image_weights)])
+            scores = np.concatenate([scores, score(more)])
         return candidates, scores
 
 

@@ -24,8 +24,8 @@ class Candidate:
     """A caption that was considered for an image.
 
     Attributes:
-        tokens: ids without the end token. score: predicted CIDEr, less the copy penalty. known: it is a caption of the
-            memory, word for word.
+        tokens: ids without the end token. score: predicted CIDEr, less the doubts about words and the copy penalty, and the
+            weighted log-likelihood. known: it is a caption of the memory, word for word.
     """
 
     tokens: list[int]
@@ -262,7 +262,9 @@ class BliprenMemoryMixin:
             others = memory.tokens(near[row][: settings.retrieved].tolist())
             retrieved = [caption for captions in others for caption in captions if len(caption) < most]
             candidates = list(dict.fromkeys(map(tuple, own + retrieved)))
-            candidates, scores = table.search(candidates, weights, settings.joins, settings.joined, most - 1)
+            candidates, scores = table.search(
+                candidates, weights, settings.joins, settings.joined, most - 1, settings.invention_penalty
+            )
             if settings.fluency:
                 best = np.argsort(-scores, kind="stable")[: settings.read]
                 likelihoods = self._log_likelihoods([candidates[i] for i in best], prompts[row])

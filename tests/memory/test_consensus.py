@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from blipren.consensus_blipren import DocumentFrequencies, NgramGuidance, NgramModel, ReferenceTable, join_captions
+from blipren.consensus_blipren import (
+    AGREED,
+    DocumentFrequencies,
+    NgramGuidance,
+    NgramModel,
+    ReferenceTable,
+    join_captions,
+)
 from blipren.training.objectives.rewards.cider import CiderReward
 
+AGREED_SHARE = 1 - AGREED
 CAPTIONS = [
     [[5, 6, 7, 8, 9], [5, 6, 7, 9]],
     [[5, 6, 7, 10, 11, 12]],
@@ -53,3 +61,25 @@ def test_captions_are_joined_at_two_tokens_that_both_have():
     }  # fmt: skip
     assert len(joined) == len(set(joined)) and (9, 6, 7, 8, 12) in join_captions([*captions, *joined], 6)
     assert (5, 6, 7, 8, 12) not in join_captions(captions, 4) and join_captions([(1, 2), (3, 4)], 6) == []
+
+
+def test_words_that_people_agree_on_and_similar_images_lack_are_doubted():
+    captions = [
+        [[5, 1, 9], [5, 2, 9]],  # all of two captions say 5 and 9, one says 1 or 2
+        [[5, 9], [5, 3, 9]],
+        [[6, 9], [6, 4, 9]],
+        [[6, 9]],  # alone it says nothing about agreement
+    ]
+    frequencies = DocumentFrequencies(captions)
+    assert frequencies.agreement == {5: 1.0, 9: 1.0, 6: 1.0, 1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0}
+    table = ReferenceTable(captions, frequencies)
+    doubts = table.doubts(np.array([0.75, 0.25, 0.25, -0.25]))
+    assert doubts == pytest.approx({5: 0.0, 9: 0.0, 6: AGREED_SHARE * 1.0})
+    doubts = table.doubts(np.array([0.25, 0.0, 0.5, 0.0]))
+    assert doubts == pytest.approx({5: 0.75 * AGREED_SHARE, 9: 0.25 * AGREED_SHARE, 6: 0.5 * AGREED_SHARE})
+    weights, candidates = np.array([0.4, 0.3, 0.2, 0.1]), [(5, 9), (6, 9), (6, 5, 5)]
+    found, scores = table.search(candidates, weights, 0, 10, 9, invention_penalty=2.0)
+    doubts = table.doubts(weights)
+    less = [2.0 * sum(doubts[token] for token in set(caption)) for caption in candidates]
+    assert found == candidates and scores == pytest.approx(table.predicted_cider(candidates, weights) - less)
+    assert less[1] > less[0] and less[2] > less[1]
