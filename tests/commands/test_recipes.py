@@ -24,6 +24,7 @@ from tests.stages.tools import draw_dataset, events
 RECIPES = sorted(p.stem for p in (Path(blipren.__file__).parent / "training" / "recipes").glob("*.yaml"))
 OWN_TESTS = {r for r in RECIPES if r.startswith("quickstart")}  # drawn worlds; the default one has a test of its own
 FLICKR = ["flickr8k-mini-words", "flickr8k-mini", "flickr8k-mini-cider"]  # three runs in this order
+TUNED = ["flickr8k-mini-lora", "flickr8k-mini-full"]  # each a run from the first of them
 COCO = ["coco-mini-boxes"]
 VISION = {
     "google/siglip-base-patch16-224": "siglip_vision_model",
@@ -113,7 +114,7 @@ def recipe_settings(command, recipe, flags):
     return settings
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in (*OWN_TESTS, *FLICKR, *COCO)])
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in (*OWN_TESTS, *FLICKR, *TUNED, *COCO)])
 def test_recipe_runs_two_steps(recipe, stand_ins, pictures, clips, tmp_path):
     sections = load_recipe(recipe)
     wanted = sections["new"]
@@ -157,7 +158,7 @@ def test_recipe_runs_two_steps(recipe, stand_ins, pictures, clips, tmp_path):
         assert train(recipe_settings("train", recipe, run)) == 0
 
 
-@pytest.mark.parametrize("recipes", [FLICKR, COCO], ids=lambda names: names[-1])
+@pytest.mark.parametrize("recipes", [[*FLICKR, *TUNED], COCO], ids=lambda names: names[-1])
 def test_photos_run_two_steps_of_each_of_their_runs(recipes, pictures, tmp_path):
     """On stand-ins of its own families: MobileNetV2 with three of its layers, and a Llama."""
     vision = tiny_models.make_vision(tmp_path / "vision", "mobilenet_v2")
@@ -172,7 +173,8 @@ def test_photos_run_two_steps_of_each_of_their_runs(recipes, pictures, tmp_path)
     assert not embed(recipe_settings("embed", first, source))
     for recipe in recipes:
         out = tmp_path / recipe
-        run = {"model": model, "cache": cache, "out": str(out), "max_steps": 2, "batch_size": 8, "warmup": 0.0}
+        start = str(tmp_path / FLICKR[0]) if recipe in TUNED else model
+        run = {"model": start, "cache": cache, "out": str(out), "max_steps": 2, "batch_size": 8, "warmup": 0.0}
         run |= {"eval_every": 2, "device": "cpu", "generate_samples": 0, "max_new_tokens": 3, "log_every": 1}
         assert train(recipe_settings("train", recipe, run)) == 0
         assert [e["step"] for e in events(out, "train")] == [1, 2]

@@ -1,102 +1,69 @@
-"""Consensus captions: for each training image, the captions of other images that its features say will fit it best.
+"""Consensus captions: for each training image, the captions that the other images predict to fit it best.
 
 The captions of a small data set hold more than features can predict: a model memorizes what five people wrote of a
-photo, and its captions of new photos get no better. So an image learns captions of similar images instead. The CIDEr of
-every caption of the set against the captions of every image is known. Kernel ridge regression on the mean patch feature
-predicts it for an image that is left out. An image learns the captions with the highest predicted score. This distils
+photo, and its captions of new photos get no better. So an image learns captions of similar images instead, and parts of
+them that are joined. Kernel ridge regression on the mean patch feature predicts the CIDEr of each for an image that is left
+out, as a memory does (`memory_blipren.py`). An image learns those with the highest predicted score. This distils
 nearest-neighbour captioning (Devlin et al. 2015, arXiv 1505.04467) into the bridge.
 """
 
+import numpy as np
 import torch
 
+from blipren.consensus_blipren import DocumentFrequencies, ReferenceTable
+from blipren.memory_blipren import MemorySettings
 from blipren.training.console import print_line
 from blipren.training.data.cache.tokens import build_table
 from blipren.training.errors import UserError
+from blipren.training.memory.build import read_cache
 from blipren.training.objectives.experiments.experiment import Experiment
 from blipren.training.objectives.experiments.settings import ConsensusSettings
-from blipren.training.objectives.rewards.cider import NGRAMS, SIGMA, CiderReward
 
-MOST_IMAGES = 5_000  # with five captions each, a matrix of captions x images is half a gigabyte; there are a few
-RIDGE = 0.3  # .1 to 1 are alike on flickr8k-mini
-BLOCK = 1000  # captions that are compared with all at a time
+MOST_IMAGES = 5_000  # a matrix of images x images is inverted, and each image is compared with the captions of all
 
 
-def caption_scores(references: list[list[str]]) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """Return the captions of all images, `[captions]` the image of each, `[captions, images]` CIDEr against each image.
+def left_out_weights(embeddings: torch.Tensor, settings: MemorySettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `[images, images]`, by which the scores of the other images predict that of each, and squared distances.
 
-    The vectors are those of `CiderReward`, compared all at once as products of sparse matrices. CIDEr-D's clipping of
-    repeated n-grams is left out: such a product cannot do it, and human captions hardly repeat any.
+    Kernel ridge regression with a Gaussian kernel, leave-one-out in closed form, of what lies above the mean score. A row
+    adds up to one, and an image has no weight in its own.
     """
-    captions = [text for texts in references for text in texts]
-    image_of = torch.tensor([image for image, texts in enumerate(references) for _ in texts])
-    reward = CiderReward(dict(enumerate(references)))
-    weighed = [vectors for image in range(len(references)) for vectors in reward.references[image]]
-    bigrams = torch.tensor([length for _, _, length in weighed], dtype=torch.float32)
-    scores = torch.zeros(len(captions), len(references))
-    for n in range(NGRAMS):
-        column = {ngram: i for i, ngram in enumerate({g: None for vectors, _, _ in weighed for g in vectors[n]})}
-        places = [(row, column[ngram]) for row, (vectors, _, _) in enumerate(weighed) for ngram in vectors[n]]
-        weights = [w / (norms[n] or 1.0) for vectors, norms, _ in weighed for w in vectors[n].values()]
-        table = torch.sparse_coo_tensor(
-            torch.tensor(places).reshape(-1, 2).T,
-            torch.tensor(weights, dtype=torch.float32),
-            (len(captions), len(column)),
-            check_invariants=False,
-        ).coalesce()
-        for begin in range(0, len(captions), BLOCK):
-            block = torch.arange(begin, min(begin + BLOCK, len(captions)))
-            alike = torch.sparse.mm(table, table.index_select(0, block).to_dense().T)  # [captions, block]
-            alike *= torch.exp(-((bigrams[:, None] - bigrams[None, block]) ** 2) / (2 * SIGMA**2))
-            scores[block] += torch.zeros(len(references), len(block)).index_add_(0, image_of, alike).T
-    return captions, image_of, scores * 10 / NGRAMS / torch.bincount(image_of)
-
-
-def predicted_scores(scores: torch.Tensor, image_of: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Return `[captions, images]`, the score of each caption that the other images predict for an image; -1 for its own.
-
-    Kernel ridge regression on the `[images, width]` features, with a Gaussian kernel as wide as the median distance,
-    leave-one-out in closed form.
-    """
-    images = len(features)
-    own = image_of[:, None] == torch.arange(images)
-    # a caption always fits its own image, which predicts nothing for others: there it counts as the mean of the others
-    mean = (scores.masked_fill(own, 0).sum(dim=1) / max(images - 1, 1))[:, None]
-    above = torch.where(own, 0.0, scores - mean)
-    standard = ((features - features.mean(dim=0)) / features.std(dim=0).clamp_min(1e-6)).double()
+    standard = ((embeddings - embeddings.mean(dim=0)) / embeddings.std(dim=0).clamp_min(1e-6)).double()
     squares = torch.cdist(standard, standard) ** 2
-    kernel = torch.exp(-squares / squares.median().clamp_min(1e-12))
-    inverse = torch.linalg.inv(kernel + RIDGE * torch.eye(images, dtype=torch.double)).float()
-    return (above - above @ inverse / inverse.diagonal() + mean).masked_fill(own, -1.0)
+    kernel = torch.exp(-squares / (squares.median().clamp_min(1e-6) * settings.kernel_width))
+    inverse = torch.linalg.inv(kernel + settings.ridge * torch.eye(len(kernel), dtype=torch.double))
+    weights = -inverse / inverse.diagonal()[:, None]
+    weights.fill_diagonal_(0.0)
+    weights += (1 - weights.sum(dim=1, keepdim=True)) / max(len(weights) - 1, 1)
+    return weights.fill_diagonal_(0.0), squares
 
 
-def consensus_captions(source, count: int) -> dict[int, list[str]]:
-    """Return `count` different captions of other images for each image of a `CachedData` with captions, best first.
+def consensus_captions(source, count: int, processor) -> dict[int, list[str]]:
+    """Return `count` different captions for each image of a `CachedData` with captions, best first.
 
     Raises:
         UserError: there are too many images to compare all with all, or fewer than two.
     """
-    references = source.references()
-    if not 2 <= len(references) <= MOST_IMAGES:
+    images, settings = list(source.references()), MemorySettings()
+    if not 2 <= len(images) <= MOST_IMAGES:
         raise UserError(
             f"consensus compares all images of a cache with each other, 2 to {MOST_IMAGES:,}; "
-            f"{source.cache.folder} has {len(references):,} with captions: leave this experiment out"
+            f"{source.cache.folder} has {len(images):,} with captions: leave this experiment out"
         )
-    images, means = list(references), []
-    for begin in range(0, len(images), BLOCK):
-        inputs = source.inputs(images[begin : begin + BLOCK], None)
-        features = inputs["patch_features"].float()
-        mask = inputs.get("patch_attention_mask", torch.ones(features.shape[:2]))[..., None]
-        means.append((features * mask).sum(dim=1) / mask.sum(dim=1))
-    captions, image_of, scores = caption_scores([references[image] for image in images])
-    order = predicted_scores(scores, image_of, torch.cat(means)).argsort(dim=0, descending=True, stable=True).T
-    chosen = {}
-    for image, ranked in zip(images, order, strict=True):
-        best: dict[str, None] = {}  # a set in order: other images may have equal captions
-        for caption in ranked[: len(captions) - len(references[image])].tolist():  # its own are last
-            best[captions[caption]] = None
-            if len(best) == count:
-                break
-        chosen[image] = list(best)
+    embeddings, texts, _ = read_cache(source.cache, source.split, processor)
+    weights, squares = left_out_weights(embeddings, settings)
+    tokens = [[tuple(caption) for caption in own] for own in texts["tokens"]]
+    longest = max(len(caption) for own in tokens for caption in own)
+    table, chosen = ReferenceTable(tokens, DocumentFrequencies(tokens)), {}
+    for row, image in enumerate(images):
+        near = [i for i in squares[row].argsort()[: settings.retrieved + 1].tolist() if i != row]
+        known = list(dict.fromkeys(caption for i in near for caption in tokens[i]))
+        found, scores = table.search(
+            known, weights[row].numpy(), settings.joins, settings.joined, longest, settings.invention_penalty
+        )
+        best = np.argsort(-scores, kind="stable")
+        different = dict.fromkeys(processor.decode_answer(list(found[i])) for i in best[: 2 * count + 8])
+        chosen[image] = list(different)[:count]
     return chosen
 
 
@@ -106,7 +73,7 @@ def replace_captions_by_consensus(source, count: int, processor) -> str:
     Returns:
         A line for the log.
     """
-    chosen, rows = consensus_captions(source, count), source.cache.split(source.split)
+    chosen, rows = consensus_captions(source, count, processor), source.cache.split(source.split)
     prompts, answers = [], []
     for image, (own_prompts, own_answers) in enumerate(zip(rows["prompts"], rows["answers"], strict=True)):
         asked = [(p, a) for p, a in zip(own_prompts, own_answers, strict=True) if p is not None]
@@ -115,9 +82,7 @@ def replace_captions_by_consensus(source, count: int, processor) -> str:
         answers.append([answer for _, answer in pairs])
     source.texts = build_table(prompts, answers, processor)
     different = len({text for texts in chosen.values() for text in texts})
-    return (
-        f"consensus: {len(chosen):,} images learn {count} captions of other images each, {different:,} different ones"
-    )
+    return f"consensus: {len(chosen):,} images learn {count} captions each that others predict, {different:,} different ones"
 
 
 class Consensus(Experiment):

@@ -15,11 +15,11 @@ from blipren.training.settings import Settings
 
 @dataclass(kw_only=True)
 class ConsensusSettings(Settings):
-    """An image learns captions of other images: those that its features predict to score the highest CIDEr against its
-    own. For small data sets."""
+    """An image learns captions that the other images predict to fit it best: captions of similar images, and ones that are
+    joined from their parts. For small data sets."""
 
     captions: int = 3
-    """Captions of other images that an image learns in place of its own."""
+    """Such captions that an image learns in place of its own."""
 
     def __post_init__(self):
         super().__post_init__()
