@@ -191,10 +191,10 @@ def make(bases):
             for k in ("connector", "scales", "scale_join", "frame_tokens", "time_embedding")
             if k in options
         }
-        model = BliprenForConditionalGeneration.from_vision_text_pretrained(
-            *common, frames=4, num_queries=3, qformer=QFORMER, dtype="float32", **options
-        )
-        return model, BliprenProcessor.from_vision_text_pretrained(*common, frames=4, num_queries=3, **shared)
+        shared |= {"frames": options.pop("frames", 4), "num_queries": 3}
+        options |= {"qformer": QFORMER, "dtype": "float32"} | shared
+        model = BliprenForConditionalGeneration.from_vision_text_pretrained(*common, **options)
+        return model, BliprenProcessor.from_vision_text_pretrained(*common, **shared)
 
     return build
 
@@ -296,6 +296,15 @@ def test_times_in_seconds(make, tmp_path):
     for options in ({"frame_tokens": True}, {"connector": "patches", "projector": "mlp2"}):
         with pytest.raises(ValueError, match="a time embedding by seconds needs a Q-Former that reads all frames"):
             make(time_embedding="seconds", **options)
+
+
+def test_one_frame_is_an_image(make):
+    model, processor = make(frames=1)
+    image = random_image(5)
+    with torch.no_grad():
+        video = model.get_video_features(**processor.video_processor([[image]], return_tensors="pt")).pooler_output
+        alone = model.get_image_features(**processor.image_processor([image], return_tensors="pt")).pooler_output
+    assert torch.equal(video[0], alone[0])
 
 
 def test_order_of_frames_matters_when_they_are_read_together(make):
