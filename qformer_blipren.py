@@ -238,6 +238,8 @@ class BliprenQFormer(PreTrainedModel):
             init.normal_(module.query_tokens, std=module.config.query_init_std)
             if module.config.num_pieces > 1:  # about as large as patch features, or a piece's place is learned late
                 init.normal_(module.piece_embeddings.weight, std=1.0)
+            if module.config.time_embedding == "learned":  # likewise
+                init.normal_(module.time_embeddings.weight, std=1.0)
 
     def text_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that only text uses: embeddings, and feed-forwards that queries do not share."""

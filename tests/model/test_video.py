@@ -298,6 +298,11 @@ def test_times_in_seconds(make, tmp_path):
             make(time_embedding="seconds", **options)
 
 
+def test_learned_times_start_as_large_as_patch_features(make):
+    model, _ = make(time_embedding="learned")
+    assert 0.7 < model.model.qformer.time_embeddings.weight.std() < 1.3
+
+
 def test_one_frame_is_an_image(make):
     model, processor = make(frames=1)
     image = random_image(5)
