@@ -11,7 +11,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, Au
 from blipren.grounding_blipren import read_places
 from blipren.training.evaluation.metrics.boxes import box_iou
 from blipren.training.quickstart import train_llm, train_vision
-from blipren.training.quickstart.notes import Note
+from blipren.training.quickstart.grounded_scenes import object_box
+from blipren.training.quickstart.notes import PLACE_WORDS, Note
 from blipren.training.quickstart.scenes import (
     COLOURS,
     HELD_OUT_COMBINATIONS,
@@ -152,8 +153,19 @@ def test_patch_targets_tell_what_stands_where():
     assert targets[row, column].tolist() == [0, 0, 0, 1 if o.row else 3, 1 if o.column else 3, 0]
 
 
+def test_box_targets_are_the_boxes_of_the_objects():
+    scenes = [train_vision.vision_scene(0, i) for i in range(6)]
+    targets = train_vision.patch_targets(scenes)
+    places = train_vision.box_targets(scenes, targets)
+    assert not places[targets[..., 1] == 0].any()
+    for scene, own in zip(scenes, places):
+        for o in scene.objects:
+            here = own[int(o.y * train_vision.GRID) * train_vision.GRID + int(o.x * train_vision.GRID)]
+            assert ((here[:: PLACE_WORDS // 4] + 1) / 2).tolist() == pytest.approx(object_box(o), abs=1e-6)
+
+
 def test_training_of_the_towers_runs(tmp_path):
-    train_vision.train_vision(tmp_path / "vision", seed=0, steps=2, batch=2)
+    train_vision.train_vision(tmp_path / "vision", seed=0, steps=2, batch=2, boxes=True)
     train_llm.train_llm(tmp_path / "llm", seed=0, steps=2, batch=2, course=Course())
     assert AutoModel.from_pretrained(tmp_path / "vision", dtype="auto").dtype == torch.float16
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype="auto").dtype == torch.float16

@@ -65,6 +65,7 @@ for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
 result["class"] = [type(model).__name__, type(model).__module__.split(".")[0]]
 masks = processor(images=[image, image], text=["a", "a longer text"], return_tensors="pt")["attention_mask"]
 result["padding"] = [masks[0, [0, 1, -1]].tolist(), processor.tokenizer.padding_side]
+result["places"] = processor.post_process_grounding("a dog [0, 500, 999, 999] [250, 250] [1]", (640, 480))
 model.save_pretrained("again")
 load(AutoProcessor).save_pretrained("again")
 
@@ -120,6 +121,8 @@ result["later"] = chat(text=[*message, first, {"role": "user", "content": later}
         answers = [chat.ask(question, [picture], max_new_tokens=6) for question, picture in asked]
     assert answers == [got["chats"][0].strip(), got["later"].strip()]
     assert got["padding"] == [[0, 0, 1], "left"]
+    assert got["places"]["boxes"] == [pytest.approx([0.32, 240.24, 639.68, 479.76])]
+    assert [len(got["places"]["points"]), got["places"]["malformed"]] == [1, 1]
     # what remote code saves is what the package saved: code, weights, processor, byte for byte
     assert digests(tmp_path / "again") == digests(full)
 

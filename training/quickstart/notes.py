@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from blipren.training.quickstart.grounded_scenes import object_box
@@ -68,19 +69,30 @@ def write_notes(scene: Scene, rng: random.Random, shuffled: float, placed: bool 
     return notes
 
 
-def place_words(tokenizer, box: tuple[float, ...], rng: random.Random) -> list[tuple[int, float]]:
-    """Return tokens and weights whose weighted embeddings say where a box is, to about a hundredth of the side.
+def place_weights(box: Sequence[float], rng: random.Random | None = None) -> list[float]:
+    """Return the numbers that say where a box is: seven for each of x1, y1, x2, y2 (shares of the side).
 
-    Each of x1, y1, x2, y2 has seven tokens that no text uses. The weight of the first is the number itself, from -1 to 1;
-    those of the others are cosine and sine of three waves. A soft token can hold such a sum, but not write digits.
+    The first is the number itself, from -1 to 1; the others are cosine and sine of three waves.
+
+    Args:
+        rng: of the noise on each of x1, y1, x2, y2; None for none.
     """
     weights = []
     for share in box:
-        share += rng.gauss(0, PLACE_NOISE)
+        share += rng.gauss(0, PLACE_NOISE) if rng else 0.0
         weights.append(2 * share - 1)
         angles = [2 * math.pi * wave * share for wave in PLACE_WAVES]
         weights += [function(angle) for angle in angles for function in (math.cos, math.sin)]
-    return list(zip(tokenizer.convert_tokens_to_ids(PLACE_BYTES), weights))
+    return weights
+
+
+def place_words(tokenizer, box: tuple[float, ...], rng: random.Random) -> list[tuple[int, float]]:
+    """Return tokens and weights whose weighted embeddings say where a box is, to about a hundredth of the side.
+
+    The weights are those of `place_weights`, of tokens that no text uses. A soft token can hold such a sum, but not write
+    digits.
+    """
+    return list(zip(tokenizer.convert_tokens_to_ids(PLACE_BYTES), place_weights(box, rng)))
 
 
 def rename(texts: list[str], rng: random.Random) -> list[str]:

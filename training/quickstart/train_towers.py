@@ -66,14 +66,25 @@ def main() -> None:
     parser.add_argument(
         "--boxes", choices=("find", "all"), default="", help="notes hold boxes, and questions ask for them"
     )
+    parser.add_argument("--places", action="store_true", help="train the image tower to tell the box of each object")
     parser.add_argument("--conversations", action="store_true", help="texts about two scenes, and of several turns")
-    parser.add_argument("--device", default="cpu", help="of the language model")
-    parser.add_argument("--workers", type=int, default=0, help="processes that write its texts")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw, or write texts")
     args = parser.parse_args()
     course = Course(args.shuffled, args.crowded, args.boxes, args.glyphs, args.conversations)
     print(json.dumps({k: str(v) for k, v in vars(args).items()}))
     if args.part in ("all", "vision"):
-        train_vision(args.out / "vision", args.seed, args.vision_steps, args.batch, args.glyphs, args.start)
+        train_vision(
+            args.out / "vision",
+            args.seed,
+            args.vision_steps,
+            args.batch,
+            args.glyphs,
+            args.places,
+            args.start,
+            args.device,
+            args.workers,
+        )
     if args.part in ("all", "llm"):
         train_llm(
             args.out / "llm", args.seed, args.llm_steps, args.batch // 2, course, args.start, args.device, args.workers

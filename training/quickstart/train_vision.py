@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from blipren.training.quickstart.glyphs import ASPECT, FONT, Glyph, draw_glyphs, random_ink
+from blipren.training.quickstart.grounded_scenes import object_box
+from blipren.training.quickstart.notes import PLACE_WORDS, place_weights
 from blipren.training.quickstart.optimization import make_optimizer, save_half_precision, take_step
 from blipren.training.quickstart.scenes import (
     COLOURS,
@@ -89,6 +93,24 @@ def patch_targets(scenes: list[Scene]) -> Tensor:
     return torch.from_numpy(targets.reshape(len(scenes), GRID * GRID, 6))
 
 
+def box_targets(scenes: list[Scene], targets: Tensor) -> Tensor:
+    """Return the box of the object at each patch as `place_weights` writes it: [batch, patches, PLACE_WORDS].
+
+    Args:
+        targets: of `patch_targets`; patches without an object are 0.
+    """
+    centres = (np.arange(GRID) + 0.5) / GRID
+    boxes = torch.zeros(*targets.shape[:2], PLACE_WORDS)
+    for own, scene, there in zip(boxes, scenes, targets[..., 1] > 0):
+        weights = torch.tensor([place_weights(object_box(o)) for o in scene.objects])
+        for patch in there.nonzero().flatten().tolist():
+            y, x = centres[patch // GRID], centres[patch % GRID]
+            distances = [max(abs(y - o.y), abs(x - o.x)) - o.radius for o in scene.objects]
+            own[patch] = weights[int(np.argmin(distances))]
+    return boxes
+
+
+BOX_WEIGHT = 2.0  # of the mean absolute error of the box, beside the losses of the classes
 HEAD_SIZES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 4, 4, 4)
 
 
@@ -106,6 +128,13 @@ def shape_batch(seed: int, indices: range) -> tuple[Tensor, Tensor]:
     """Return pixels and patch targets of scenes of shapes."""
     scenes = [vision_scene(seed, i) for i in indices]
     return pixels_of(scenes), patch_targets(scenes)
+
+
+def box_batch(seed: int, indices: range) -> tuple[Tensor, Tensor, Tensor]:
+    """Return pixels, patch targets and box targets of scenes of shapes."""
+    scenes = [vision_scene(seed, i) for i in indices]
+    targets = patch_targets(scenes)
+    return pixels_of(scenes), targets, box_targets(scenes, targets)
 
 
 GLYPH_SCALE = 4  # digits of a few pixels need smooth edges
@@ -157,13 +186,23 @@ def glyph_batch(seed: int, indices: range) -> tuple[Tensor, Tensor]:
 
 
 def train_vision(
-    out: Path, seed: int, steps: int, batch: int, glyphs: bool = False, start: Path | None = None
+    out: Path,
+    seed: int,
+    steps: int,
+    batch: int,
+    glyphs: bool = False,
+    boxes: bool = False,
+    start: Path | None = None,
+    device: str = "cpu",
+    workers: int = 0,
 ) -> None:
     """Train the image tower with a linear head on every patch, and write it without that head.
 
     Args:
         glyphs: train it on digits too.
+        boxes: every patch on an object also predicts the object's box, in float32, since bfloat16 is too coarse for it.
         start: tower to continue from.
+        workers: processes that draw.
     """
     torch.manual_seed(seed)
     if start is None:
@@ -181,14 +220,20 @@ def train_vision(
         model = SiglipVisionModel.from_pretrained(start, dtype=torch.float32)
     model.set_attn_implementation("eager")
     head_sizes = (*HEAD_SIZES, len(FONT) + 1) if glyphs else HEAD_SIZES
-    head = nn.Linear(WIDTH, sum(head_sizes))
-    both = nn.ModuleList([model, head])
+    head = nn.Linear(WIDTH, sum(head_sizes) + boxes * PLACE_WORDS)
+    both = nn.ModuleList([model, head]).to(device)
     print(f"vision: {model.num_parameters():,} parameters")
     optimizer, schedule = make_optimizer(both.parameters(), 1.5e-3, steps)
-    started = time.process_time()
-    for step in range(steps):
-        pixels, targets = (glyph_batch if glyphs else shape_batch)(seed + 1, range(step * batch, (step + 1) * batch))
-        with torch.autocast("cpu", torch.bfloat16):
+    batches = DataLoader(
+        [range(step * batch, (step + 1) * batch) for step in range(steps)],
+        batch_size=None,
+        collate_fn=partial(glyph_batch if glyphs else box_batch if boxes else shape_batch, seed + 1),
+        num_workers=workers,
+    )
+    started = time.perf_counter()
+    for step, (pixels, targets, *places) in enumerate(batches):
+        pixels, targets = pixels.to(device), targets.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=not boxes):
             states = model(pixel_values=pixels).last_hidden_state
         logits = head(states.float())
         there = targets[..., 1] > 0
@@ -196,14 +241,18 @@ def train_vision(
             there |= targets[..., 6] > 0
         weight = torch.where(there, 1.0, 0.25).flatten()  # most patches are ground
         loss, right = 0.0, []
-        for k, part in enumerate(logits.split(head_sizes, dim=-1)):
+        for k, part in enumerate(logits[..., : sum(head_sizes)].split(head_sizes, dim=-1)):
             losses = F.cross_entropy(part.flatten(0, 1), targets[..., k].flatten(), reduction="none")
             loss = loss + (losses * weight).sum() / weight.sum()
             named = there & (targets[..., k] > 0)
             right.append((part.argmax(-1) == targets[..., k])[named].float().mean().item())
+        if boxes:
+            misses = (logits[..., sum(head_sizes) :] - places[0].to(device)).abs()[there].mean(dim=0)
+            loss = loss + BOX_WEIGHT * misses.mean()
+            right.append(misses[:: PLACE_WORDS // 4].mean().item() / 2)
         take_step(loss, both, optimizer, schedule)
         if step % 50 == 0 or step == steps - 1:
-            seconds = time.process_time() - started
+            seconds = time.perf_counter() - started
             shares = ", ".join(f"{r:.3f}" for r in right)
             print(f"vision: step {step}, loss {loss.item():.4f}, right {shares}, {seconds:.0f} s", flush=True)
         if step % 500 == 499 or step == steps - 1:
