@@ -12,7 +12,12 @@
         --llm-steps 400 --shuffled 0.7 --boxes all
     python -m blipren.training.quickstart.train_towers --part llm --start boxes/llm --out numbers --seed 14 \
         --llm-steps 120 --shuffled 0.7 --boxes all
-    cp -r numbers/llm training/quickstart/towers/boxes-llm
+    python -m blipren.training.quickstart.train_towers --part llm --start numbers/llm --out longer --seed 15 \
+        --llm-steps 3000 --batch 96 --shuffled 0.7 --crowded --boxes all --device cuda --workers 3
+    cp -r longer/llm training/quickstart/towers/boxes-llm
+    python -m blipren.training.quickstart.train_towers --part vision --places --start training/quickstart/towers/vision \
+        --out places --seed 1 --vision-steps 6000 --device cuda --workers 1
+    cp -r places/vision training/quickstart/towers/boxes-vision
     python -m blipren.training.quickstart.train_towers --part vision --glyphs --start training/quickstart/towers/vision \
         --out glyphs --seed 0 --vision-steps 3500
     cp -r glyphs/vision training/quickstart/towers/glyphs-vision
@@ -26,9 +31,9 @@
     cp -r turns/llm training/quickstart/towers/conversations-llm
 
 write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in about 70 minutes on one core,
-and variants of both: an image tower that also reads digits, and language models that say digits, directions and order, or
-have read texts with boxes, or texts of several turns and about two scenes (in six minutes on an H100 that others used).
-(Digits get new embeddings at the start of each run with `--glyphs`. The first one was made without this, and its model never
+and variants of both: image towers that also read digits, or tell the box of each object, and language models that say digits,
+directions and order, or have read texts with boxes, or texts of several turns and about two scenes. `--device cuda` takes four
+to six minutes on an H100 that others used. (Digits get new embeddings at the start of each run with `--glyphs`. The first one was made without this, and its model never
 learned to say one: see `train_llm`. `first-boxes` is the boxes' model of an earlier version, `towers/boxes-llm` of commit
 e646f6a: it said boxes, but did not read them. `find` and `boxes` were made with commit 063036a, in whose loss a comma
 counted ten times as much as a third digit.) The language model is trained in three runs: on notes in the order in which a

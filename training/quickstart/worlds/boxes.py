@@ -2,8 +2,8 @@
 
     scenes with boxes -> new -> embed --grounding -> train -> evaluate --tasks captioning vqa refer -> caption
 
-The language model is frozen and has never seen a picture; `towers/boxes-llm` has read texts about places (see
-`train_towers.py`). OUT holds `scenes/`, `untrained/`, `cache/`, `run/`, `model/`, `after/` (evaluation with report),
+The language model is frozen and has never seen a picture; `towers/boxes-llm` has read texts about places, and each patch of
+`towers/boxes-vision` tells the box of the object on it (see `train_towers.py`). OUT holds `scenes/`, `untrained/`, `cache/`, `run/`, `model/`, `after/` (evaluation with report),
 `summary.json`, `boxes.png` (one caption with boxes) and `found.png` (answers to "Find every ...").
 """
 
@@ -16,7 +16,7 @@ from blipren.training.quickstart.grounded_scenes import iterate_grounded_rows
 from blipren.training.quickstart.scenes import Split, write_scenes
 from blipren.training.quickstart.steps import TOWERS, export_model, run_step
 
-DURATION = "takes about five minutes on two cores"
+DURATION = "takes about ten minutes on two cores"
 SPLITS = (
     Split("train", "seen", 3000),
     Split("validation", "seen", 100),
@@ -34,7 +34,9 @@ def run_world(settings: QuickstartSettings, out: Path) -> dict:
     scenes, untrained, cache, run, model = (out / n for n in ("scenes", "untrained", "cache", "run", "model"))
     count = write_scenes(scenes, settings.seed, SPLITS, iterate_grounded_rows)
     print(f"drew {count} scenes in {scenes} ({time.perf_counter() - started:.0f} s)")
-    run_step("new", RECIPE, out=untrained, vision=TOWERS / "vision", llm=TOWERS / "boxes-llm", seed=settings.seed)
+    run_step(
+        "new", RECIPE, out=untrained, vision=TOWERS / "boxes-vision", llm=TOWERS / "boxes-llm", seed=settings.seed
+    )
     run_step("embed", RECIPE, model=untrained, dataset=scenes, cache=cache)
     run_step("train", RECIPE, model=untrained, cache=cache, out=run, seed=settings.seed)
     export_model(run, model)
