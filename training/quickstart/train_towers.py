@@ -31,16 +31,16 @@
     cp -r turns/llm training/quickstart/towers/conversations-llm
 
 write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in about 70 minutes on one core,
-and variants of both: image towers that also read digits, or tell the box of each object, and language models that say digits,
-directions and order, or have read texts with boxes, or texts of several turns and about two scenes. `--device cuda` takes four
-to six minutes on an H100 that others used. (Digits get new embeddings at the start of each run with `--glyphs`. The first one was made without this, and its model never
-learned to say one: see `train_llm`. `first-boxes` is the boxes' model of an earlier version, `towers/boxes-llm` of commit
-e646f6a: it said boxes, but did not read them. `find` and `boxes` were made with commit 063036a, in whose loss a comma
-counted ten times as much as a third digit.) The language model is trained in three runs: on notes in the order in which a
-caption names the objects, then on notes in any order, then mostly on scenes of three objects, whose words the model of the
-second run still confused. Neither tower is trained on a held-out combination of colour and shape (see `scenes.py`): the
-image tower is trained on scenes of the group "seen" only, the language model on text about such scenes and never on an
-image.
+and variants of both: image towers that also read digits, or tell the box of each object, and language models that say
+digits, directions and order, or have read texts with boxes, or texts of several turns and about two scenes. `--device cuda`
+takes four to six minutes on an H100 that others used. (Digits get new embeddings at the start of each run with `--glyphs`.
+The first one was made without this, and its model never learned to say one: see `train_llm`. `first-boxes` is the boxes'
+model of an earlier version, `towers/boxes-llm` of commit e646f6a: it said boxes, but did not read them. `find` and `boxes`
+were made with commit 063036a, in whose loss a comma counted ten times as much as a third digit.) The language model is
+trained in three runs: on notes in the order in which a caption names the objects, then on notes in any order, then mostly on
+scenes of three objects, whose words the model of the second run still confused. Neither tower is trained on a held-out
+combination of colour and shape (see `scenes.py`): the image tower is trained on scenes of the group "seen" only, the
+language model on text about such scenes and never on an image.
 
 - Image tower (`train_vision.py`): a linear head on every patch predicts colour, shape, size and place of the object there.
 - Language model (`train_llm.py`): captions and answers behind the prompts that the processor writes. Most texts begin with

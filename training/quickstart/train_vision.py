@@ -230,7 +230,7 @@ def train_vision(
         collate_fn=partial(glyph_batch if glyphs else box_batch if boxes else shape_batch, seed + 1),
         num_workers=workers,
     )
-    started = time.perf_counter()
+    started = time.process_time()
     for step, (pixels, targets, *places) in enumerate(batches):
         pixels, targets = pixels.to(device), targets.to(device)
         with torch.autocast(device, torch.bfloat16, enabled=not boxes):
@@ -252,7 +252,7 @@ def train_vision(
             right.append(misses[:: PLACE_WORDS // 4].mean().item() / 2)
         take_step(loss, both, optimizer, schedule)
         if step % 50 == 0 or step == steps - 1:
-            seconds = time.perf_counter() - started
+            seconds = time.process_time() - started
             shares = ", ".join(f"{r:.3f}" for r in right)
             print(f"vision: step {step}, loss {loss.item():.4f}, right {shares}, {seconds:.0f} s", flush=True)
         if step % 500 == 499 or step == steps - 1:
