@@ -8,8 +8,9 @@ nor the probe has seen. A probe reads the features of one patch on the object, a
 which is what `patch_position_embeddings` adds. Linear: least squares; MLP: one hidden layer of 256, 1,500 steps.
 
 **What the language model reads**: true notes on a scene, whose places are exact or moved by noise, stand where the visual
-tokens would, and it is asked for the box of each object that is alone of its kind. No image and no bridge take part, so this is
-what a perfect bridge would reach. The box has to overlap that of the notes, moved or not.
+tokens would, and it is asked for the box of each object that is alone of its kind, and how many there are of each kind. No
+image and no bridge take part, so this is what a perfect bridge would reach. The box has to overlap that of the notes, moved
+or not.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from blipren.training.quickstart.train_llm import read_notes
 from blipren.training.quickstart.train_vision import GRID, patch_targets, pixels_of
 
 NOISES = (0.0, 0.04)  # standard deviation of the notes' places, in shares of the side
-ASKED = 25  # scenes
+ASKED = 40  # scenes
 SETS = {"fit": (0, 600, "seen"), "seen": (5000, 150, "seen"), "unseen": (6000, 150, "unseen")}
 
 
@@ -74,10 +75,17 @@ def fit_mlp(inputs: np.ndarray, targets: np.ndarray, steps: int):
     return lambda other: model((torch.tensor(other).float() - mean) / deviation).detach().numpy()
 
 
-def ask_for_boxes(model, tokenizer, scenes: list, noise: float, rng: random.Random) -> np.ndarray:
-    """Return the IoU of the answers with the boxes of the notes, which are moved by noise: one for each object alone of its
-    kind."""
-    ious = []
+def ask(model, tokenizer, soft: torch.Tensor, question: str) -> str:
+    """Return the model's answer to a question behind notes."""
+    asked = model.get_input_embeddings()(torch.tensor(tokenizer.encode(question)))
+    output = model.generate(inputs_embeds=torch.cat([soft, asked])[None], max_new_tokens=32, do_sample=False)
+    return tokenizer.decode(output[0], skip_special_tokens=True).strip()
+
+
+def ask_about_notes(model, tokenizer, scenes: list, noise: float, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """Return the IoU of the answers with the boxes of the notes, which are moved by noise, one for each object alone of its
+    kind; and whether each kind is counted right."""
+    ious, counted = [], []
     for scene in scenes:
         kinds = [o.combination for o in scene.objects]
         notes = []
@@ -87,15 +95,14 @@ def ask_for_boxes(model, tokenizer, scenes: list, noise: float, rng: random.Rand
             box = (x1 + across, y1 + down, x2 + across, y2 + down)
             notes.append(Note(f" {o.size} {o.colour} {o.shape}", tuple(min(1.0, max(0.0, v)) for v in box)))
         soft = read_notes(model, tokenizer, notes)
+        for kind in dict.fromkeys(kinds):
+            counted.append(ask(model, tokenizer, soft, f"Count every {' '.join(kind)}.") == str(kinds.count(kind)))
         for o, note in zip(scene.objects, notes):
             if kinds.count(o.combination) > 1:
                 continue
-            asked = model.get_input_embeddings()(torch.tensor(tokenizer.encode(f"Find every {o.colour} {o.shape}.")))
-            given = torch.cat([soft, asked])[None]
-            output = model.generate(inputs_embeds=given, max_new_tokens=32, do_sample=False)
-            found = read_places(tokenizer.decode(output[0], skip_special_tokens=True)).boxes
+            found = read_places(ask(model, tokenizer, soft, f"Find every {o.colour} {o.shape}.")).boxes
             ious.append(float(box_iou([found[0]], [[1000 * v for v in note.box]])[0, 0]) if found else 0.0)
-    return np.array(ious)
+    return np.array(ious), np.array(counted)
 
 
 def main() -> None:
@@ -142,11 +149,14 @@ def main() -> None:
             make_scene(options.seed, n, group) for n in range(start, start + max(4, round(ASKED * options.share)))
         ]
         for noise in NOISES:
-            iou = ask_for_boxes(llm, tokenizer, scenes, noise, random.Random(f"{options.seed}/{group}/{noise}"))
+            iou, counted = ask_about_notes(
+                llm, tokenizer, scenes, noise, random.Random(f"{options.seed}/{group}/{noise}")
+            )
             figures[f"language model, notes moved by {noise}, {group}"] = {
                 "IoU 0.5": round(float((iou >= THRESHOLD).mean()), 3),
                 "mean IoU": round(float(iou.mean()), 3),
                 "questions": len(iou),
+                "counting": round(float(counted.mean()), 3),
             }
     for name, values in figures.items():
         print(f"{name:44}" + ", ".join(f"{key} {value}" for key, value in values.items()))
