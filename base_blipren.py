@@ -152,6 +152,8 @@ class BliprenPreTrainedModel(BliprenPatchFeaturesMixin, PreTrainedModel):
     def save_bridge(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs) -> None:
         """Write a bridge checkpoint: what was trained, and ids, revisions and hashes of the frozen parts.
 
+        It also holds a part that an earlier run trained, whose weights are no longer those of its base model.
+
         Raises:
             ValueError: when `config.base_models` is empty, or a frozen part was trained.
         """
@@ -160,20 +162,33 @@ class BliprenPreTrainedModel(BliprenPatchFeaturesMixin, PreTrainedModel):
                 "a bridge checkpoint needs config.base_models (ids and revisions of the frozen parts), which "
                 "from_vision_text_pretrained sets; save this model with save_pretrained"
             )
-        for part in ("vision", "second_vision", "llm"):
-            module = self.parts().get(part)
-            if module is not None and any(p.requires_grad and "lora_" not in n for n, p in module.named_parameters()):
-                raise ValueError(
-                    f"the {part} model was trained, and a bridge checkpoint does not hold it; use save_pretrained"
-                )
+        if trained := self._trained_base_parts():
+            raise ValueError(
+                f"the {trained[0]} model was trained, and a bridge checkpoint does not hold it; use save_pretrained"
+            )
         state_dict = state_dict if state_dict is not None else self.state_dict()
         frozen = self._frozen_prefixes()
         kept = {k: v for k, v in state_dict.items() if not k.startswith(frozen) and "lora_" not in k}
         self._save(save_directory, "bridge", kept, **kwargs)
 
+    def _trained_base_parts(self) -> list[str]:
+        """Return the base models, of `vision`, `second_vision` and `llm`, that have trainable weights besides LoRA's."""
+        modules = {part: self.parts().get(part) for part in ("vision", "second_vision", "llm")}
+        return [
+            part
+            for part, module in modules.items()
+            if module is not None and any(p.requires_grad and "lora_" not in n for n, p in module.named_parameters())
+        ]
+
     def _frozen_prefixes(self) -> tuple[str, ...]:
-        """Return the prefixes of the weights that a bridge checkpoint leaves out."""
-        return ("model.vision_tower.", "model.second_vision_tower.", "model.language_model.", "lm_head.")
+        """Return the prefixes of the weights that a bridge checkpoint leaves out: those of its base models."""
+        prefixes = {
+            "vision": ("model.vision_tower.",),
+            "second_vision": ("model.second_vision_tower.",),
+            "llm": ("model.language_model.", "lm_head."),
+        }
+        bases = self.config.base_models.items()
+        return tuple(prefix for part, base in bases if not base.get("trained") for prefix in prefixes[part])
 
     def _save(self, save_directory, checkpoint_type: str, state_dict: dict | None, **kwargs) -> None:
         with_adapter = getattr(self, "_hf_peft_config_loaded", False)
@@ -209,6 +224,9 @@ class BliprenPreTrainedModel(BliprenPatchFeaturesMixin, PreTrainedModel):
                 sub_config.dtype = self.dtype
         if getattr(self, "memory", None) is not None:
             self.save_memory(save_directory)
+        for part in self._trained_base_parts():
+            if self.config.base_models:
+                self.config.base_models[part]["trained"] = True
         previous, self.config.checkpoint_type = self.config.checkpoint_type, checkpoint_type
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)

@@ -118,7 +118,8 @@ class BliprenConfig(PreTrainedConfig):
         qformer_reads_prompt (`bool`, defaults to `False`): the Q-Former reads the prompt beside the image, through
             `qformer_input_ids` of its own tokenizer (InstructBLIP, https://arxiv.org/abs/2305.06500).
         base_models (`dict`, *optional*): sources of the frozen parts: `{"vision": {"id", "revision", "sha256",
-            "sampled_sha256"}, "llm": {...}}`, and `"second_vision"` with two encoders.
+            "sampled_sha256"}, "llm": {...}}`, and `"second_vision"` with two encoders. A part with `"trained": true` was
+            trained since: a bridge holds its weights.
         checkpoint_type (`str`, defaults to `"full"`): `"full"`, or `"bridge"` for a folder with only what was trained.
         format_version (`int`): version of the checkpoint format; a newer one than this code's is refused.
 

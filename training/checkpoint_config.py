@@ -44,3 +44,14 @@ def local_bases(config: dict) -> dict[str, str]:
     """Return the base models (`vision`, `llm`) of a checkpoint that are folders of this machine, with the folder."""
     bases = config.get("base_models") or {}
     return {part: base["id"] for part, base in bases.items() if base and is_local(str(base.get("id")))}
+
+
+def missing_bases(config) -> list[str]:
+    """Return the folders of base models that are not here, so that a bridge checkpoint on them would not load.
+
+    Args:
+        config: a `BliprenConfig`, as of a full checkpoint that came from another machine.
+    """
+    return [
+        folder for folder in local_bases({"base_models": config.base_models}).values() if not os.path.isdir(folder)
+    ]

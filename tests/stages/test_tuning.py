@@ -1,10 +1,12 @@
 """What `blipren train` trains: connector, LoRA, all of the language model, beside one in few bits."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from blipren import BliprenForConditionalGeneration
+from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.training.engine import optimizer, trained_parts
 from blipren.training.errors import UsageError, UserError
 from blipren.training.stages import train as caption
@@ -61,6 +63,30 @@ def test_full_tuning_trains_the_llm_and_saves_everything(settings, tmp_path, mod
     names = [n for n in before if "language_model.layers" in n and n.endswith("proj.weight")]
     assert names and all(not torch.equal(before[n], after[n]) for n in names)
     assert all(torch.equal(before[n], after[n]) for n in before if "vision_tower" in n)
+
+
+@pytest.mark.parametrize("tuned", [{"llm_tuning": "full"}, {"llm_tuning": "lora", "full": True, "merge_lora": True}])
+def test_a_frozen_run_keeps_the_language_model_that_an_earlier_run_trained(plain_two_steps, tuned):
+    first = plain_two_steps(f"first-{tuned['llm_tuning']}", **tuned)
+    second = plain_two_steps(f"second-{tuned['llm_tuning']}", model=str(first))
+    config = json.loads((second / "config.json").read_text())
+    assert config["checkpoint_type"] == "bridge" and config["base_models"]["llm"]["trained"]
+    before, after = (BliprenForConditionalGeneration.from_pretrained(p).state_dict() for p in (first, second))
+    frozen = [n for n in before if "language_model" in n or "lm_head" in n or "vision_tower" in n]
+    assert frozen and all(torch.equal(before[n], after[n]) for n in frozen)
+    assert any(not torch.equal(before[n], after[n]) for n in before if "qformer" in n)
+
+
+def test_run_from_a_full_checkpoint_without_its_base_models_writes_a_full_one(plain_two_steps, model_dir, tmp_path):
+    full = tmp_path / "full"
+    model = BliprenForConditionalGeneration.from_pretrained(model_dir)
+    for part, base in model.config.base_models.items():
+        base["id"] = str(tmp_path / f"no-{part}")
+    model.save_pretrained(full)
+    BliprenProcessor.from_pretrained(model_dir).save_pretrained(full)
+    run = plain_two_steps("without-bases", model=str(full))
+    BliprenForConditionalGeneration.from_pretrained(run)
+    assert json.loads((run / "config.json").read_text())["checkpoint_type"] == "full"
 
 
 def test_gradient_checkpointing_gives_the_same_weights(settings, tmp_path, deterministic_model, monkeypatch):

@@ -45,7 +45,7 @@ def add_lora(model: nn.Module, settings: TrainedPartsSettings) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add each LoRA to the weight that it adapts, and remove it."""
+    """Add each LoRA to the weight that it adapts, and remove it. The language model then counts as trained."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
@@ -55,6 +55,8 @@ def merge_lora(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     del model.peft_config
     model._hf_peft_config_loaded = False
+    if model.config.base_models:
+        model.config.base_models["llm"]["trained"] = True
 
 
 def choose_trained(model: nn.Module, settings: TrainedPartsSettings, train_vision: bool = False) -> None:

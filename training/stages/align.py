@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blipren.training.checkpoint_config import missing_bases
 from blipren.training.commands.align import AlignSettings
 from blipren.training.console import print_line
 from blipren.training.data.batches.pairs import CaptionPairs, PairBatches
@@ -271,7 +272,8 @@ class AlignTrainer(StageTrainer):
 
     def write_model(self, folder: Path) -> None:
         if self.args.should_save:
-            (self.model.save_pretrained if self.settings.full else self.model.save_bridge)(folder)
+            full = self.settings.full or missing_bases(self.model.config)
+            (self.model.save_pretrained if full else self.model.save_bridge)(folder)
             self.processing_class.save_pretrained(folder)
 
     def summary_lines(self, summary: dict) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from blipren.training.checkpoint_config import missing_bases
 from blipren.training.data.batches.datasets import EvalBatches
 from blipren.training.data.batches.masks import build_attention_mask, dense_attention
 from blipren.training.engine import flops
@@ -158,8 +159,10 @@ class AnswerTrainer(StageTrainer):
         ]
 
     def writes_full_checkpoint(self) -> bool:
-        """Return whether the finished model holds all parts: a bridge cannot hold a trained LLM or vision encoder."""
-        return self.settings.full or self.settings.llm_tuning == "full" or self.train_vision
+        """Return whether the finished model holds all parts: a bridge cannot hold a trained LLM or vision encoder, and does
+        not load without its base models."""
+        trained = self.settings.llm_tuning == "full" or self.train_vision
+        return self.settings.full or trained or bool(missing_bases(self.model.config))
 
     def try_step(self) -> None:
         """Run the first micro-batch forward and backward, without an update, to count FLOPs per useful token.
