@@ -58,9 +58,7 @@ def consensus_captions(source, count: int, processor) -> dict[int, list[str]]:
     for row, image in enumerate(images):
         near = [i for i in squares[row].argsort()[: settings.retrieved + 1].tolist() if i != row]
         known = list(dict.fromkeys(caption for i in near for caption in tokens[i]))
-        found, scores = table.search(
-            known, weights[row].numpy(), settings.joins, settings.joined, longest, settings.invention_penalty
-        )
+        found, scores = table.search(known, weights[row].numpy(), settings.joins, settings.joined, longest)
         best = np.argsort(-scores, kind="stable")
         different = dict.fromkeys(processor.decode_answer(list(found[i])) for i in best[: 2 * count + 8])
         chosen[image] = list(different)[:count]
