@@ -62,7 +62,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timed-steps", type=int, default=12, help="its steps that are made in full")
     parser.add_argument("--notebook-learning-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 60, 120, 200], help="of ours")
-    parser.add_argument("--max-copies", type=float, default=1.0, help="share of captions that may be copies")
+    parser.add_argument(
+        "--max-copies",
+        type=float,
+        default=1.0,
+        help="share of captions that may be copies; 1 keeps the default penalty",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("time_to_quality.json"))
