@@ -23,7 +23,8 @@ class MemoryCommandSettings(Settings):
     extend: bool = False
     """Add to the memory in OUT; images that it has already are left out and counted."""
     max_copies: float = 0.3
-    """Share of validation images that may get a caption of the memory word for word; decides the copy penalty."""
+    """Share of validation images that may get a caption of the memory word for word; decides the copy penalty. 1 keeps the
+    default penalty, 0.1."""
     max_new_tokens: int = 64
     """Maximum number of tokens of these images' captions."""
     num_beams: int = 1

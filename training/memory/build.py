@@ -125,7 +125,7 @@ def with_copy_penalty(
     if not count:
         raise UserError(
             f"{cache.folder} has no validation images, by which the copy penalty is chosen: give --max-copies 1, which "
-            "allows any copy"
+            "keeps the default penalty"
         )
     model.memory = model.memory.with_settings(copy_penalty=0.0)
     model.memory.leave_out_duplicates = True
