@@ -33,7 +33,7 @@
 write `vision/` (a SigLIP image tower) and `llm/` (a Llama with its tokenizer), in float16, in about 70 minutes on one core,
 and variants of both: image towers that also read digits, or tell the box of each object, and language models that say
 digits, directions and order, or have read texts with boxes, or texts of several turns and about two scenes. `--device cuda`
-takes four to six minutes on an H100 that others used. (Digits get new embeddings at the start of each run with `--glyphs`.
+takes four to six minutes on an H200 that others used. (Digits get new embeddings at the start of each run with `--glyphs`.
 The first one was made without this, and its model never learned to say one: see `train_llm`. `first-boxes` is the boxes'
 model of an earlier version, `towers/boxes-llm` of commit e646f6a: it said boxes, but did not read them. `find` and `boxes`
 were made with commit 063036a, in whose loss a comma counted ten times as much as a third digit.) The language model is
