@@ -210,15 +210,15 @@ class BliprenVideoProcessor(ImageProcessingMixin):
         frame_times: also return the seconds from frame to frame, for a model whose time embedding is by seconds.
     """
 
+    fps = 24.0
+    """Rate that vLLM gives the black frames that it measures its memory with; no other video has it."""
+
     def __init__(self, num_frames: int = 8, image_processor=None, frame_times: bool = False, **kwargs):
         self.num_frames = num_frames
         if isinstance(image_processor, dict):
             image_processor = with_pieces(with_fast_resize(load_image_processor_settings(image_processor)))
         self.image_processor = image_processor
         self.frame_times = frame_times
-
-    fps = 24.0
-    """Rate that vLLM gives the black frames that it measures its memory with; no other video has it."""
 
     @property
     def do_sample_frames(self) -> bool:

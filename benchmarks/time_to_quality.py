@@ -11,8 +11,8 @@ same in less time; they count as much as the timed ones.
 The other ways embed the data set once, without views, and take the first `--steps` of the recipe's `train` section, each as a
 run of its own whose learning rate falls to its end. Step 0 is the untrained checkpoint. Each is measured without a memory, and
 with one, whose making counts. With `--max-copies` below 1 its copy penalty is chosen on the same validation images, which counts
-too. CIDEr is that of beam
-search with three beams and no length penalty, on all validation images, for all ways; measuring it is not part of the times.
+too. CIDEr is that of beam search with three beams and no length penalty, on all validation images, for all ways; measuring it
+is not part of the times.
 Times are processor time: run it with one thread (`--threads 1`) on a shared machine.
 """
 

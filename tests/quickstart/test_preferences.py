@@ -1,6 +1,11 @@
 """The world of preferences at small size: every step runs, and the summary holds every figure of both models."""
 
+import importlib.util
+
+import pytest
+
 from blipren.training.commands.quickstart import QuickstartSettings
+from blipren.training.errors import UserError
 from blipren.training.quickstart import scenes, steps
 from blipren.training.quickstart.scenes import Split
 from blipren.training.quickstart.worlds import captions, preferences
@@ -42,3 +47,10 @@ def test_the_world_runs_at_small_size(tmp_path, monkeypatch):
     assert summary.keys() == {f"{n}_{g}_{s}" for n in names for g in ("seen", "unseen") for s in stages}
     assert all(0 <= value <= 1 for value in summary.values())
     assert (tmp_path / "dpo" / "model.safetensors").is_file()
+
+
+def test_world_without_trl_is_refused_before_it_draws(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install blipren\[trl\]"):
+        preferences.run_world(QuickstartSettings(out=str(tmp_path)), tmp_path)
+    assert not any(tmp_path.iterdir())

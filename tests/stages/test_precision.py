@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor, modeling_blipren
+from blipren.training.engine.trained_parts import compile_layers
 from blipren.training.errors import UserError
 from tests.stages.tools import events, weights
 
@@ -48,6 +49,13 @@ def test_fused_loss_is_refused_where_logits_are_capped(plain_two_steps, determin
     BliprenProcessor.from_pretrained(deterministic_model).save_pretrained(capped)
     with pytest.raises(UserError, match="neither scaled nor capped"):
         plain_two_steps("capped", model=str(capped), fused_loss=True)
+
+
+def test_compile_is_refused_where_it_would_compile_nothing(deterministic_model):
+    model = BliprenForConditionalGeneration.from_pretrained(deterministic_model)
+    model.model.language_model.layers = torch.nn.ModuleList()
+    with pytest.raises(UserError, match="leave --compile out"):
+        compile_layers(model, "aot_eager")
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

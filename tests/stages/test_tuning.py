@@ -77,7 +77,9 @@ def test_a_frozen_run_keeps_the_language_model_that_an_earlier_run_trained(plain
     assert any(not torch.equal(before[n], after[n]) for n in before if "qformer" in n)
 
 
-def test_run_from_a_full_checkpoint_without_its_base_models_writes_a_full_one(plain_two_steps, model_dir, tmp_path):
+def test_run_from_a_full_checkpoint_without_its_base_models_writes_a_full_one(
+    plain_two_steps, model_dir, tmp_path, capsys
+):
     full = tmp_path / "full"
     model = BliprenForConditionalGeneration.from_pretrained(model_dir)
     for part, base in model.config.base_models.items():
@@ -85,6 +87,7 @@ def test_run_from_a_full_checkpoint_without_its_base_models_writes_a_full_one(pl
     model.save_pretrained(full)
     BliprenProcessor.from_pretrained(model_dir).save_pretrained(full)
     run = plain_two_steps("without-bases", model=str(full))
+    assert "a full checkpoint is written, since" in capsys.readouterr().out
     BliprenForConditionalGeneration.from_pretrained(run)
     assert json.loads((run / "config.json").read_text())["checkpoint_type"] == "full"
 

@@ -27,8 +27,9 @@ class RewardSettings(Settings):
 
     rewards: list[str] = field(default_factory=list)
     """Rewards that are added: cider (captions, CIDEr-D), vqa (answers, VQA accuracy), choice (the right option), box
-    (intersection over union of boxes, matched one to one), scene (a caption that is true, for pictures whose content is known),
-    hallucination (share of named objects that are there), format (a pattern), length (at most so many words), or a function of yours as module:function."""
+    (intersection over union of boxes, matched one to one), scene (a caption that is true, for pictures whose content is
+    known), hallucination (share of named objects that are there), format (a pattern), length (at most so many words), or a
+    function of yours as module:function."""
     reward_weights: list[float] = field(default_factory=list)
     """Weight of each reward; 1 by default."""
     facts: str | None = None

@@ -104,9 +104,14 @@ def compile_layers(model: nn.Module, backend: str) -> None:
     Layers of one class share their compiled code, so a model of 30 layers compiles one: the whole model as one graph took
     more than five minutes on a GPU (docs/results/negative.md). What lies between the layers stays uncompiled.
     Source: https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
+
+    Raises:
+        UserError: the language model has no such layers, so that nothing of it would be compiled.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    if not any(isinstance(module, GradientCheckpointingLayer) for module in model.parts()["llm"].modules()):
+        raise UserError("compile needs a language model whose layers are transformers' own: leave --compile out")
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True, backend=backend)

@@ -77,9 +77,8 @@ def similar_scene(scene: Scene, rng: random.Random) -> Scene:
 
 def another(scene: Scene, old: SceneObject, colour: str, shape: str) -> SceneObject:
     """Return an object in place of one of the scene. The scene is written about, never drawn: x, y, rgb are of no use."""
-    sizes = [
-        o.size for o in scene.objects if o.combination == (colour, shape)
-    ]  # all objects of a combination have one
+    # all objects of a combination have one size
+    sizes = [o.size for o in scene.objects if o.combination == (colour, shape)]
     return replace(old, colour=colour, shape=shape, size=sizes[0] if sizes else old.size)
 
 

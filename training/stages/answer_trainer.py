@@ -143,6 +143,7 @@ class AnswerTrainer(StageTrainer):
 
     def summary_lines(self, summary: dict) -> list[str]:
         which, kind = "last weights", "Full" if self.writes_full_checkpoint() else "Bridge"
+        missing = missing_bases(self.model.config)
         if summary["kept"] != "last":
             name = self.settings.keep_best
             which = f"best of validation, {name} {summary[name]:.4f} at {summary['kept']}"
@@ -154,6 +155,7 @@ class AnswerTrainer(StageTrainer):
             )
         return [
             *lines,
+            *([f"a full checkpoint is written, since {' and '.join(missing)} is not here"] if missing else []),
             f"done: {summary['steps']} steps; {which}. {kind} checkpoint, log.jsonl and curves.png in "
             f"{self.run_folder.path}",
         ]

@@ -3,8 +3,9 @@
     scenes with boxes -> new -> embed --grounding -> train -> evaluate --tasks captioning vqa refer -> caption
 
 The language model is frozen and has never seen a picture; `towers/boxes-llm` has read texts about places, and each patch of
-`towers/boxes-vision` tells the box of the object on it (see `train_towers.py`). OUT holds `scenes/`, `untrained/`, `cache/`, `run/`, `model/`, `after/` (evaluation with report),
-`summary.json`, `boxes.png` (one caption with boxes) and `found.png` (answers to "Find every ...").
+`towers/boxes-vision` tells the box of the object on it (see `train_towers.py`). OUT holds `scenes/`, `untrained/`, `cache/`,
+`run/`, `model/`, `after/` (evaluation with report), `summary.json`, `boxes.png` (one caption with boxes) and `found.png`
+(answers to "Find every ...").
 """
 
 import json

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from blipren.training.commands.quickstart import QuickstartSettings
+from blipren.training.engine.preference_settings import check_trl
 from blipren.training.quickstart.scenes import Split, write_scenes
 from blipren.training.quickstart.similar_scenes import iterate_crowded_rows, write_preferences
 from blipren.training.quickstart.steps import run_step
@@ -23,6 +24,7 @@ CROWDED_SPLITS = (Split("train", "seen", 6000), Split("validation", "seen", 100)
 
 def run_world(settings: QuickstartSettings, out: Path) -> dict:
     """Run all steps. Returns the figures on held-out scenes before and after dpo."""
+    check_trl()  # before the minutes that the captions take
     captions.run_world(settings, out / "captions")
     return run_preferences(settings, out)
 
