@@ -59,7 +59,7 @@ class MemorySettings:
         joined: how many of them.
         fluency: weight of the language model's log-likelihood of a candidate, without the image; 0 does not read any.
         read: candidates of the highest predicted score that the language model reads.
-        invention_penalty: weight of doubts about words, see `ReferenceTable.doubts`, which are taken from the score.
+        invention_penalty: weight of doubts about words, see `ReferenceTable.doubts`, in a large memory (`doubt_weight`).
         copy_penalty: is taken from the predicted CIDEr of a candidate that is a known caption, word for word.
         near_duplicate: cosine of embeddings from which on two images count as near duplicates.
     """
@@ -75,7 +75,7 @@ class MemorySettings:
     joined: int = 60
     fluency: float = 0.002
     read: int = 40
-    invention_penalty: float = 0.3
+    invention_penalty: float = 0.33
     copy_penalty: float = 0.1
     near_duplicate: float = 0.9
 

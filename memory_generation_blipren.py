@@ -14,6 +14,8 @@ from .consensus_blipren import NgramGuidance, NgramModel
 from .image_features_blipren import IMAGE_INPUTS, BliprenImageFeatures
 from .memory_blipren import FILES, FOLDER, INDEX, BliprenMemory, find_memory
 
+HALF_DOUBTED = 180  # entries with which doubts about words have half the weight of a large memory
+
 # arguments of `generate` whose result is more than one best answer of the model itself
 _OWN_DISTRIBUTION = ("streamer", "assistant_model", "prompt_lookup_num_tokens", "return_dict_in_generate")
 _CACHES = ("past_key_values", "cache")  # of earlier turns, by the version of transformers
@@ -52,6 +54,15 @@ def memory_language_model(config) -> dict:
     """Return what decides the token ids of a memory."""
     base = (config.base_models or {}).get("llm") or {}
     return {"weights": base.get("sampled_sha256"), "vocab_size": config.text_config.vocab_size}
+
+
+def doubt_weight(memory: BliprenMemory) -> float:
+    """Return the weight of doubts about words, which is less in a small memory.
+
+    Most words are of few images there and look absent from a new one: doubts differ more between candidates, and predicted
+    scores do not.
+    """
+    return memory.settings.invention_penalty * len(memory) / (len(memory) + HALF_DOUBTED)
 
 
 def pool_patches(patch_features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -263,7 +274,7 @@ class BliprenMemoryMixin:
             retrieved = [caption for captions in others for caption in captions if len(caption) < most]
             candidates = list(dict.fromkeys(map(tuple, own + retrieved)))
             candidates, scores = table.search(
-                candidates, weights, settings.joins, settings.joined, most - 1, settings.invention_penalty
+                candidates, weights, settings.joins, settings.joined, most - 1, doubt_weight(memory)
             )
             if settings.fluency:
                 best = np.argsort(-scores, kind="stable")[: settings.read]

@@ -14,7 +14,7 @@ from blipren.consensus_blipren import (
     letters_of_tokens,
 )
 from blipren.memory_blipren import BliprenMemory, MemorySettings
-from blipren.memory_generation_blipren import Candidate
+from blipren.memory_generation_blipren import HALF_DOUBTED, Candidate, doubt_weight, embed_features
 from blipren.modeling_blipren import CACHE
 from blipren.training.cli import main
 from blipren.training.conversation.conversation import Conversation
@@ -250,6 +250,29 @@ def test_captions_come_through_the_memory_and_one_argument_leaves_it_out(remembe
     assert Conversation(model, processor).ask(None, photo, max_new_tokens=12) == answer
     with pytest.raises(ValueError, match="has no memory"):
         plain.generate(**inputs, use_memory=True)
+
+
+def test_doubts_about_words_count_less_in_a_small_memory(remembering, pictures):  # noqa: F811
+    assert doubt_weight(random_memory(30, settings=MemorySettings(invention_penalty=1.0))) == 30 / (30 + HALF_DOUBTED)
+    folder, _ = remembering
+    model = BliprenForConditionalGeneration.from_pretrained(folder).eval()
+    inputs = inputs_of(BliprenProcessor.from_pretrained(folder), pictures, ["06.png"])
+    captions = [[own[0], own[0][:-1] + [77]] for own in model.memory.tokens(list(range(len(model.memory))))]
+    names = [f"more {i}" for i in range(len(captions))]
+    texts = {"id": names, "image_hash": names, "captions": [["x", "y"]] * len(names), "tokens": captions}
+    model.memory = model.memory.extend(torch.randn(len(names), model.config.patch_feature_size), texts)
+    memory, scores = model.memory, []
+    for penalty in (0.0, 5.0):
+        model.memory = memory.with_settings(invention_penalty=penalty, joins=0, fluency=0.0)
+        scores.append({tuple(c.tokens): c.score for c in model.rank_captions(**inputs, max_new_tokens=12)[0]})
+    features = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+    embedding = embed_features(features, {"pixel_values": inputs["pixel_values"]})
+    table, weights = memory.regress(memory.standardise(embedding)[0], memory.find(embedding, len(memory)).indices[0])
+    doubts, share = table.doubts(weights), len(memory) / (len(memory) + HALF_DOUBTED)
+    for caption in memory.tokens([0])[0] + captions[0]:
+        lost = 5.0 * share * sum(doubts.get(token, 0.0) for token in set(caption))
+        assert scores[0][tuple(caption)] - scores[1][tuple(caption)] == pytest.approx(lost, abs=1e-9)
+    assert max(doubts.values()) > 0.1
 
 
 def test_a_penalty_keeps_copies_out_and_neighbours_are_shown(remembering, pictures):  # noqa: F811
