@@ -14,6 +14,7 @@ from .base_models_blipren import hash_weights, optional_file, weight_files
 from .configuration_blipren import AUTO_MAP, CUSTOM_PIPELINES, BliprenConfig, copy_code_files
 from .memory_blipren import find_memory
 from .patch_features_blipren import BliprenPatchFeaturesMixin
+from .reranker_blipren import find_reranker
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -224,6 +225,8 @@ class BliprenPreTrainedModel(BliprenPatchFeaturesMixin, PreTrainedModel):
                 sub_config.dtype = self.dtype
         if getattr(self, "memory", None) is not None:
             self.save_memory(save_directory)
+        if getattr(self, "reranker", None) is not None:
+            self.save_reranker(save_directory)
         for part in self._trained_base_parts():
             if self.config.base_models:
                 self.config.base_models[part]["trained"] = True
@@ -325,6 +328,8 @@ class BliprenPreTrainedModel(BliprenPatchFeaturesMixin, PreTrainedModel):
         if cls.can_generate():
             if (memory := find_memory(pretrained_model_name_or_path, hub_kwargs)) is not None:
                 model.load_memory(memory)
+            if (reranker := find_reranker(pretrained_model_name_or_path, hub_kwargs)) is not None:
+                model.load_reranker(reranker)
         model.freeze()
         return (model, info) if output_loading_info else model
 

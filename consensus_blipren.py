@@ -5,6 +5,7 @@ Captions are lists of token ids of the language model, without its end token.
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -115,24 +116,28 @@ class DocumentFrequencies:
     """In how many images' captions each n-gram is (Vedantam et al. 2015, arXiv 1411.5726).
 
     Args:
-        captions: of each image.
-
-    Attributes:
+        hashes: of n-grams, sorted. counts: in how many images' captions each is; one that is not here is in one.
+        images: how many images were counted.
         agreement: of each token, the share of the other captions of an image that have it where one has it.
     """
 
-    def __init__(self, captions: list[list[list[int]]]):
+    def __init__(self, hashes: np.ndarray, counts: np.ndarray, images: int, agreement: dict[int, float] | None = None):
+        self.hashes, self.counts, self.log_images = hashes, counts, math.log(max(2, images))
+        self.agreement = agreement or {}
+
+    @classmethod
+    def count(cls, captions: list[list[list[int]]]) -> "DocumentFrequencies":
+        """Count the n-grams in the captions of each image."""
         image_of = np.array([image for image, own in enumerate(captions) for _ in own], dtype=np.int64)
         rows, _, hashes = _hash_ngrams([caption for own in captions for caption in own])
         _, first = np.unique(_mix(hashes, image_of[rows].astype(np.uint64)), return_index=True)  # once an image
-        self.hashes, self.counts = np.unique(hashes[first], return_counts=True)
-        self.log_images = math.log(max(2, len(captions)))
         shares: dict[int, list[float]] = defaultdict(list)
         for own in captions:
             if len(own) > 1:
                 for token, count in Counter(token for caption in own for token in set(caption)).items():
                     shares[token].append((count - 1) / (len(own) - 1))
-        self.agreement = {token: sum(found) / len(found) for token, found in shares.items()}
+        agreement = {token: sum(found) / len(found) for token, found in shares.items()}
+        return cls(*np.unique(hashes[first], return_counts=True), len(captions), agreement)
 
     def weights(self, hashes: np.ndarray) -> np.ndarray:
         """Return the inverse document frequency of n-grams."""
@@ -198,39 +203,35 @@ class ReferenceTable:
             if agreement > AGREED
         }
 
-    def search(
-        self,
-        candidates: list[tuple[int, ...]],
-        image_weights: np.ndarray,
-        joins: int,
-        joined: int,
-        length: int,
-        invention_penalty: float = 0.0,
-    ) -> tuple[list[tuple[int, ...]], np.ndarray]:
-        """Return the candidates and captions that are joined from the best of them, and their scores.
 
-        The score is the predicted CIDEr less the doubts about the words.
+def search_joined(
+    candidates: list[tuple[int, ...]],
+    score: Callable[[list[tuple[int, ...]]], np.ndarray],
+    joins: int,
+    joined: int,
+    length: int,
+) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """Return the candidates and captions that are joined from the best of them, and their scores.
 
-        Args:
-            candidates: different ones. joins: how often the best are joined with each other.
-            joined: how many of them. length: most tokens of a joined caption.
-            invention_penalty: weight of the doubts.
-        """
-        doubts = self.doubts(image_weights) if invention_penalty else {}
+    Args:
+        candidates: different ones. score: returns the score of each caption, `(captions,)`.
+        joins: how often the best are joined with each other. joined: how many of them.
+        length: most tokens of a joined caption.
+    """
+    candidates, scores = list(candidates), score(candidates)
+    for _ in range(joins):
+        best, considered = np.argsort(-scores, kind="stable")[:joined], set(candidates)
+        more = [c for c in join_captions([candidates[i] for i in best], length) if c not in considered]
+        if not more:
+            break
+        candidates += more
+        scores = np.concatenate([scores, score(more)])
+    return candidates, scores
 
-        def score(captions: list[tuple[int, ...]]) -> np.ndarray:
-            doubted = [sum(doubts.get(token, 0.0) for token in set(caption)) for caption in captions]
-            return self.predicted_cider(captions, image_weights) - invention_penalty * np.array(doubted)
 
-        candidates, scores = list(candidates), score(candidates)
-        for _ in range(joins):
-            best, considered = np.argsort(-scores, kind="stable")[:joined], set(candidates)
-            more = [c for c in join_captions([candidates[i] for i in best], length) if c not in considered]
-            if not more:
-                break
-            candidates += more
-            scores = np.concatenate([scores, score(more)])
-        return candidates, scores
+def sum_doubts(captions: list[tuple[int, ...]], doubts: dict[int, float]) -> np.ndarray:
+    """Return the sum of the doubts about each caption's different tokens, `(captions,)`."""
+    return np.array([sum(doubts.get(token, 0.0) for token in set(caption)) for caption in captions])
 
 
 def join_captions(captions: list[tuple[int, ...]], length: int) -> list[tuple[int, ...]]:
@@ -323,8 +324,11 @@ __all__ = [
     "NgramGuidance",
     "NgramModel",
     "ReferenceTable",
+    "WeighedCaptions",
     "hash_captions",
     "hash_letters",
     "join_captions",
     "letters_of_tokens",
+    "search_joined",
+    "sum_doubts",
 ]

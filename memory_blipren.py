@@ -338,7 +338,7 @@ class BliprenMemory:
         """Return document frequencies of n-grams, counted over at most `COUNTED` entries that lie evenly."""
         if self._frequencies is None:
             step = max(1, len(self) // COUNTED)
-            self._frequencies = DocumentFrequencies(self.tokens(list(range(0, len(self), step))))
+            self._frequencies = DocumentFrequencies.count(self.tokens(list(range(0, len(self), step))))
         return self._frequencies
 
     @property

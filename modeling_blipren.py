@@ -29,11 +29,12 @@ from .base_blipren import BliprenPreTrainedModel
 from .base_models_blipren import base_model_reference, load_base_code
 from .configuration_blipren import BliprenConfig, BliprenQFormerConfig, split_revision
 from .image_features_blipren import IMAGE_INPUTS, VIDEO_INPUTS, BliprenImageFeatures, BliprenImageFeaturesMixin
-from .memory_generation_blipren import BliprenMemoryMixin, embed_features
+from .memory_generation_blipren import masked_patches
 from .projector_blipren import BliprenMlp, BliprenMoeProjector, build_projector
 from .prompts_blipren import end_of_answer_id, pick_image_token, pick_video_token
 from .qformer_blipren import BliprenQFormer
 from .qformer_weights_blipren import copy_bert_weights
+from .ranked_generation_blipren import BliprenRankingMixin
 from .vision_blipren import load_vision_setup, used_parameters
 
 logger = logging.getLogger(__name__)
@@ -273,7 +274,7 @@ def summed_cross_entropy(
 
 
 class BliprenForConditionalGeneration(
-    BliprenImageFeaturesMixin, BliprenMemoryMixin, BliprenPreTrainedModel, GenerationMixin
+    BliprenImageFeaturesMixin, BliprenRankingMixin, BliprenPreTrainedModel, GenerationMixin
 ):
     """The whole model: generates text from images and text."""
 
@@ -459,14 +460,21 @@ class BliprenForConditionalGeneration(
         )
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args, use_memory: bool | None = None, **kwargs):
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args,
+        use_memory: bool | None = None,
+        use_reranker: bool | None = None,
+        **kwargs,
+    ):
         """Generate as in transformers; image and video features are computed once.
 
         An `assistant_model` may be a language model with the same tokenizer, or a model of this class.
 
         Args:
-            use_memory: `False` leaves the model's memory out, `True` is an error where it cannot be used; by default it is
-                used for captions, see [`BliprenMemoryMixin`].
+            use_memory, use_reranker: `False` leaves the model's memory or reranker out, `True` is an error where it cannot
+                be used; by default it is used for captions, see [`BliprenRankingMixin`].
 
         Raises:
             ValueError: when an assistant that reads images has another number of visual tokens, or is given a video.
@@ -487,10 +495,11 @@ class BliprenForConditionalGeneration(
                 own = assistant_image_features(assistant, image_kwargs, counts)
                 kwargs["mm_encoder_outputs"]["assistant_image"] = own
         features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if inputs is not None and not args and self.memory is not None:
+        if inputs is not None and not args and (self.memory is not None or self.reranker is not None):
             inputs, kwargs = None, {"input_ids": inputs, **kwargs}
-        if self._uses_memory(use_memory, features, kwargs):
-            return self._generate_with_memory(embed_features(features, image_kwargs), kwargs)
+        uses = self._ranks(use_memory, use_reranker, features, kwargs)
+        if any(uses):
+            return self._generate_ranked(*masked_patches(features, image_kwargs), uses, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, **kwargs):

@@ -11,6 +11,8 @@ from blipren.consensus_blipren import (
     NgramModel,
     ReferenceTable,
     join_captions,
+    search_joined,
+    sum_doubts,
 )
 from blipren.training.objectives.rewards.cider import CiderReward
 
@@ -24,7 +26,7 @@ CAPTIONS = [
 
 
 def test_predicted_cider_is_cider_d_of_each_image_for_a_weight_of_one():
-    table = ReferenceTable(CAPTIONS, DocumentFrequencies(CAPTIONS))
+    table = ReferenceTable(CAPTIONS, DocumentFrequencies.count(CAPTIONS))
     words = [[" ".join(f"w{token}" for token in caption) for caption in own] for own in CAPTIONS]
     reward = CiderReward(dict(enumerate(words)))
     candidates = [caption for own in CAPTIONS for caption in own] + [[5, 6, 20, 21, 50], [60]]
@@ -63,6 +65,18 @@ def test_captions_are_joined_at_two_tokens_that_both_have():
     assert (5, 6, 7, 8, 12) not in join_captions(captions, 4) and join_captions([(1, 2), (3, 4)], 6) == []
 
 
+def test_the_best_are_joined_again_and_again_and_scored():
+    def score(captions):
+        return np.array([float(len(set(caption))) for caption in captions])
+
+    start = [(5, 6, 7), (1, 6, 7, 8), (2, 7, 8, 9), (3, 3)]
+    for joins, longest in ((0, (1, 6, 7, 8)), (1, (1, 6, 7, 8, 9)), (3, (1, 6, 7, 8, 9))):
+        found, scores = search_joined(start, score, joins, 10, 9)
+        assert found[:4] == start and len(found) == len(set(found)) and scores == pytest.approx(score(found))
+        assert found[int(scores.argmax())] == longest
+    assert search_joined(start, score, 3, 1, 9)[0] == start  # the best alone has nobody to be joined with
+
+
 def test_words_that_people_agree_on_and_similar_images_lack_are_doubted():
     captions = [
         [[5, 1, 9], [5, 2, 9]],  # all of two captions say 5 and 9, one says 1 or 2
@@ -70,16 +84,14 @@ def test_words_that_people_agree_on_and_similar_images_lack_are_doubted():
         [[6, 9], [6, 4, 9]],
         [[6, 9]],  # alone it says nothing about agreement
     ]
-    frequencies = DocumentFrequencies(captions)
+    frequencies = DocumentFrequencies.count(captions)
     assert frequencies.agreement == {5: 1.0, 9: 1.0, 6: 1.0, 1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0}
     table = ReferenceTable(captions, frequencies)
     doubts = table.doubts(np.array([0.75, 0.25, 0.25, -0.25]))
     assert doubts == pytest.approx({5: 0.0, 9: 0.0, 6: AGREED_SHARE * 1.0})
     doubts = table.doubts(np.array([0.25, 0.0, 0.5, 0.0]))
     assert doubts == pytest.approx({5: 0.75 * AGREED_SHARE, 9: 0.25 * AGREED_SHARE, 6: 0.5 * AGREED_SHARE})
-    weights, candidates = np.array([0.4, 0.3, 0.2, 0.1]), [(5, 9), (6, 9), (6, 5, 5)]
-    found, scores = table.search(candidates, weights, 0, 10, 9, invention_penalty=2.0)
-    doubts = table.doubts(weights)
-    less = [2.0 * sum(doubts[token] for token in set(caption)) for caption in candidates]
-    assert found == candidates and scores == pytest.approx(table.predicted_cider(candidates, weights) - less)
-    assert less[1] > less[0] and less[2] > less[1]
+    doubts = table.doubts(np.array([0.4, 0.3, 0.2, 0.1]))
+    candidates = [(5, 9), (6, 9), (6, 5, 5), (7,)]
+    less = [sum(doubts[token] for token in set(caption)) for caption in candidates[:3]]
+    assert sum_doubts(candidates, doubts) == pytest.approx([*less, 0]) and less[2] > less[1] > less[0]

@@ -14,8 +14,9 @@ from blipren.consensus_blipren import (
     letters_of_tokens,
 )
 from blipren.memory_blipren import BliprenMemory, MemorySettings
-from blipren.memory_generation_blipren import HALF_DOUBTED, Candidate, doubt_weight, embed_features
+from blipren.memory_generation_blipren import HALF_DOUBTED, doubt_weight, masked_patches, pool_patches
 from blipren.modeling_blipren import CACHE
+from blipren.ranked_generation_blipren import Candidate
 from blipren.training.cli import main
 from blipren.training.conversation.conversation import Conversation
 from blipren.training.data.cache import FeatureCache
@@ -266,7 +267,7 @@ def test_doubts_about_words_count_less_in_a_small_memory(remembering, pictures):
         model.memory = memory.with_settings(invention_penalty=penalty, joins=0, fluency=0.0)
         scores.append({tuple(c.tokens): c.score for c in model.rank_captions(**inputs, max_new_tokens=12)[0]})
     features = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
-    embedding = embed_features(features, {"pixel_values": inputs["pixel_values"]})
+    embedding = pool_patches(*masked_patches(features, {"pixel_values": inputs["pixel_values"]}))
     table, weights = memory.regress(memory.standardise(embedding)[0], memory.find(embedding, len(memory)).indices[0])
     doubts, share = table.doubts(weights), len(memory) / (len(memory) + HALF_DOUBTED)
     for caption in memory.tokens([0])[0] + captions[0]:
@@ -324,9 +325,10 @@ def test_what_is_asked_of_a_model_without_a_memory_and_of_a_hub_that_is_not_reac
     model = BliprenForConditionalGeneration.from_pretrained(folder)
     assert not caplog.records  # a folder without an adapter is no reason for a warning
     model.load_memory(None)
-    for ask in (model.find_neighbours, model.rank_captions):
-        with pytest.raises(ValueError, match="the model has no memory"):
-            ask()
+    with pytest.raises(ValueError, match="the model has no memory"):
+        model.find_neighbours()
+    with pytest.raises(ValueError, match="no memory and no reranker ranks captions"):
+        model.rank_captions()
     options = {"local_files_only": True, "cache_dir": str(tmp_path)}
     with pytest.raises(ValueError, match="has no memory"):
         model.load_memory("user/model", **options)

@@ -69,6 +69,8 @@ class EvaluateSettings(ReportSettings, MetricSettings, GenerationSettings, Groun
     """An earlier checkpoint, or its evaluation folder: the report shows its captions and scores for comparison."""
     memory: bool = True
     """Use the model's memory for captions, if it has one; near duplicates of an image are left out of it."""
+    reranker: bool = True
+    """Use the model's reranker for captions, if it has one."""
     device: str = choice("auto", "cpu", "cuda", "mps", default="auto")
     """Device to compute on."""
     seed: int = 0

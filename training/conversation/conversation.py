@@ -60,7 +60,7 @@ class Conversation:
             images: images, or lists of frames of videos, that come with the question; a conversation has one kind.
             streamer: gets the tokens of the answer as they are generated.
             sampling: temperature, top-p and repetition penalty; greedy search without it.
-            generation: keyword arguments of `generate`. Beam search and a memory do not use the cache.
+            generation: keyword arguments of `generate`. Beam search, a memory and a reranker do not use the cache.
 
         Returns:
             The answer.
@@ -87,7 +87,8 @@ class Conversation:
                 )
             generation["max_new_tokens"] = min(generation["max_new_tokens"], limit - len(ids))
         first_image = 0
-        ranked = self.model.memory is not None and streamer is None  # a memory makes several searches
+        # a memory and a reranker make several searches
+        ranked = streamer is None and (self.model.memory is not None or self.model.reranker is not None)
         if generation.get("num_beams", 1) == 1 and not ranked:
             cache, first_image = self._take_cache(ids, counts)
             generation[CACHE] = cache

@@ -68,8 +68,9 @@ class Talk:
         conversation.features = self.features
         stop, outcome = threading.Event(), []
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        # transformers streams single sequences only; a memory ranks whole captions
-        whole = generation.get("num_beams", 1) > 1 or (question is None and model.memory is not None)
+        # transformers streams single sequences only; a memory and a reranker rank whole captions
+        ranks = model.memory is not None or model.reranker is not None
+        whole = generation.get("num_beams", 1) > 1 or (question is None and ranks)
 
         def answer() -> None:
             try:

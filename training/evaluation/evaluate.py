@@ -110,8 +110,7 @@ def _evaluate_answers(
     options = settings.generate_options()
     if model.memory is not None and settings.memory:
         model.memory.leave_out_duplicates = True  # the data set may be the one of the memory
-    elif model.memory is not None:
-        options["use_memory"] = False
+    options |= {f"use_{name}": False for name in ("memory", "reranker") if not getattr(settings, name)}
     plan = InferencePlan(
         captions="captioning" in settings.tasks,
         questions="vqa" in settings.tasks,
@@ -126,8 +125,8 @@ def _evaluate_answers(
         category_names=split.category_names,
     )
     fingerprint = model_fingerprint(settings.model)
-    if model.memory is not None:
-        fingerprint += model.memory.fingerprint()
+    for ranking in (model.memory, model.reranker):
+        fingerprint += "" if ranking is None else ranking.fingerprint()
     records = run_inference(model, processor, split, plan, partial, fingerprint)
     result.records = {record["id"]: record for record in records}
     result.examples = [e for e in split.examples if "rejected" not in result.records[e.id]]
@@ -138,6 +137,10 @@ def _evaluate_answers(
         add_captions(result, settings, captions, settings.meteor)
         if model.memory is not None and settings.memory:
             add_memory(result, model.memory)
+        if model.reranker is not None and settings.reranker:
+            result.metrics["reranker"] = dataclasses.asdict(model.reranker.settings) | {
+                "images": model.reranker.info["images"]
+            }
         if settings.similarity:
             _score_similarity(settings, result, model)
     if plan.questions:
@@ -341,6 +344,9 @@ def summary_lines(metrics: dict) -> list[str]:
             f"memory: {memory['entries']:,} images; {memory['copies']} captions ({memory['share_of_copies']:.1%}) are "
             "captions of it, word for word"
         )
+    if "reranker" in metrics:
+        reranker = metrics["reranker"]
+        lines.append(f"reranker: chose among {reranker['num_beams']} captions of the model and ones joined from them")
     if "hallucination" in metrics:
         shown = {n: v for n, v in metrics["hallucination"].items() if isinstance(v, float)}
         lines.append("hallucination: " + ", ".join(f"{n} {v:.3f}" for n, v in shown.items()))

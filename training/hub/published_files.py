@@ -1,7 +1,7 @@
 """Which files of a checkpoint folder are published, and the checks on them.
 
 Only files that match a pattern below are published: safetensors, the model's code, the processor, the generation config,
-the memory, the card and its pictures. Optimizer states, logs and pickles match none.
+the memory, the reranker, the card and its pictures. Optimizer states, logs and pickles match none.
 """
 
 import fnmatch
@@ -26,6 +26,7 @@ PROCESSOR = (
 CONFIGS = ("config.json", "generation_config.json")
 CODE = ("*_blipren.py",)
 MEMORY = ("memory/memory.json", "memory/embeddings.safetensors", "memory/texts.arrow", "memory/index.usearch")
+RERANKER = ("reranker/reranker.json", "reranker/reranker.safetensors")
 CARD = ("README.md", "pictures/*.png", "pictures/*.jpg", ".eval_results/*.yaml")
 
 
@@ -60,7 +61,7 @@ class PublishedFile:
 
 def is_published(name: str) -> bool:
     """Whether a file of that name belongs to what `blipren push` publishes."""
-    return _matches(name, WEIGHTS + ADAPTER + PROCESSOR + CONFIGS + CODE + MEMORY + CARD)
+    return _matches(name, WEIGHTS + ADAPTER + PROCESSOR + CONFIGS + CODE + MEMORY + RERANKER + CARD)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

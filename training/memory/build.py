@@ -9,7 +9,8 @@ import torch
 
 from blipren.consensus_blipren import letters_of_tokens
 from blipren.memory_blipren import BliprenMemory, MemorySettings
-from blipren.memory_generation_blipren import Candidate, memory_encoder, memory_language_model, pool_patches
+from blipren.memory_generation_blipren import memory_encoder, memory_language_model, pool_patches
+from blipren.ranked_generation_blipren import Candidate
 from blipren.training.commands.memory import MemoryCommandSettings
 from blipren.training.data.cache import FeatureCache
 from blipren.training.data.cache.tokens import encode_answers
@@ -85,22 +86,32 @@ def decode_tokens(processor, vocab_size: int) -> list[str]:
 
 def read_cache(cache: FeatureCache, split: str, processor) -> tuple[torch.Tensor, dict[str, list], int]:
     """Return embeddings and texts of a split's images with captions, and the number of those without."""
+    kept, captions, tokens = read_captions(cache, split, processor)
+    parts = [embed_rows(cache, split, kept[start : start + ROWS]) for start in range(0, len(kept), ROWS)]
+    rows = cache.split(split)
+    ids, hashes = rows["id"], rows["image_hash"]
+    texts = {
+        "id": [ids[i] for i in kept],
+        "image_hash": [hashes[i] for i in kept],
+        "captions": captions,
+        "tokens": tokens,
+    }
+    return torch.cat(parts) if parts else torch.zeros(0, cache.hidden_size), texts, cache.num_rows(split) - len(kept)
+
+
+def read_captions(
+    cache: FeatureCache, split: str, processor
+) -> tuple[list[int], list[list[str]], list[list[list[int]]]]:
+    """Return the rows of a split that have captions, their captions, and these as token ids without the end token."""
     rows = cache.split(split)
     captions = [
         [answer for prompt, answer in zip(prompts, answers) if prompt is None]
         for prompts, answers in zip(rows["prompts"], rows["answers"])
     ]
     kept = [i for i, own in enumerate(captions) if own]
-    parts = [embed_rows(cache, split, kept[start : start + ROWS]) for start in range(0, len(kept), ROWS)]
     flat = iter(encode_answers(processor, [text for i in kept for text in captions[i]]))
-    ids, hashes = rows["id"], rows["image_hash"]
-    texts = {
-        "id": [ids[i] for i in kept],
-        "image_hash": [hashes[i] for i in kept],
-        "captions": [captions[i] for i in kept],
-        "tokens": [[next(flat)[:-1] for _ in captions[i]] for i in kept],
-    }
-    return torch.cat(parts) if parts else torch.zeros(0, cache.hidden_size), texts, len(captions) - len(kept)
+    tokens = [[next(flat)[:-1] for _ in captions[i]] for i in kept]
+    return kept, [captions[i] for i in kept], tokens
 
 
 def embed_rows(cache: FeatureCache, split: str, rows: list[int]) -> torch.Tensor:

@@ -111,6 +111,7 @@ class AnswerValidation:
                     max_new_tokens=self.settings.max_new_tokens,
                     num_beams=self.settings.num_beams,
                     use_memory=False,  # a run measures what it trains
+                    use_reranker=False,
                     **beams,
                 )
             found += [caption["text"] for caption in made]

@@ -7,10 +7,12 @@ out, as a memory does (`memory_blipren.py`). An image learns those with the high
 nearest-neighbour captioning (Devlin et al. 2015, arXiv 1505.04467) into the bridge.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
-from blipren.consensus_blipren import DocumentFrequencies, ReferenceTable
+from blipren.consensus_blipren import DocumentFrequencies, ReferenceTable, search_joined
 from blipren.memory_blipren import MemorySettings
 from blipren.training.console import print_line
 from blipren.training.data.cache.tokens import build_table
@@ -54,11 +56,12 @@ def consensus_captions(source, count: int, processor) -> dict[int, list[str]]:
     weights, squares = left_out_weights(embeddings, settings)
     tokens = [[tuple(caption) for caption in own] for own in texts["tokens"]]
     longest = max(len(caption) for own in tokens for caption in own)
-    table, chosen = ReferenceTable(tokens, DocumentFrequencies(tokens)), {}
+    table, chosen = ReferenceTable(tokens, DocumentFrequencies.count(tokens)), {}
     for row, image in enumerate(images):
         near = [i for i in squares[row].argsort()[: settings.retrieved + 1].tolist() if i != row]
         known = list(dict.fromkeys(caption for i in near for caption in tokens[i]))
-        found, scores = table.search(known, weights[row].numpy(), settings.joins, settings.joined, longest)
+        score = partial(table.predicted_cider, image_weights=weights[row].numpy())
+        found, scores = search_joined(known, score, settings.joins, settings.joined, longest)
         best = np.argsort(-scores, kind="stable")
         different = dict.fromkeys(processor.decode_answer(list(found[i])) for i in best[: 2 * count + 8])
         chosen[image] = list(different)[:count]

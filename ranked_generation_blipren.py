@@ -1,0 +1,307 @@
+"""Captions that are ranked: candidates of the model and of a memory, by the CIDEr that they are predicted to have."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import LogitsProcessorList
+
+from .consensus_blipren import NgramGuidance, NgramModel, search_joined, sum_doubts
+from .image_features_blipren import IMAGE_INPUTS
+from .memory_generation_blipren import BliprenMemoryMixin, check_made_for, doubt_weight, masked_patches, pool_patches
+from .reranker_blipren import FILES, FOLDER, BliprenReranker, find_reranker
+
+# arguments of `generate` whose result is more than one best answer of the model itself
+_OWN_DISTRIBUTION = ("streamer", "assistant_model", "prompt_lookup_num_tokens", "return_dict_in_generate")
+_CACHES = ("past_key_values", "cache")  # of earlier turns, by the version of transformers
+_ALONE = {"use_memory": False, "use_reranker": False}
+
+Score = Callable[[list[tuple[int, ...]]], np.ndarray]
+
+
+@dataclass
+class Candidate:
+    """A caption that was considered for an image.
+
+    Attributes:
+        tokens: ids without the end token. score: predicted CIDEr, less the doubts about words and the copy penalty, and the
+            weighted log-likelihood. known: it is a caption of the memory, word for word.
+    """
+
+    tokens: list[int]
+    score: float
+    known: bool
+
+
+@dataclass
+class _Asked:
+    """What a memory and a reranker say of the images of a batch.
+
+    Attributes:
+        scores: for each row the score of captions, `None` for a row that is no caption prompt.
+        near: numbers of the memory's nearest entries for each row. guides: n-gram models of their captions.
+    """
+
+    scores: list[Score | None]
+    near: list[torch.Tensor] | None = None
+    guides: list[NgramModel | None] | None = None
+
+
+class BliprenRankingMixin(BliprenMemoryMixin):
+    """Ranked captions for `BliprenForConditionalGeneration`, which a memory, a reranker or both score.
+
+    `generate` ranks captions: where every image of a row stands in front of a caption prompt, one answer is asked for, and
+    it is searched, not sampled. Other prompts get the model's own answer.
+
+    Attributes:
+        reranker: the reranker, `None` without one.
+    """
+
+    reranker: BliprenReranker | None = None
+
+    def load_reranker(self, path: str | os.PathLike | None, **hub_kwargs) -> None:
+        """Use another reranker.
+
+        Args:
+            path: folder of a reranker, checkpoint folder or Hub id with one; `None` takes the reranker away.
+            hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only`.
+
+        Raises:
+            ValueError: there is no reranker, or it was made for another vision encoder or language model.
+        """
+        if path is None:
+            self.reranker = None
+            return
+        folder = Path(path)
+        if not (folder / FILES[0]).is_file() and (folder := find_reranker(path, hub_kwargs)) is None:
+            raise ValueError(
+                f"{path} has no reranker: neither {FILES[0]} nor {FOLDER}/{FILES[0]} is there; make one with "
+                "`blipren reranker MODEL CACHE`"
+            )
+        reranker = BliprenReranker.load(folder)
+        check_made_for(self.config, reranker.info, f"reranker {path}")
+        self.reranker = reranker
+
+    def save_reranker(self, checkpoint: str | os.PathLike) -> None:
+        """Write the reranker into the folder `reranker` of a checkpoint."""
+        self.reranker.save(Path(checkpoint) / FOLDER)
+
+    def _ranks(self, use_memory: bool | None, use_reranker: bool | None, features, kwargs: dict) -> tuple[bool, bool]:
+        """Return whether an answer of `generate` is ranked by the memory and by the reranker.
+
+        By default it is wherever that makes sense.
+
+        Raises:
+            ValueError: one is asked for that is not there, or the answer is none that can be ranked.
+        """
+        asked = {"memory": use_memory, "reranker": use_reranker}
+        for name, wanted in asked.items():
+            if wanted and getattr(self, name) is None:
+                raise ValueError(f"use_{name}=True, but the model has no {name}: load one with load_{name}")
+        wanted = {name: use is not False and getattr(self, name) is not None for name, use in asked.items()}
+        if any(wanted.values()) and (reason := self._why_not_ranked(features, kwargs)) is not None:
+            if insisted := [name for name, use in asked.items() if use]:
+                raise ValueError(f"use_{insisted[0]}=True, but {reason}")
+            return False, False
+        return wanted["memory"], wanted["reranker"]
+
+    def _why_not_ranked(self, features, kwargs: dict) -> str | None:
+        config = kwargs.get("generation_config") or self.generation_config
+        given = {name: kwargs.get(name, getattr(config, name, None)) for name in ("do_sample", "num_return_sequences")}
+        reasons = {
+            "there is no image": features is None,
+            "it needs input_ids": kwargs.get("input_ids") is None,
+            "answers are sampled": bool(given["do_sample"]),
+            "several answers are asked for": (given["num_return_sequences"] or 1) != 1,
+            "a key-value cache is given": any(kwargs.get(n) is not None for n in _CACHES),
+            "scores, a stream or assisted generation are asked for": any(kwargs.get(n) for n in _OWN_DISTRIBUTION),
+        }
+        reason = next((text for text, true in reasons.items() if true), None)
+        if reason is None and len(features.pooler_output) != len(kwargs["input_ids"]):
+            reason = "rows have another number of images than one"
+        if reason is None and not any(self._caption_rows(kwargs)):
+            reason = "no row has a caption prompt"
+        return reason
+
+    @property
+    def _caption_info(self) -> dict:
+        return (self.memory or self.reranker).info
+
+    def _caption_rows(self, kwargs: dict) -> list[bool]:
+        """Return which rows are a caption prompt behind one image."""
+        prompts = [tuple(prompt) for prompt in self._caption_info["prompts"]]
+        return [tuple(row.tolist()) in prompts for row in self._prompts(kwargs)]
+
+    def _prompts(self, kwargs: dict) -> list[torch.Tensor]:
+        """Return the tokens of each row without placeholders and padding."""
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        kept = ids != self.config.image_token_id
+        kept = kept if mask is None else kept & mask.bool()
+        return [row[own] for row, own in zip(ids, kept)]
+
+    @torch.no_grad()
+    def rank_captions(
+        self, use_memory: bool | None = None, use_reranker: bool | None = None, **kwargs
+    ) -> list[list[Candidate]]:
+        """Return the candidates of each row, best first; arguments are those of `generate`.
+
+        Rows that are no caption prompt have one candidate, the model's own answer.
+
+        Raises:
+            ValueError: the model has neither memory nor reranker, or they are not to be used.
+        """
+        uses = (
+            use_memory is not False and self.memory is not None,
+            use_reranker is not False and self.reranker is not None,
+        )
+        if not any(uses):
+            raise ValueError("no memory and no reranker ranks captions: load one with load_memory or load_reranker")
+        image_inputs = {key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}
+        features = self.get_image_features(**image_inputs, return_dict=True)
+        kwargs["mm_encoder_outputs"] = {"image": features}
+        return self._rank(*masked_patches(features, image_inputs), *uses, kwargs)
+
+    def _generate_ranked(
+        self, patches: torch.Tensor, mask: torch.Tensor | None, uses: tuple[bool, bool], kwargs: dict
+    ) -> torch.LongTensor:
+        """Return the best candidate of each row behind its prompt, as `generate` does."""
+        ids = kwargs["input_ids"]
+        ranked = self._rank(patches, mask, *uses, kwargs)
+        end, pad = self._caption_info["end"], self.generation_config.pad_token_id
+        pad = kwargs.get("pad_token_id", pad if pad is not None else end)
+        most = self._most_new_tokens(kwargs, ids.shape[1])
+        chosen = [torch.tensor([*own[0].tokens, end][:most], device=ids.device) for own in ranked]
+        answers = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=pad)
+        return torch.cat([ids, answers.to(ids.dtype)], dim=1)
+
+    def _rank(
+        self, patches: torch.Tensor, mask: torch.Tensor | None, use_memory: bool, use_reranker: bool, kwargs: dict
+    ) -> list[list[Candidate]]:
+        memory = self.memory if use_memory else None
+        settings = memory.settings if use_memory else self.reranker.settings
+        ids, captioned = kwargs["input_ids"], self._caption_rows(kwargs)
+        asked = self._ask(patches, mask, use_memory, use_reranker, captioned)
+        own = self._candidates(asked.guides, use_reranker, kwargs)
+        most, prompts = self._most_new_tokens(kwargs, ids.shape[1]), self._prompts(kwargs)
+        result = []
+        for row, score in enumerate(asked.scores):
+            if score is None:
+                result.append([Candidate(list(own[row][0]), 0.0, False)])
+                continue
+            found = own[row]
+            if use_memory:
+                others = memory.tokens(asked.near[row][: settings.retrieved].tolist())
+                found += [tuple(caption) for captions in others for caption in captions if len(caption) < most]
+            found, scores = search_joined(list(dict.fromkeys(found)), score, settings.joins, settings.joined, most - 1)
+            if settings.fluency:
+                best = np.argsort(-scores, kind="stable")[: settings.read]
+                likelihoods = self._log_likelihoods([found[i] for i in best], prompts[row])
+                fluency = np.full(len(found), likelihoods.min())  # of the others, which would not be chosen
+                fluency[best] = likelihoods
+                scores = scores + settings.fluency * fluency
+            copies = np.zeros(len(found), dtype=bool)
+            if use_memory:
+                copies = memory.are_copies(found)
+                scores = scores - settings.copy_penalty * copies
+            order = np.argsort(-scores, kind="stable")
+            result.append([Candidate(list(found[i]), float(scores[i]), bool(copies[i])) for i in order])
+        return result
+
+    def _ask(
+        self,
+        patches: torch.Tensor,
+        mask: torch.Tensor | None,
+        use_memory: bool,
+        use_reranker: bool,
+        captioned: list[bool],
+    ) -> _Asked:
+        """Ask the memory and the reranker about the images of rows that are captioned."""
+        asked = _Asked([None] * len(captioned))
+        rows = [row for row, true in enumerate(captioned) if true]
+        predicted = self.reranker.predict(patches, mask) if use_reranker else None
+        if not use_memory:
+            for row in rows:
+                asked.scores[row] = lambda captions, own=predicted[row]: self.reranker.score(captions, own)
+            return asked
+        memory, embeddings = self.memory, pool_patches(patches, mask)
+        found = memory.find(embeddings, max(memory.num_regressed, memory.settings.guides))
+        asked.near = [row[row >= 0] for row in found.indices]
+        queries = memory.standardise(embeddings)
+        asked.guides = [self._ngram_model(q, n) if c else None for q, n, c in zip(queries, asked.near, captioned)]
+        for row in rows:
+            regression = memory.regress(queries[row], asked.near[row][: memory.num_regressed])
+            asked.scores[row] = self._memory_score(*regression, predicted[row] if use_reranker else None)
+        return asked
+
+    def _memory_score(self, table, weights: np.ndarray, predicted: np.ndarray | None) -> Score:
+        """Return the score of captions by the neighbours' captions, and by the reranker where it predicted something."""
+        penalty = doubt_weight(self.memory)
+        doubts = table.doubts(weights) if penalty else {}
+
+        def score(captions: list[tuple[int, ...]]) -> np.ndarray:
+            found = table.predicted_cider(captions, weights)
+            if predicted is not None:
+                share = self.reranker.settings.weight
+                found = (1 - share) * found + share * self.reranker.score(captions, predicted)
+            return found - penalty * sum_doubts(captions, doubts)
+
+        return score
+
+    def _candidates(
+        self, guides: list[NgramModel | None] | None, use_reranker: bool, kwargs: dict
+    ) -> list[list[tuple[int, ...]]]:
+        """Return the model's own candidates for each row: those that ended, or the first where none did.
+
+        Args:
+            guides: of each row, an n-gram model that guides further searches.
+        """
+        length, ends = kwargs["input_ids"].shape[1], self._ends()
+        generated: list[list[tuple[int, ...]]] = [[] for _ in kwargs["input_ids"]]
+        finished: list[list[tuple[int, ...]]] = [[] for _ in kwargs["input_ids"]]
+        for weight in (0.0,) if guides is None else self.memory.settings.guidance:
+            options = {"num_return_sequences": 1}
+            if weight or use_reranker:
+                beams = self.memory.settings.num_beams if weight else self.reranker.settings.num_beams
+                options = {"num_beams": beams, "num_return_sequences": beams}
+            if weight:
+                guide = NgramGuidance(guides, weight, length, beams)
+                options["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), guide])
+            answers = self.generate(**{**kwargs, **options, **_ALONE})[:, length:].tolist()
+            for row, answer in enumerate(answers):
+                row = row // options["num_return_sequences"]
+                place = next((i for i, token in enumerate(answer) if token in ends), None)
+                generated[row].append(tuple(answer[:place]))
+                if place:
+                    finished[row].append(tuple(answer[:place]))
+        return [own or every[:1] for own, every in zip(finished, generated)]
+
+    def _log_likelihoods(self, captions: list[tuple[int, ...]], prompt: torch.Tensor) -> np.ndarray:
+        """Return the log-likelihood of each caption and its end behind a prompt without an image, `(captions,)`."""
+        end = self._caption_info["end"]
+        rows = [[*prompt.tolist(), *caption, end] for caption in captions]
+        first, width = max(1, len(prompt)), max(map(len, rows))
+        ids = torch.tensor([row + [end] * (width - len(row)) for row in rows], device=self.device)
+        places = torch.tensor(
+            [row * width + i for row, own in enumerate(rows) for i in range(first - 1, len(own) - 1)]
+        )
+        logits = self(input_ids=ids, logits_at=places.to(self.device), use_cache=False).logits.float()
+        losses = F.cross_entropy(logits, ids.flatten()[places + 1], reduction="none").cpu()
+        return np.bincount((places // width).numpy(), -losses.double().numpy())
+
+    def _ends(self) -> set[int]:
+        ends = self.generation_config.eos_token_id
+        return {self._caption_info["end"], *(ends if isinstance(ends, list) else [ends])}
+
+    def _most_new_tokens(self, kwargs: dict, length: int) -> int:
+        config = kwargs.get("generation_config") or self.generation_config
+        most = kwargs.get("max_new_tokens", config.max_new_tokens)
+        if most is None:
+            most = (kwargs.get("max_length", config.max_length) or 20 + length) - length
+        return most
+
+
+__all__ = ["BliprenRankingMixin", "Candidate"]

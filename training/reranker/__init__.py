@@ -1,0 +1,1 @@
+"""Training of a reranker from a feature cache."""
