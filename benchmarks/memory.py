@@ -3,7 +3,8 @@
     python benchmarks/memory.py --out memory.json
 
 Embeddings are random and captions are drawn from a small vocabulary: their number and length count here, not what they say.
-The query is what `generate` does beside its searches: nearest entries, then the regression and scores of candidates.
+The query is what `generate` does beside the language model's work: nearest entries, then the regression, scores of the 200 nearest
+captions, and scores of captions that are joined from these.
 """
 
 import argparse
@@ -18,14 +19,23 @@ import torch
 
 from blipren.consensus_blipren import letters_of_tokens
 from blipren.memory_blipren import BliprenMemory
+from blipren.memory_generation_blipren import doubt_weight
 
 WORDS, LENGTH = 4_000, 12  # different tokens; tokens of a caption
 
 
 def draw_texts(entries: int, captions: int, generator: np.random.Generator) -> dict[str, list]:
-    """Return texts of entries with captions of tokens whose frequencies fall as those of words do."""
+    """Return texts of entries with captions of tokens whose frequencies fall as those of words do.
+
+    A third of the tokens follow from the one before, so that captions share pairs of tokens and can be joined.
+    """
     ranks = 1 / np.arange(1, WORDS + 1)
-    tokens = generator.choice(WORDS, (entries, captions, LENGTH), p=ranks / ranks.sum()) + 3
+    tokens = generator.choice(WORDS, (entries, captions, LENGTH), p=ranks / ranks.sum())
+    follows = generator.random((entries, captions, LENGTH)) < 1 / 3
+    for place in range(1, LENGTH):
+        next_tokens = tokens[..., place - 1] * 7 % WORDS
+        tokens[..., place] = np.where(follows[..., place], next_tokens, tokens[..., place])
+    tokens += 3
     return {
         "id": [f"{i:08}.jpg" for i in range(entries)],
         "image_hash": [f"{i:032x}" for i in range(entries)],
@@ -52,7 +62,7 @@ def measure(entries: int, settings: argparse.Namespace) -> dict:
         begin = time.perf_counter()
         memory = BliprenMemory.load(folder)
         loaded = time.perf_counter() - begin
-        found, times = [], {"search of one": [], "search, a batch": [], "regression and scores": []}
+        counts, times = [], {"search of one": [], "search, a batch": [], "regression and scores": []}
         memory.frequencies()  # counted once
         for row in range(3):
             begin = time.process_time()
@@ -65,9 +75,11 @@ def measure(entries: int, settings: argparse.Namespace) -> dict:
         for query, indices in zip(memory.standardise(queries[:3]), found.indices):
             begin = time.process_time()
             table, weights = memory.regress(query, indices)
-            candidates = [caption for own in memory.tokens(indices[:200].tolist()) for caption in own]
-            table.predicted_cider(candidates, weights)
+            candidates = [tuple(caption) for own in memory.tokens(indices[:200].tolist()) for caption in own]
+            joins, joined = memory.settings.joins, memory.settings.joined
+            ranked, _ = table.search(candidates, weights, joins, joined, 2 * LENGTH, doubt_weight(memory))
             times["regression and scores"].append(time.process_time() - begin)
+            counts.append(len(ranked))
     return {
         "entries": entries,
         "bytes": size,
@@ -75,6 +87,7 @@ def measure(entries: int, settings: argparse.Namespace) -> dict:
         "seconds to build and save (wall, processor)": [round(value, 2) for value in built],
         "seconds to load": round(loaded, 2),
         "processor milliseconds a query": {name: round(1000 * float(np.median(v)), 2) for name, v in times.items()},
+        "candidates with joined ones": int(np.median(counts)),
         "peak GiB of the process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
 
