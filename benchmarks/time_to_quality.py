@@ -9,8 +9,8 @@ half cosine. Only its first steps are made so and timed. The others read the cac
 same in less time; they count as much as the timed ones.
 
 The other ways embed the data set once, without views, and take the first `--steps` of the recipe's `train` section, each as a
-run of its own whose learning rate falls to its end. Step 0 is the untrained checkpoint. Each is measured without a memory, and
-with one, whose making counts. With `--max-copies` below 1 its copy penalty is chosen on the same validation images, which counts
+run of its own whose learning rate falls to its end; `--train` changes settings. Step 0 is the untrained checkpoint. Each is
+measured without a memory, and with one, whose making counts. With `--max-copies` below 1 its copy penalty is chosen on the same validation images, which counts
 too. CIDEr is that of beam search with three beams and no length penalty, on all validation images, for all ways; measuring it
 is not part of the times.
 Times are processor time: run it with one thread (`--threads 1`) on a shared machine.
@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from parts.notebook_rows import padded_with_labels
 from torch import nn
 
@@ -62,6 +63,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timed-steps", type=int, default=12, help="its steps that are made in full")
     parser.add_argument("--notebook-learning-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 60, 120, 200], help="of ours")
+    parser.add_argument(
+        "--train",
+        type=yaml.safe_load,
+        default={},
+        help="settings of ours over the recipe's, as YAML: '{optimizer: muon}'",
+    )
     parser.add_argument(
         "--max-copies",
         type=float,
@@ -214,6 +221,7 @@ def ours(options: argparse.Namespace, steps: int, folder: Path, validation, copi
         given = {
             "model": checkpoint, "cache": str(folder / "cache"), "out": str(folder / f"run-{steps}"), "max_steps": steps,
             "eval_every": steps, "keep_best": "last", "generate_samples": 0, "seed": options.seed, "device": "cpu",
+            **options.train,
         }  # fmt: skip
         seconds = timed(train, build_settings("train", given, options.recipe))
         checkpoint = given["out"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -86,6 +87,19 @@ def test_a_kill_online_ends_with_the_same_bits(two_runs, dataset_dir, tmp_path):
     caption.train(never)
     run_with_kills(killed, tmp_path / "killed", [(7, 0.01)])
     same_bits(weights(tmp_path / "run"), weights(tmp_path / "killed"))
+
+
+def test_muon_resumes_with_the_same_bits(settings, tmp_path, capsys):
+    run = settings(optimizer="muon", muon_learning_rate=1e-2, max_steps=6, save_every=3, eval_every=6)
+    caption.train(run)
+    before = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
+    for name in ("finished.json", "model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    capsys.readouterr()
+    caption.train(run)
+    assert "checkpoint-3" in capsys.readouterr().out
+    same_bits(before, weights(tmp_path / "run"))
 
 
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(settings, tmp_path, capsys):

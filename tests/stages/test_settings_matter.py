@@ -22,10 +22,12 @@ CHANGES = {
     "word_dropout": 0.3, "feature_dropout": 0.3, "feature_noise": 0.3, "likelihood_weight": 0.5,
     "experiments": {"bag_of_words": {"weight": 0.1}}, "ema": 0.5, "eval_every": 2, "save_every": 2, "keep_checkpoints": 1,
     "keep_best": "CIDEr", "generate_samples": 2, "log_every": 1, "precision": "bf16", "attention": "eager", "seed": 1,
-    "full": True, "llm_tuning": "lora",
+    "full": True, "llm_tuning": "lora", "optimizer": "muon",
 }  # fmt: skip
 ON_TOP_OF = {  # settings that speak of another one: (what is on in both runs, the change)
     "epochs": ({"max_steps": None, "epochs": 2.0}, 1.0),
+    "muon_momentum": ({"optimizer": "muon"}, 0.5),
+    "muon_learning_rate": ({"optimizer": "muon"}, 1e-2),
     "lora_rank": ({"llm_tuning": "lora"}, 4),
     "lora_alpha": ({"llm_tuning": "lora"}, 4.0),
     "lora_dropout": ({"llm_tuning": "lora"}, 0.5),

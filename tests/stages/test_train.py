@@ -167,6 +167,9 @@ def test_nan_stops_before_the_update_and_names_the_images(settings, tmp_path, mo
         ({"train_vision": True}, "needs online"),
         ({"fused_loss": True, "label_smoothing": 0.1}, "leave one of them out"),
         ({"keep_best": "BLEU"}, "must be one of"),
+        ({"optimizer": "muon", "fsdp": True}, "needs whole matrices"),
+        ({"optimizer": "muon", "train_connector": False, "llm_tuning": "lora"}, "train_connector is off"),
+        ({"muon_learning_rate": 0.0}, "above 0"),
     ],
 )
 def test_wrong_settings_are_refused(settings, changes, message):

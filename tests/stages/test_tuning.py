@@ -126,6 +126,42 @@ def test_frozen_qformer_and_learning_rate_groups(model_dir, settings):
         assert group["weight_decay"] == (0.0 if bare else s.weight_decay), name
 
 
+def test_muon_updates_the_matrices_of_the_connector_and_adamw_the_rest(model_dir, settings):
+    """A step is that of torch's own two optimizers, each on its weights."""
+    model = BliprenForConditionalGeneration.from_pretrained(model_dir)
+    s = settings(optimizer="muon", muon_momentum=0.8, muon_learning_rate=2e-2, llm_tuning="full", weight_decay=0.1)
+    trained_parts.choose_trained(model, s)
+    groups = optimizer.parameter_groups(model, s)
+    optimizer.mark_matrices(groups, s)
+    matrices = {name for group in groups if group.get("muon") for name in group["names"]}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert matrices == {
+        n
+        for n, p in trained.items()
+        if p.ndim == 2 and n.startswith(("model.qformer.", "model.projector.")) and "embed" not in n
+    }
+    torch.manual_seed(0)
+    for parameter in trained.values():
+        parameter.grad = torch.randn_like(parameter)
+    copies = {n: torch.nn.Parameter(p.detach().clone()) for n, p in trained.items()}
+    for name, copy in copies.items():
+        copy.grad = trained[name].grad.clone()
+    theirs = [
+        torch.optim.Muon(
+            [copies[n] for n in matrices], 2e-2, weight_decay=0.1, momentum=0.8, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(
+            [{**g, "params": [copies[n] for n in g["names"]]} for g in groups if not g.get("muon")],
+            betas=(0.9, 0.98),
+        ),
+    ]
+    ours = optimizer.MuonWithAdamW(groups, (0.9, 0.98), 1e-8)
+    for _ in range(2):
+        for each in (ours, *theirs):
+            each.step()
+    assert [name for name in copies if not torch.equal(copies[name], trained[name])] == []
+
+
 @pytest.mark.parametrize("tuning_mode, bits", [("frozen", 8), ("frozen", 4), ("lora", 4)])
 def test_bridge_trains_beside_a_language_model_in_few_bits(settings, tmp_path, tuning_mode, bits, bases):
     pytest.importorskip("bitsandbytes")

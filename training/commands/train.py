@@ -8,6 +8,7 @@ from blipren.training.engine.settings import (
     CheckpointSettings,
     GeneratedCaptionSettings,
     HardwareSettings,
+    MuonSettings,
     OptimizerSettings,
     TrainedPartsSettings,
     check_above_zero,
@@ -123,6 +124,7 @@ class TrainSettings(
     CheckpointSettings,
     GeneratedCaptionSettings,
     ObjectiveSettings,
+    MuonSettings,
     OptimizerSettings,
     BatchSettings,
     TrainedPartsSettings,
@@ -148,6 +150,12 @@ class TrainSettings(
             raise UsageError("fused_loss never holds the logits that label_smoothing needs: leave one of them out")
         if self.deepspeed and (self.fsdp or self.compile):
             raise UsageError("deepspeed goes with neither fsdp nor compile: leave one of them out")
+        if self.optimizer == "muon" and (self.fsdp or self.deepspeed):
+            raise UsageError("optimizer muon needs whole matrices: leave fsdp and deepspeed out")
+        if self.optimizer == "muon" and not self.train_connector:
+            raise UsageError(
+                "optimizer muon updates the connector's matrices, and train_connector is off: leave one out"
+            )
         if self.train_vision and not self.online:
             raise UsageError("train_vision needs online: cached features are those of the frozen encoder")
         if self.grounding and not self.online:

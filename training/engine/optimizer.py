@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups, and an average of the trained weights."""
+"""The optimizer and its parameter groups, and an average of the trained weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +58,45 @@ def parameter_groups(model: nn.Module, settings) -> list[dict]:
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def mark_matrices(groups: list[dict], settings) -> None:
+    """Mark the groups of `parameter_groups` that hold the matrices of Q-Former and projector: Muon updates them.
+
+    Args:
+        settings: with `muon_momentum` and `muon_learning_rate`.
+    """
+    for group in groups:
+        if group["part"] in ("qformer", "projector") and all(p.ndim == 2 for p in group["params"]):
+            group |= {"muon": True, "momentum": settings.muon_momentum}
+            group["lr"] = settings.muon_learning_rate or group["lr"]
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the groups with `muon`, AdamW for the others, as one optimizer with one state.
+
+    Muon (https://kellerjordan.github.io/posts/muon/) makes the momentum of a matrix nearly orthogonal. Its updates are scaled
+    to the size of AdamW's (arXiv 2502.16982), so that learning rates and weight decay mean the same.
+
+    Args:
+        groups: parameter groups, at least one of each kind.
+        betas, eps: of AdamW.
+    """
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
+        super().__init__(groups, {})
+        muon, others = self._groups(True), self._groups(False)
+        self.muon = torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(others, betas=betas, eps=eps)
+
+    def _groups(self, muon: bool) -> list[dict]:
+        return [group for group in self.param_groups if group.get("muon", False) == muon]
+
+    def step(self, closure=None) -> None:
+        for optimizer, muon in ((self.muon, True), (self.adamw, False)):
+            # loading a state replaces both
+            optimizer.state, optimizer.param_groups = self.state, self._groups(muon)
+            optimizer.step()
 
 
 class Average:

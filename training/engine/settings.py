@@ -143,6 +143,24 @@ class OptimizerSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class MuonSettings(Settings):
+    """Optimizer of the matrices of Q-Former and projector."""
+
+    optimizer: str = choice("adamw", "muon", default="adamw")
+    """What updates these matrices. Muon needs fewer steps from a new connector. AdamW updates everything else."""
+    muon_momentum: float = 0.95
+    """Momentum of Muon."""
+    muon_learning_rate: float | None = None
+    """Peak learning rate of Muon, in units of AdamW's; that of the part by default."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_share(self, "muon_momentum")
+        if self.muon_learning_rate is not None:
+            check_above_zero(self, "muon_learning_rate")
+
+
+@dataclass(kw_only=True)
 class TrainedPartsSettings(Settings):
     """What is trained."""
 

@@ -30,7 +30,7 @@ from blipren.training.engine.model_setup import (
     set_attention,
     set_precision,
 )
-from blipren.training.engine.optimizer import Average, parameter_groups
+from blipren.training.engine.optimizer import Average, mark_matrices, parameter_groups
 from blipren.training.engine.run_folder import RunFolder
 from blipren.training.engine.trained_parts import checkpoint_activations, choose_trained, compile_layers
 from blipren.training.engine.trainer.arguments import training_arguments
@@ -253,6 +253,9 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
         model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
     if settings.fsdp and processes > 1:
         shard(model)
+    groups = parameter_groups(model, settings)
+    if settings.optimizer == "muon":
+        mark_matrices(groups, settings)
     return LikelihoodTrainer(
         settings=settings,
         processor=processor,
@@ -262,7 +265,7 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
         train_vision=settings.train_vision,
         run=run,
         average=Average(model, settings.ema) if settings.ema else None,
-        groups=parameter_groups(model, settings),
+        groups=groups,
         betas=settings.adam_betas,
         model=model,
         args=args,

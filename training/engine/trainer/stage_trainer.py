@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 
 from blipren.training.engine import checkpoints
 from blipren.training.engine.fsdp import full_tensor, shard_like
-from blipren.training.engine.optimizer import Average
+from blipren.training.engine.optimizer import Average, MuonWithAdamW
 from blipren.training.engine.run_folder import RunFolder
 from blipren.training.engine.trainer.callbacks import Averaging, Interrupts, Progress, StepClock
 from blipren.training.engine.trainer.transformers_overrides import TrainerOverrides
@@ -125,7 +125,8 @@ class StageTrainer(TrainerOverrides, abc.ABC):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.groups, betas=tuple(self.betas), eps=self.args.adam_epsilon)
+            kind = MuonWithAdamW if any(group.get("muon") for group in self.groups) else torch.optim.AdamW
+            self.optimizer = kind(self.groups, betas=tuple(self.betas), eps=self.args.adam_epsilon)
         return self.optimizer
 
     def floating_point_ops(self, inputs) -> int:
