@@ -72,6 +72,46 @@ def mark_matrices(groups: list[dict], settings) -> None:
             group["lr"] = settings.muon_learning_rate or group["lr"]
 
 
+class StackedMuon(torch.optim.Muon):
+    """torch's Muon with its numbers, whose matrices of one shape are orthogonalized together: a bridge has many small ones."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                updates = []
+                for parameter in parameters:
+                    state, momentum = self.state[parameter], group["momentum"]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                    state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+                    updates.append(parameter.grad.lerp(state["momentum_buffer"], momentum))
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5  # the size of AdamW's updates
+                for parameter, update in zip(parameters, orthogonalize(torch.stack(updates), group)):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update, alpha=-rate)
+
+
+def orthogonalize(matrices: torch.Tensor, options: dict) -> torch.Tensor:
+    """Return matrices `[n, rows, columns]` made nearly orthogonal by Newton-Schulz iterations in bfloat16.
+
+    Args:
+        options: `ns_coefficients`, `ns_steps` and `eps` of `torch.optim.Muon`.
+    """
+    a, b, c = options["ns_coefficients"]
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16().mT if tall else matrices.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=options["eps"])
+    for _ in range(options["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the groups with `muon`, AdamW for the others, as one optimizer with one state.
 
@@ -86,7 +126,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
         super().__init__(groups, {})
         muon, others = self._groups(True), self._groups(False)
-        self.muon = torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw")
+        self.muon = StackedMuon(muon)
         self.adamw = torch.optim.AdamW(others, betas=betas, eps=eps)
 
     def _groups(self, muon: bool) -> list[dict]:
