@@ -72,8 +72,22 @@ def mark_matrices(groups: list[dict], settings) -> None:
             group["lr"] = settings.muon_learning_rate or group["lr"]
 
 
-class StackedMuon(torch.optim.Muon):
-    """torch's Muon with its numbers, whose matrices of one shape are orthogonalized together: a bridge has many small ones."""
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # the coefficients of Muon's author
+NEWTON_SCHULZ_STEPS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` (torch 2.9 and newer) with the same numbers, which orthogonalizes the matrices of one shape together:
+    a bridge has many small ones.
+
+    Source: https://kellerjordan.github.io/posts/muon/, with Nesterov momentum and updates of AdamW's size (arXiv 2502.16982).
+
+    Args:
+        groups: matrices, with `lr`, `weight_decay` and `momentum`.
+    """
+
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, {})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -91,22 +105,18 @@ class StackedMuon(torch.optim.Muon):
                     state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
                     updates.append(parameter.grad.lerp(state["momentum_buffer"], momentum))
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5  # the size of AdamW's updates
-                for parameter, update in zip(parameters, orthogonalize(torch.stack(updates), group)):
+                for parameter, update in zip(parameters, orthogonalize(torch.stack(updates))):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update, alpha=-rate)
 
 
-def orthogonalize(matrices: torch.Tensor, options: dict) -> torch.Tensor:
-    """Return matrices `[n, rows, columns]` made nearly orthogonal by Newton-Schulz iterations in bfloat16.
-
-    Args:
-        options: `ns_coefficients`, `ns_steps` and `eps` of `torch.optim.Muon`.
-    """
-    a, b, c = options["ns_coefficients"]
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Return matrices `[n, rows, columns]` made nearly orthogonal by Newton-Schulz iterations, in bfloat16."""
+    a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.bfloat16().mT if tall else matrices.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=options["eps"])
-    for _ in range(options["ns_steps"]):
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -115,9 +125,6 @@ def orthogonalize(matrices: torch.Tensor, options: dict) -> torch.Tensor:
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the groups with `muon`, AdamW for the others, as one optimizer with one state.
 
-    Muon (https://kellerjordan.github.io/posts/muon/) makes the momentum of a matrix nearly orthogonal. Its updates are scaled
-    to the size of AdamW's (arXiv 2502.16982), so that learning rates and weight decay mean the same.
-
     Args:
         groups: parameter groups, at least one of each kind.
         betas, eps: of AdamW.
@@ -125,9 +132,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
         super().__init__(groups, {})
-        muon, others = self._groups(True), self._groups(False)
-        self.muon = StackedMuon(muon)
-        self.adamw = torch.optim.AdamW(others, betas=betas, eps=eps)
+        self.muon = Muon(self._groups(True))
+        self.adamw = torch.optim.AdamW(self._groups(False), betas=betas, eps=eps)
 
     def _groups(self, muon: bool) -> list[dict]:
         return [group for group in self.param_groups if group.get("muon", False) == muon]
