@@ -10,9 +10,9 @@ same in less time; they count as much as the timed ones.
 
 The other ways embed the data set once, without views, and take the first `--steps` of the recipe's `train` section, each as a
 run of its own whose learning rate falls to its end; `--train` changes settings. Step 0 is the untrained checkpoint. Each is
-measured without a memory, and with one, whose making counts. With `--max-copies` below 1 its copy penalty is chosen on the same validation images, which counts
-too. CIDEr is that of beam search with three beams and no length penalty, on all validation images, for all ways; measuring it
-is not part of the times.
+measured alone, with a reranker where `--reranker-steps` are given, and with a memory, whose making counts. With `--max-copies`
+below 1 its copy penalty is chosen on the same validation images, which counts too. CIDEr is that of beam search with three beams
+and no length penalty, on all validation images, for all ways; measuring it is not part of the times.
 Times are processor time: run it with one thread (`--threads 1`) on a shared machine.
 """
 
@@ -44,6 +44,7 @@ from blipren.training.evaluation.metrics.tokenizer import tokenize
 from blipren.training.memory.build import make_memory
 from blipren.training.quickstart.scenes import Split, write_scenes
 from blipren.training.quickstart.steps import TOWERS
+from blipren.training.reranker.fit import make_reranker
 from blipren.training.stages.train import train
 
 CAPTION_LENGTH = 64
@@ -69,6 +70,7 @@ def arguments() -> argparse.Namespace:
         default={},
         help="settings of ours over the recipe's, as YAML: '{optimizer: muon}'",
     )
+    parser.add_argument("--reranker-steps", type=int, default=0, help="of `blipren reranker`; 0 measures none")
     parser.add_argument(
         "--max-copies",
         type=float,
@@ -201,8 +203,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict:
     copied = set(tokenize([caption for own in text.references().values() for caption in own], "python"))
     for steps in options.steps:
         report["ours"] += ours(options, steps, folder, validation, copied)
-    for name, memory in (("train", False), ("memory", True)):
-        made = [way for way in report["ours"] if way["memory"] == memory and way["seconds"]]  # not what is untrained
+    for name in ("alone", "reranker", "memory"):
+        made = [way for way in report["ours"] if way["with"] == name and way["seconds"]]  # not what is untrained
         enough = [way for way in made if way["cider"] >= report["notebook"]["cider"]]
         if enough:
             best = min(enough, key=lambda way: way["seconds"])
@@ -215,7 +217,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict:
 
 
 def ours(options: argparse.Namespace, steps: int, folder: Path, validation, copied: set[str]) -> list[dict]:
-    """Return what so many steps take and bring, without a memory and with one."""
+    """Return what so many steps take and bring alone, with a reranker and with a memory."""
     checkpoint, memory, seconds = str(folder / "untrained"), str(folder / f"memory-{steps}"), 0.0
     if steps:
         given = {
@@ -225,16 +227,21 @@ def ours(options: argparse.Namespace, steps: int, folder: Path, validation, copi
         }  # fmt: skip
         seconds = timed(train, build_settings("train", given, options.recipe))
         checkpoint = given["out"]
-    given = {
-        "model": checkpoint, "cache": str(folder / "cache"), "out": memory, "max_copies": options.max_copies,
-        "device": "cpu", **GENERATION,
-    }  # fmt: skip
+    on_cache = {"model": checkpoint, "cache": str(folder / "cache"), "device": "cpu"}
+    given = {**on_cache, "out": memory, "max_copies": options.max_copies, **GENERATION}
     memory_seconds = timed(make_memory, build_settings("memory", given, options.recipe))
     model, processor = load_checkpoint(checkpoint)
-    ways = [{"steps": steps, "memory": False, "seconds": seconds, **quality(model, processor, validation, copied)}]
+    ways = [{"steps": steps, "with": "alone", "seconds": seconds, **quality(model, processor, validation, copied)}]
+    if options.reranker_steps:
+        given = {**on_cache, "out": f"{memory}-reranker", "max_steps": options.reranker_steps, "seed": options.seed}
+        reranker_seconds = timed(make_reranker, build_settings("reranker", given, None))
+        model.load_reranker(given["out"])
+        found = quality(model, processor, validation, copied)
+        ways.append({"steps": steps, "with": "reranker", "seconds": seconds + reranker_seconds, **found})
+        model.load_reranker(None)
     model.load_memory(memory)
     found = quality(model, processor, validation, copied)
-    ways.append({"steps": steps, "memory": True, "seconds": seconds + memory_seconds, **found})
+    ways.append({"steps": steps, "with": "memory", "seconds": seconds + memory_seconds, **found})
     print("ours", ways, flush=True)
     return ways
 

@@ -82,14 +82,16 @@ def test_memory(tmp_path):
 
 
 def test_time_to_quality(tmp_path):
-    arguments = "scenes --scenes 8 --validation-scenes 4 --steps 1 --notebook-epochs 1 --timed-steps 1".split()
-    report = run("time_to_quality.py", *arguments, out=tmp_path / "quality.json")
+    arguments = (
+        "scenes --scenes 8 --validation-scenes 4 --steps 1 --reranker-steps 1 --notebook-epochs 1 --timed-steps 1"
+    )
+    report = run("time_to_quality.py", *arguments.split(), out=tmp_path / "quality.json")
     assert report["notebook"]["steps"] > 0 and report["notebook"]["seconds"] > 0
     ways = report["ours"]
-    assert [(way["steps"], way["memory"]) for way in ways] == [(1, False), (1, True)]
-    assert 0 < ways[0]["seconds"] < ways[1]["seconds"] and ways[1]["cider"] > ways[0]["cider"]
-    for name, memory in (("train", False), ("memory", True)):
-        enough = [way for way in ways if way["memory"] == memory and way["cider"] >= report["notebook"]["cider"]]
+    assert [(way["steps"], way["with"]) for way in ways] == [(1, "alone"), (1, "reranker"), (1, "memory")]
+    assert 0 < ways[0]["seconds"] < min(ways[1]["seconds"], ways[2]["seconds"]) and ways[2]["cider"] > ways[0]["cider"]
+    for name in ("alone", "reranker", "memory"):
+        enough = [way for way in ways if way["with"] == name and way["cider"] >= report["notebook"]["cider"]]
         assert (name in report) == bool(enough)
         if enough:
             assert report[name]["ratio_on_a_cache"] > report[name]["ratio"] > 0

@@ -86,9 +86,9 @@ def test_training_on_them(settings, capsys):
     "experiments, changes, message",
     [
         ({"consensus": {"captions": 0}}, {}, "captions is 0"),
-        ({"consensus": {}}, {"online": True}, "need a feature cache"),
+        ({"consensus": {}}, {"online": True}, "needs a feature cache"),
         ({"consensus": 2}, {}, "must be a mapping of settings: captions"),
-        ({"consent": {}}, {}, "experiments has 'consent'; experiments are: consensus, bag_of_words, self_critical"),
+        ({"consent": {}}, {}, "experiments has 'consent'; experiments are: consensus, bag_of_words$"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, experiments, changes, message):

@@ -47,10 +47,6 @@ ON_TOP_OF = {  # settings that speak of another one: (what is on in both runs, t
 }
 EXPERIMENTS = [  # (what is on in both runs, what is on in one)
     ({}, {"consensus": {"captions": 2}}),
-    ({}, {"self_critical": {"weight": 0.5}}),
-    ({"self_critical": {"weight": 0.5}}, {"self_critical": {"weight": 0.5, "samples": 3}}),
-    ({"self_critical": {"weight": 0.5}}, {"self_critical": {"weight": 0.5, "temperature": 1.5}}),
-    ({"self_critical": {"weight": 0.5}}, {"self_critical": {"weight": 0.5, "max_tokens": 3}}),
 ]
 SAME = {"compile": True, "gradient_checkpointing": True, "workers": 1}  # other ways to the same weights
 ELSEWHERE = {

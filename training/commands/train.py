@@ -70,7 +70,7 @@ class ObjectiveSettings(Settings):
     """Standard deviation of noise on patch features, in units of their own, in training."""
     experiments: dict = field(default_factory=dict)
     """Experiments by name with their settings (training/objectives/experiments/settings.py): {bag_of_words: {weight: 0.05},
-    consensus: {captions: 3}, self_critical: {weight: 1.0, samples: 5}}."""
+    consensus: {captions: 3}}."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -78,8 +78,8 @@ class ObjectiveSettings(Settings):
         experiments = self.experiment_settings()
         if self.likelihood_weight < 0:
             raise UsageError(f"likelihood_weight is {self.likelihood_weight}; it must be 0 or more")
-        if not self.likelihood_weight and experiments.bag_of_words is None and experiments.self_critical is None:
-            raise UsageError("likelihood_weight is 0 and nothing else is trained: add bag_of_words or self_critical")
+        if not self.likelihood_weight and experiments.bag_of_words is None:
+            raise UsageError("likelihood_weight is 0 and nothing else is trained: add bag_of_words")
 
     def experiment_settings(self) -> ExperimentSettings:
         """Return the settings of each experiment. Raises `UsageError` for a wrong one."""
@@ -140,8 +140,8 @@ class TrainSettings(
 
     def __post_init__(self):
         super().__post_init__()
-        if self.online and self.experiments.keys() & {"consensus", "self_critical"}:
-            raise UsageError("the experiments consensus and self_critical need a feature cache: leave online out")
+        if self.online and "consensus" in self.experiments:
+            raise UsageError("the experiment consensus needs a feature cache: leave online out")
         if self.merge_lora and not (self.full and self.llm_tuning == "lora"):
             raise UsageError("merge_lora needs llm_tuning lora and full: a bridge cannot hold the merged weights")
         if self.llm_bits == 8 and self.fsdp:

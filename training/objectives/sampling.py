@@ -19,7 +19,7 @@ def sample_answers(
     it: n * samples lists, those of a prompt together. A temperature of 0 takes the likeliest token.
 
     `generate` draws them too, but computes a prompt once a sample, keeps rows that have ended until the longest has, and
-    draws by `torch.multinomial`: 2.7 times the time for 36 photos of five samples, half of a self-critical step.
+    draws by `torch.multinomial`: 2.7 times the time for 36 photos of five samples.
     """
     positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
     outputs = model(

@@ -194,7 +194,7 @@ def build_trainer(settings: TrainSettings, run: RunFolder) -> LikelihoodTrainer:
     if zero_config and precision == "fp16":
         raise UserError("deepspeed trains in bf16 or fp32 here, not fp16; give --precision bf16")
     experiments, processes = build_experiments(settings.experiment_settings()), process_count()
-    if processes > 1 and not settings.likelihood_weight and not any(e.calls_model for e in experiments):
+    if processes > 1 and not settings.likelihood_weight:
         # DDP's forward is never called, so that gradients are not averaged
         raise UserError(f"likelihood_weight 0 with bag_of_words alone trains on one process; there are {processes}")
 

@@ -3,7 +3,6 @@
 from blipren.training.objectives.experiments.bag_of_words import BagOfWords
 from blipren.training.objectives.experiments.consensus import Consensus
 from blipren.training.objectives.experiments.experiment import Experiment
-from blipren.training.objectives.experiments.self_critical import SelfCritical
 from blipren.training.objectives.experiments.settings import ExperimentSettings
 
 
@@ -14,6 +13,4 @@ def build_experiments(settings: ExperimentSettings) -> list[Experiment]:
         experiments.append(Consensus(settings.consensus))
     if settings.bag_of_words is not None:
         experiments.append(BagOfWords(settings.bag_of_words))
-    if settings.self_critical is not None:
-        experiments.append(SelfCritical(settings.self_critical))
     return experiments

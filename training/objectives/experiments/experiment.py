@@ -10,11 +10,9 @@ class Experiment:
 
     Attributes:
         weight: of its loss; 0 for an experiment without one.
-        calls_model: whether its loss goes through the model's forward, without which DDP averages no gradients.
     """
 
     weight: float = 0.0
-    calls_model: bool = False
 
     def prepare(self, model, processor, sources: list) -> None:
         """Change the training sources or add modules to the model, before the parts to train are chosen."""

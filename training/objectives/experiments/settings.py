@@ -3,7 +3,6 @@
 experiments:
   bag_of_words: {weight: 0.05}
   consensus: {captions: 3}
-  self_critical: {weight: 1.0, samples: 5}
 """
 
 import typing
@@ -42,37 +41,11 @@ class BagOfWordsSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class SelfCriticalSettings(Settings):
-    """Self-critical training (arXiv 1612.00563): sampled captions whose CIDEr-D is above that of the other samples
-    become likelier. For a model that captions already."""
-
-    weight: float = 1.0
-    """Weight of the loss."""
-    samples: int = 5
-    """Captions sampled of each image."""
-    temperature: float = 0.6
-    """Temperature of the sampling."""
-    max_tokens: int = 24
-    """Most tokens of a sample; one that has not ended by then gets no reward."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("weight", "temperature"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"self_critical {name} is {getattr(self, name)}; it must be above 0")
-        if self.samples < 2:
-            raise UsageError(f"self_critical samples is {self.samples}; it must be at least 2, to compare them")
-        if self.max_tokens < 1:
-            raise UsageError(f"self_critical max_tokens is {self.max_tokens}; it must be at least 1")
-
-
-@dataclass(kw_only=True)
 class ExperimentSettings:
     """The experiments of a run; None for those that it does without."""
 
     consensus: ConsensusSettings | None = None
     bag_of_words: BagOfWordsSettings | None = None
-    self_critical: SelfCriticalSettings | None = None
 
 
 def parse_experiments(values: dict) -> ExperimentSettings:
