@@ -223,10 +223,9 @@ class BliprenPreTrainedModel(BliprenPatchFeaturesMixin, PreTrainedModel):
             sub_config = getattr(self.config, name)
             if sub_config is not None and sub_config.dtype is None:
                 sub_config.dtype = self.dtype
-        if getattr(self, "memory", None) is not None:
-            self.save_memory(save_directory)
-        if getattr(self, "reranker", None) is not None:
-            self.save_reranker(save_directory)
+        for name in ("memory", "reranker"):
+            if kwargs.get("is_main_process", True) and getattr(self, name, None) is not None:
+                getattr(self, f"save_{name}")(save_directory)
         for part in self._trained_base_parts():
             if self.config.base_models:
                 self.config.base_models[part]["trained"] = True

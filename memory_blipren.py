@@ -46,7 +46,7 @@ COUNTED = 5_000  # images whose n-grams are counted
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """How a memory changes captions, see [`BliprenMemoryMixin`].
+    """How a memory changes captions, see [`BliprenRankingMixin`].
 
     Attributes:
         neighbours: entries whose captions predict the score of a candidate (all entries where they are few).

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch.nn import functional as F
 from transformers import LogitsProcessorList
 
-from .consensus_blipren import NgramGuidance, NgramModel, search_joined, sum_doubts
+from .consensus_blipren import NgramGuidance, NgramModel, ReferenceTable, search_joined, sum_doubts
 from .image_features_blipren import IMAGE_INPUTS
+from .memory_blipren import BliprenMemory
 from .memory_generation_blipren import BliprenMemoryMixin, check_made_for, doubt_weight, masked_patches, pool_patches
 from .reranker_blipren import FILES, FOLDER, BliprenReranker, find_reranker
 
@@ -49,6 +51,26 @@ class _Asked:
     scores: list[Score | None]
     near: list[torch.Tensor] | None = None
     guides: list[NgramModel | None] | None = None
+
+
+def memory_score(
+    memory: BliprenMemory, table: ReferenceTable, weights: np.ndarray, beside: Score | None = None, share: float = 0.0
+) -> Score:
+    """Return the score of captions of an image: predicted CIDEr less the doubts about words.
+
+    Args:
+        table, weights: of the memory's regression. beside: another prediction of CIDEr. share: its weight.
+    """
+    penalty = doubt_weight(memory)
+    doubts = table.doubts(weights) if penalty else {}
+
+    def score(captions: list[tuple[int, ...]]) -> np.ndarray:
+        found = table.predicted_cider(captions, weights)
+        if beside is not None:
+            found = (1 - share) * found + share * beside(captions)
+        return found - penalty * sum_doubts(captions, doubts)
+
+    return score
 
 
 class BliprenRankingMixin(BliprenMemoryMixin):
@@ -98,16 +120,21 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         Raises:
             ValueError: one is asked for that is not there, or the answer is none that can be ranked.
         """
-        asked = {"memory": use_memory, "reranker": use_reranker}
-        for name, wanted in asked.items():
-            if wanted and getattr(self, name) is None:
-                raise ValueError(f"use_{name}=True, but the model has no {name}: load one with load_{name}")
-        wanted = {name: use is not False and getattr(self, name) is not None for name, use in asked.items()}
-        if any(wanted.values()) and (reason := self._why_not_ranked(features, kwargs)) is not None:
-            if insisted := [name for name, use in asked.items() if use]:
-                raise ValueError(f"use_{insisted[0]}=True, but {reason}")
+        wanted = self._wanted(use_memory, use_reranker)
+        if any(wanted) and (reason := self._why_not_ranked(features, kwargs)) is not None:
+            if use_memory or use_reranker:
+                raise ValueError(f"use_{'memory' if use_memory else 'reranker'}=True, but {reason}")
             return False, False
-        return wanted["memory"], wanted["reranker"]
+        return wanted
+
+    def _wanted(self, use_memory: bool | None, use_reranker: bool | None) -> tuple[bool, bool]:
+        for name, use in (("memory", use_memory), ("reranker", use_reranker)):
+            if use and getattr(self, name) is None:
+                raise ValueError(f"use_{name}=True, but the model has no {name}: load one with load_{name}")
+        return (
+            use_memory is not False and self.memory is not None,
+            use_reranker is not False and self.reranker is not None,
+        )
 
     def _why_not_ranked(self, features, kwargs: dict) -> str | None:
         config = kwargs.get("generation_config") or self.generation_config
@@ -118,11 +145,15 @@ class BliprenRankingMixin(BliprenMemoryMixin):
             "answers are sampled": bool(given["do_sample"]),
             "several answers are asked for": (given["num_return_sequences"] or 1) != 1,
             "a key-value cache is given": any(kwargs.get(n) is not None for n in _CACHES),
-            "scores, a stream or assisted generation are asked for": any(kwargs.get(n) for n in _OWN_DISTRIBUTION),
+            "scores, a stream or assisted generation are asked for": any(
+                kwargs.get(n, getattr(config, n, None)) for n in _OWN_DISTRIBUTION
+            ),
         }
         reason = next((text for text, true in reasons.items() if true), None)
-        if reason is None and len(features.pooler_output) != len(kwargs["input_ids"]):
-            reason = "rows have another number of images than one"
+        if reason is None:
+            placeholders = (kwargs["input_ids"] == self.config.image_token_id).sum(dim=1).tolist()
+            if placeholders != [len(image) for image in features.pooler_output]:
+                reason = "rows have another number of images than one"
         if reason is None and not any(self._caption_rows(kwargs)):
             reason = "no row has a caption prompt"
         return reason
@@ -154,10 +185,7 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         Raises:
             ValueError: the model has neither memory nor reranker, or they are not to be used.
         """
-        uses = (
-            use_memory is not False and self.memory is not None,
-            use_reranker is not False and self.reranker is not None,
-        )
+        uses = self._wanted(use_memory, use_reranker)
         if not any(uses):
             raise ValueError("no memory and no reranker ranks captions: load one with load_memory or load_reranker")
         image_inputs = {key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}
@@ -185,12 +213,13 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         settings = memory.settings if use_memory else self.reranker.settings
         ids, captioned = kwargs["input_ids"], self._caption_rows(kwargs)
         asked = self._ask(patches, mask, use_memory, use_reranker, captioned)
+        answers = None if all(captioned) else self._generate_alone(kwargs)
         own = self._candidates(asked.guides, use_reranker, kwargs)
         most, prompts = self._most_new_tokens(kwargs, ids.shape[1]), self._prompts(kwargs)
         result = []
         for row, score in enumerate(asked.scores):
             if score is None:
-                result.append([Candidate(list(own[row][0]), 0.0, False)])
+                result.append([Candidate(self._cut(answers[row])[0], 0.0, False)])
                 continue
             found = own[row]
             if use_memory:
@@ -225,7 +254,7 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         predicted = self.reranker.predict(patches, mask) if use_reranker else None
         if not use_memory:
             for row in rows:
-                asked.scores[row] = lambda captions, own=predicted[row]: self.reranker.score(captions, own)
+                asked.scores[row] = partial(self.reranker.score, predicted=predicted[row])
             return asked
         memory, embeddings = self.memory, pool_patches(patches, mask)
         found = memory.find(embeddings, max(memory.num_regressed, memory.settings.guides))
@@ -234,22 +263,10 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         asked.guides = [self._ngram_model(q, n) if c else None for q, n, c in zip(queries, asked.near, captioned)]
         for row in rows:
             regression = memory.regress(queries[row], asked.near[row][: memory.num_regressed])
-            asked.scores[row] = self._memory_score(*regression, predicted[row] if use_reranker else None)
+            beside = partial(self.reranker.score, predicted=predicted[row]) if use_reranker else None
+            share = self.reranker.settings.weight if use_reranker else 0.0
+            asked.scores[row] = memory_score(memory, *regression, beside, share)
         return asked
-
-    def _memory_score(self, table, weights: np.ndarray, predicted: np.ndarray | None) -> Score:
-        """Return the score of captions by the neighbours' captions, and by the reranker where it predicted something."""
-        penalty = doubt_weight(self.memory)
-        doubts = table.doubts(weights) if penalty else {}
-
-        def score(captions: list[tuple[int, ...]]) -> np.ndarray:
-            found = table.predicted_cider(captions, weights)
-            if predicted is not None:
-                share = self.reranker.settings.weight
-                found = (1 - share) * found + share * self.reranker.score(captions, predicted)
-            return found - penalty * sum_doubts(captions, doubts)
-
-        return score
 
     def _candidates(
         self, guides: list[NgramModel | None] | None, use_reranker: bool, kwargs: dict
@@ -259,7 +276,7 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         Args:
             guides: of each row, an n-gram model that guides further searches.
         """
-        length, ends = kwargs["input_ids"].shape[1], self._ends()
+        length = kwargs["input_ids"].shape[1]
         generated: list[list[tuple[int, ...]]] = [[] for _ in kwargs["input_ids"]]
         finished: list[list[tuple[int, ...]]] = [[] for _ in kwargs["input_ids"]]
         for weight in (0.0,) if guides is None else self.memory.settings.guidance:
@@ -270,14 +287,20 @@ class BliprenRankingMixin(BliprenMemoryMixin):
             if weight:
                 guide = NgramGuidance(guides, weight, length, beams)
                 options["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), guide])
-            answers = self.generate(**{**kwargs, **options, **_ALONE})[:, length:].tolist()
-            for row, answer in enumerate(answers):
+            for row, answer in enumerate(self._generate_alone(kwargs | options)):
                 row = row // options["num_return_sequences"]
-                place = next((i for i, token in enumerate(answer) if token in ends), None)
-                generated[row].append(tuple(answer[:place]))
-                if place:
-                    finished[row].append(tuple(answer[:place]))
+                tokens, ended = self._cut(answer)
+                generated[row].append(tuple(tokens))
+                if ended and tokens:
+                    finished[row].append(tuple(tokens))
         return [own or every[:1] for own, every in zip(finished, generated)]
+
+    def _generate_alone(self, kwargs: dict) -> list[list[int]]:
+        """Return the new tokens of each row, or beam, of the model itself."""
+        # transformers repeats the features of an image for its beams in place
+        outputs = {name: replace(features) for name, features in kwargs["mm_encoder_outputs"].items()}
+        rows = self.generate(**{**kwargs, **_ALONE, "mm_encoder_outputs": outputs})
+        return rows[:, kwargs["input_ids"].shape[1] :].tolist()
 
     def _log_likelihoods(self, captions: list[tuple[int, ...]], prompt: torch.Tensor) -> np.ndarray:
         """Return the log-likelihood of each caption and its end behind a prompt without an image, `(captions,)`."""
@@ -285,16 +308,20 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         rows = [[*prompt.tolist(), *caption, end] for caption in captions]
         first, width = max(1, len(prompt)), max(map(len, rows))
         ids = torch.tensor([row + [end] * (width - len(row)) for row in rows], device=self.device)
-        places = torch.tensor(
-            [row * width + i for row, own in enumerate(rows) for i in range(first - 1, len(own) - 1)]
-        )
+        places = [row * width + i for row, own in enumerate(rows) for i in range(first - 1, len(own) - 1)]
+        if not places:  # empty captions behind an empty prompt
+            return np.zeros(len(rows))
+        places = torch.tensor(places)
         logits = self(input_ids=ids, logits_at=places.to(self.device), use_cache=False).logits.float()
         losses = F.cross_entropy(logits, ids.flatten()[places + 1], reduction="none").cpu()
-        return np.bincount((places // width).numpy(), -losses.double().numpy())
+        return np.bincount((places // width).numpy(), -losses.double().numpy(), len(rows))
 
-    def _ends(self) -> set[int]:
+    def _cut(self, answer: list[int]) -> tuple[list[int], bool]:
+        """Return the tokens of an answer in front of its end, and whether it has one."""
         ends = self.generation_config.eos_token_id
-        return {self._caption_info["end"], *(ends if isinstance(ends, list) else [ends])}
+        ends = {self._caption_info["end"], *(ends if isinstance(ends, list) else [ends])}
+        place = next((i for i, token in enumerate(answer) if token in ends), None)
+        return answer[:place], place is not None
 
     def _most_new_tokens(self, kwargs: dict, length: int) -> int:
         config = kwargs.get("generation_config") or self.generation_config
@@ -304,4 +331,4 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         return most
 
 
-__all__ = ["BliprenRankingMixin", "Candidate"]
+__all__ = ["BliprenRankingMixin", "Candidate", "memory_score"]

@@ -151,7 +151,7 @@ class BliprenReranker:
         Args:
             patch_features: `(images, patches, patch_width)`. mask: `(images, patches)`, 1 for patches.
         """
-        return self.network.to(patch_features.device)(patch_features, mask).cpu().numpy()
+        return self.network.to(patch_features.device)(patch_features, mask).float().cpu().numpy()
 
     def score(self, captions: list[list[int]], predicted: np.ndarray) -> np.ndarray:
         """Return the CIDEr that each caption (token ids without the end token) is predicted to have, `(captions,)`.

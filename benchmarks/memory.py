@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blipren.consensus_blipren import letters_of_tokens
+from blipren.consensus_blipren import letters_of_tokens, search_joined
 from blipren.memory_blipren import BliprenMemory
-from blipren.memory_generation_blipren import doubt_weight
+from blipren.ranked_generation_blipren import memory_score
 
 WORDS, LENGTH = 4_000, 12  # different tokens; tokens of a caption
 
@@ -77,7 +77,8 @@ def measure(entries: int, settings: argparse.Namespace) -> dict:
             table, weights = memory.regress(query, indices)
             candidates = [tuple(caption) for own in memory.tokens(indices[:200].tolist()) for caption in own]
             joins, joined = memory.settings.joins, memory.settings.joined
-            ranked, _ = table.search(candidates, weights, joins, joined, 2 * LENGTH, doubt_weight(memory))
+            score = memory_score(memory, table, weights)
+            ranked, _ = search_joined(candidates, score, joins, joined, 2 * LENGTH)
             times["regression and scores"].append(time.process_time() - begin)
             counts.append(len(ranked))
     return {

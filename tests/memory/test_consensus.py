@@ -74,7 +74,7 @@ def test_the_best_are_joined_again_and_again_and_scored():
         found, scores = search_joined(start, score, joins, 10, 9)
         assert found[:4] == start and len(found) == len(set(found)) and scores == pytest.approx(score(found))
         assert found[int(scores.argmax())] == longest
-    assert search_joined(start, score, 3, 1, 9)[0] == start  # the best alone has nobody to be joined with
+    assert search_joined(start, score, 3, 1, 9)[0] == start  # one caption alone is not joined
 
 
 def test_words_that_people_agree_on_and_similar_images_lack_are_doubted():

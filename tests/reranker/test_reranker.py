@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from blipren import BliprenForConditionalGeneration, BliprenProcessor
 from blipren.consensus_blipren import DocumentFrequencies, ReferenceTable
@@ -79,7 +80,7 @@ def open_pair(folder):
 
 def test_it_learns_what_the_captions_say(ranking, tmp_path, capsys):
     folder, _, cache = ranking
-    explained = []
+    errors, explained = [], []
     for steps in ("1", "150"):
         out = tmp_path / steps
         options = ["--max-steps", steps, "--batch-size", "16", "--feature-dropout", "0", "--device", "cpu"]
@@ -87,8 +88,9 @@ def test_it_learns_what_the_captions_say(ranking, tmp_path, capsys):
         printed = capsys.readouterr().out
         assert f"the reranker is in {out}" in printed and f"step {steps}/{steps}" in printed
         losses = [float(line.split("loss ")[1].split()[0]) for line in printed.splitlines() if "  loss " in line]
-        explained.append(losses[-1])
-    assert explained[1] < 0.5 * explained[0]
+        errors.append(losses[-1])
+        explained.append(float(printed.split("validation images: ")[1].split()[0]))
+    assert errors[1] < 0.5 * errors[0] and explained[1] > explained[0]
     assert main(["reranker", str(folder), str(cache), "--feature-dropout", "1"]) == 2
     assert main(["reranker", str(folder), str(cache), "--width", "0"]) == 2
     assert main(["reranker", "user/model", str(cache)]) == 2
@@ -129,6 +131,39 @@ def test_it_chooses_among_the_models_own_captions_and_one_argument_leaves_it_out
         plain.generate(**inputs, use_reranker=True)
 
 
+def test_questions_beside_captions_short_answers_and_other_precisions(ranking):
+    from PIL import Image
+
+    folder, pictures, _ = ranking
+    model, processor = open_pair(folder)
+    photos = [Image.open(pictures / name) for name in ("00.png", "06.png")]
+    mixed = processor(images=photos, text=[processor.prompts[0], "What is this?"], return_tensors="pt")
+    length, options = mixed["input_ids"].shape[1], {"max_new_tokens": 12}
+    plain = model.generate(**mixed, **options, use_reranker=False)
+    for memory in (None, random_memory(model, processor, seed=0)):
+        model.memory = memory
+        answers = [processor.decode_answer(row) for row in model.generate(**mixed, **options)[:, length:].tolist()]
+        assert answers[1] == processor.decode_answer(plain[1, length:].tolist())
+        alone = processor(images=photos[0], return_tensors="pt")
+        caption = model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :]
+        assert answers[0] == processor.decode_answer(caption.tolist())
+    model.memory = None
+    inputs = processor(images=photos, return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1
+    config = GenerationConfig(**{**model.generation_config.to_dict(), **options, "return_dict_in_generate": True})
+    own = model.generate(**inputs, generation_config=config, use_reranker=False).sequences
+    assert torch.equal(model.generate(**inputs, generation_config=config).sequences, own)
+    # padding has no part
+    patches = model.encode_images(inputs["pixel_values"])
+    padded = torch.cat([patches, torch.full_like(patches, 7.0)], dim=1)
+    mask = torch.cat([torch.ones(patches.shape[:2]), torch.zeros(patches.shape[:2])], dim=1).long()
+    expected = model.reranker.predict(patches)
+    assert model.reranker.predict(padded, mask) == pytest.approx(expected, abs=1e-5)
+    assert model.reranker.predict(padded) != pytest.approx(expected, abs=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.reranker.predict(patches) == pytest.approx(expected, rel=0.1, abs=0.05)
+
+
 def test_beside_a_memory_both_scores_count(ranking):
     from PIL import Image
 
@@ -148,6 +183,13 @@ def test_beside_a_memory_both_scores_count(ranking):
     assert len(shared) > 3 and set(both) > set(memory)  # further beams of the model
     assert [both[c] for c in shared] == pytest.approx([0.5 * (memory[c] + a) for c, a in zip(shared, alone)])
     assert set(scores(use_memory=False)) < set(both)
+    # in a batch each search sees its own image
+    names = ("11.png", "06.png", "00.png")
+    photos = [Image.open(pictures / name) for name in names]
+    together = model.rank_captions(**processor(images=photos, return_tensors="pt"), max_new_tokens=12)
+    for photo, ranked in zip(photos, together):
+        alone = model.rank_captions(**processor(images=photo, return_tensors="pt"), max_new_tokens=12)[0]
+        assert {tuple(c.tokens) for c in ranked} == {tuple(c.tokens) for c in alone}
 
 
 def test_saved_with_the_model_exchanged_and_refused(ranking, tmp_path):

@@ -87,8 +87,11 @@ class Conversation:
                 )
             generation["max_new_tokens"] = min(generation["max_new_tokens"], limit - len(ids))
         first_image = 0
+        sampled = sampling is not None and sampling.temperature > 0
         # a memory and a reranker make several searches
-        ranked = streamer is None and (self.model.memory is not None or self.model.reranker is not None)
+        ranked = streamer is None and not sampled and bool(self.model.memory or self.model.reranker)
+        if sampled:
+            generation |= {"use_memory": False, "use_reranker": False}
         if generation.get("num_beams", 1) == 1 and not ranked:
             cache, first_image = self._take_cache(ids, counts)
             generation[CACHE] = cache

@@ -69,7 +69,7 @@ class Talk:
         stop, outcome = threading.Event(), []
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         # transformers streams single sequences only; a memory and a reranker rank whole captions
-        ranks = model.memory is not None or model.reranker is not None
+        ranks = not sampling.temperature and bool(model.memory or model.reranker)
         whole = generation.get("num_beams", 1) > 1 or (question is None and ranks)
 
         def answer() -> None:

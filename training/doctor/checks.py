@@ -177,11 +177,12 @@ def check_batch_equals_single(test: ModelUnderTest) -> str:
     prompts = [None, "What is the colour of the shape in this picture?"]
     texts = [processor.prompts[0], prompts[1]]
     together = processor(images=[[i] for i in test.images[:2]], text=texts, return_tensors="pt").to(model.device)
+    own = {"max_new_tokens": 8, "do_sample": False, "use_memory": False, "use_reranker": False}
     with torch.inference_mode():
-        batch = model.generate(**together, max_new_tokens=8, do_sample=False)[:, together["input_ids"].shape[1] :]
+        batch = model.generate(**together, **own)[:, together["input_ids"].shape[1] :]
         for row, image, text in zip(batch.tolist(), test.images, texts):
             alone = processor(images=image, text=text, return_tensors="pt").to(model.device)
-            single = model.generate(**alone, max_new_tokens=8, do_sample=False)[0, alone["input_ids"].shape[1] :]
+            single = model.generate(**alone, **own)[0, alone["input_ids"].shape[1] :]
             single = single.tolist()
             if row[: len(single)] != single:
                 raise CheckFailure(

@@ -11,7 +11,7 @@ import time
 import torch
 from torch.nn import functional as F
 
-from blipren.reranker_blipren import BliprenReranker, RerankerNetwork, RerankerSettings
+from blipren.reranker_blipren import FILES, BliprenReranker, RerankerNetwork, RerankerSettings
 from blipren.training.commands.reranker import RerankerCommandSettings
 from blipren.training.data.cache import FeatureCache
 from blipren.training.engine.device import choose_device
@@ -43,15 +43,14 @@ def make_reranker(s: RerankerCommandSettings) -> None:
     fit(network, data, s)
     info = {**memory_info(model, processor), "images": len(rows), "shape": network.shape}
     reranker = BliprenReranker(network, tables, info, RerankerSettings())
-    validated, _, own = read_captions(cache, "validation", processor)
-    if validated:
-        explained = explained_variance(
-            network, _Data(cache, "validation", validated, coordinates(own, tables, len(rows)))
-        )
-        print(f"explained variance on {len(validated):,} validation images: {explained:.3f}")
     out = s.out_folder()
     reranker.save(out)
-    size = sum(file.stat().st_size for file in out.iterdir())
+    validated, _, own = read_captions(cache, "validation", processor)
+    if len(validated) > 1 and s.split != "validation":
+        unseen = _Data(cache, "validation", validated, coordinates(own, tables, len(rows)))
+        explained = explained_variance(network, unseen)
+        print(f"explained variance on {len(validated):,} validation images: {explained:.3f}")
+    size = sum((out / name).stat().st_size for name in FILES)
     print(f"{size / 2**20:,.1f} MiB, {time.perf_counter() - begin:.1f} s: the reranker is in {out}")
 
 
@@ -73,7 +72,11 @@ class _Data:
 def keep_some(
     patches: torch.Tensor, mask: torch.Tensor | None, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a random share of each image's patches, padding last."""
+    """Return as many random patches of each image, padding last where an image has fewer.
+
+    Args:
+        dropout: share of the longest image's patches that is left out.
+    """
     order = torch.rand(patches.shape[:2])
     order = order if mask is None else order.masked_fill(mask == 0, -1.0)
     kept = order.topk(max(1, round(patches.shape[1] * (1 - dropout))), dim=1).indices
@@ -125,4 +128,5 @@ def explained_variance(network: RerankerNetwork, data: _Data) -> float:
         patches, mask = data.patches(items)
         predicted = network(patches.to(device), None if mask is None else mask.to(device)).cpu()
         errors += F.mse_loss(predicted, data.targets[items], reduction="sum").item()
-    return 1 - errors / (data.targets - data.targets.mean(dim=0)).square().sum().item()
+    variance = (data.targets - data.targets.mean(dim=0)).square().sum().clamp_min(1e-12)  # captions may be all equal
+    return 1 - errors / variance.item()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 from blipren.consensus_blipren import SIGMA, DocumentFrequencies, WeighedCaptions
+from blipren.training.errors import UserError
 
 MOST_NGRAMS = 30_000  # the most frequent ones; each costs a row of the directions
 MOST_IMAGES = 5_000  # from which the directions are computed; a matrix of images x n-grams is decomposed
@@ -21,13 +24,18 @@ def build_tables(captions: list[list[list[int]]], width: int) -> dict[str, torch
     Args:
         captions: token ids of the captions of each image.
         width: directions.
+
+    Raises:
+        UserError: captions of different images have nothing in common.
     """
     frequencies = DocumentFrequencies.count(captions)
     common = np.flatnonzero(frequencies.counts > 1)
     common = np.sort(common[np.argsort(-frequencies.counts[common], kind="stable")[:MOST_NGRAMS]])
+    if not len(common):
+        raise UserError("no word or n-gram is in the captions of two images: a reranker learns what captions share")
     ngrams, counts = frequencies.hashes[common], frequencies.counts[common]
     frequencies = DocumentFrequencies(ngrams, counts, len(captions))
-    some = captions[:: max(1, len(captions) // MOST_IMAGES)]
+    some = captions[:: math.ceil(len(captions) / MOST_IMAGES)]
     vectors = mean_vectors(some, ngrams, frequencies)
     mean = vectors.mean(dim=0)
     _, _, directions = torch.svd_lowrank(vectors - mean, min(width, *vectors.shape), niter=3)
