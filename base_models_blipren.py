@@ -38,6 +38,42 @@ def optional_file(path: str | os.PathLike, name: str, hub_kwargs: dict) -> Path 
         return None
 
 
+def find_part(
+    path: str | os.PathLike, kind: str, names: tuple[str, ...], hub_kwargs: dict, optional: tuple[str, ...] = ()
+) -> Path | None:
+    """Return the folder of a part of a checkpoint, fetched if it is on the Hub; `None` if the checkpoint has none.
+
+    Args:
+        kind: memory or reranker, the name of the folder. names: its files; the first one says whether it is there.
+        optional: files that it may have.
+    """
+    first = optional_file(path, f"{kind}/{names[0]}", hub_kwargs)
+    if first is None:
+        return None
+    for name in names[1:]:
+        cached_file(path, f"{kind}/{name}", **hub_kwargs)
+    for name in optional:
+        optional_file(path, f"{kind}/{name}", hub_kwargs)
+    return first.parent
+
+
+def read_part(folder: Path, kind: str, name: str, newest: int) -> dict:
+    """Return the JSON file of a memory's or reranker's folder, without its format.
+
+    Args:
+        kind: memory or reranker. name: of the file. newest: format that this code reads.
+
+    Raises:
+        ValueError: the file is not there, or has a newer format.
+    """
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder} has no {kind}: it lacks {name}; make one with `blipren {kind} MODEL CACHE`")
+    info = json.loads((folder / name).read_text())
+    if info.pop("format") > newest:
+        raise ValueError(f"the {kind} in {folder} has a newer format than {newest}: update BLIPren")
+    return info
+
+
 def weight_files(model_id: str, revision: str | None = None, **hub_kwargs) -> list[Path]:
     """Return the files of a checkpoint's weights, one or several shards.
 

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.utils import cached_file
 
-from .base_models_blipren import optional_file
+from .base_models_blipren import find_part, read_part
 from .consensus_blipren import DocumentFrequencies, ReferenceTable, hash_captions, hash_letters
 
 logger = logging.getLogger(__name__)
@@ -208,13 +207,7 @@ class BliprenMemory:
             ValueError: no memory there, one of a newer format, or its files do not belong together.
         """
         folder = Path(folder)
-        if not (folder / FILES[0]).is_file():
-            raise ValueError(
-                f"{folder} has no memory: it lacks {FILES[0]}; make one with `blipren memory MODEL CACHE`"
-            )
-        info = json.loads((folder / FILES[0]).read_text())
-        if info.pop("format") > FORMAT:
-            raise ValueError(f"the memory in {folder} has a newer format than {FORMAT}: update BLIPren")
+        info = read_part(folder, FOLDER, FILES[0], FORMAT)
         texts = _require_arrow().ipc.open_file(pyarrow.memory_map(str(folder / FILES[2]))).read_all()
         with safe_open(folder / FILES[1], "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -323,11 +316,11 @@ class BliprenMemory:
 
     def captions(self, entries: list[int]) -> list[list[str]]:
         """Return the captions of entries as texts."""
-        return self.texts["captions"].take(entries).to_pylist()
+        return self.texts["captions"].take(pyarrow.array(entries, pyarrow.int64())).to_pylist()
 
     def tokens(self, entries: list[int]) -> list[list[list[int]]]:
         """Return the captions of entries as token ids."""
-        return self.texts["tokens"].take(entries).to_pylist()
+        return self.texts["tokens"].take(pyarrow.array(entries, pyarrow.int64())).to_pylist()
 
     def are_copies(self, captions: list[list[int]]) -> np.ndarray:
         """Return whether each caption, as token ids, is a known one word for word."""
@@ -374,13 +367,7 @@ class BliprenMemory:
 
 def find_memory(path: str | os.PathLike, hub_kwargs: dict) -> Path | None:
     """Return the folder of a checkpoint's memory, fetched if it is on the Hub; `None` if it has none."""
-    first = optional_file(path, f"{FOLDER}/{FILES[0]}", hub_kwargs)
-    if first is None:
-        return None
-    for name in FILES[1:]:
-        cached_file(path, f"{FOLDER}/{name}", **hub_kwargs)
-    optional_file(path, f"{FOLDER}/{INDEX}", hub_kwargs)
-    return first.parent
+    return find_part(path, FOLDER, FILES, hub_kwargs, optional=(INDEX,))
 
 
 def _require_arrow():

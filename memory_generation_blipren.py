@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,22 +59,35 @@ def masked_patches(features: BliprenImageFeatures, image_inputs: dict) -> tuple[
     return features.last_hidden_state, image_inputs.get(name)
 
 
-def check_made_for(model_config, info: dict, what: str) -> None:
-    """Raise `ValueError` if a memory or reranker was made for another vision encoder or language model.
+def load_part(
+    model_config, kind: str, path: str | os.PathLike, first: str, find: Callable, part: type, hub_kwargs: dict
+):
+    """Return a memory or a reranker for a model.
 
     Args:
-        info: its `encoder` and `language_model`. what: its kind and place, for the message.
+        kind: memory or reranker. path: its folder, a checkpoint folder or Hub id with one. first: its first file.
+        find: returns its folder in a checkpoint. part: its class.
+
+    Raises:
+        ValueError: there is none, or it was made for another vision encoder or language model.
     """
+    folder = Path(path)
+    if not (folder / first).is_file() and (folder := find(path, hub_kwargs)) is None:
+        raise ValueError(
+            f"{path} has no {kind}: neither {first} nor {kind}/{first} is there; make one with `blipren {kind} MODEL CACHE`"
+        )
+    found = part.load(folder)
     for name, own in (
         ("encoder", memory_encoder(model_config)),
         ("language_model", memory_language_model(model_config)),
     ):
         for key, value in own.items():
-            if info[name][key] != value:
+            if found.info[name][key] != value:
                 raise ValueError(
-                    f"the {what} was made for another model: {name} {key} is {info[name][key]!r} there and {value!r} in "
-                    f"this model; make one with `blipren {what.split()[0]} MODEL CACHE`"
+                    f"the {kind} {path} was made for another model: {name} {key} is {found.info[name][key]!r} there and "
+                    f"{value!r} in this model; make one with `blipren {kind} MODEL CACHE`"
                 )
+    return found
 
 
 class BliprenMemoryMixin:
@@ -98,15 +112,7 @@ class BliprenMemoryMixin:
         if path is None:
             self.memory = None
             return
-        folder = Path(path)
-        if not (folder / FILES[0]).is_file() and (folder := find_memory(path, hub_kwargs)) is None:
-            raise ValueError(
-                f"{path} has no memory: neither {FILES[0]} nor {FOLDER}/{FILES[0]} is there; make one with "
-                "`blipren memory MODEL CACHE`"
-            )
-        memory = BliprenMemory.load(folder)
-        check_made_for(self.config, memory.info, f"memory {path}")
-        self.memory = memory
+        self.memory = load_part(self.config, FOLDER, path, FILES[0], find_memory, BliprenMemory, hub_kwargs)
 
     def save_memory(self, checkpoint: str | os.PathLike) -> None:
         """Write the memory into the folder `memory` of a checkpoint."""
@@ -168,8 +174,8 @@ class BliprenMemoryMixin:
 
 __all__ = [
     "BliprenMemoryMixin",
-    "check_made_for",
     "doubt_weight",
+    "load_part",
     "masked_patches",
     "memory_encoder",
     "memory_language_model",

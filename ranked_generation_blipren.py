@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 from .consensus_blipren import NgramGuidance, NgramModel, ReferenceTable, search_joined, sum_doubts
 from .image_features_blipren import IMAGE_INPUTS
 from .memory_blipren import BliprenMemory
-from .memory_generation_blipren import BliprenMemoryMixin, check_made_for, doubt_weight, masked_patches, pool_patches
+from .memory_generation_blipren import BliprenMemoryMixin, doubt_weight, load_part, masked_patches, pool_patches
 from .reranker_blipren import FILES, FOLDER, BliprenReranker, find_reranker
 
 # arguments of `generate` whose result is more than one best answer of the model itself
@@ -98,15 +98,7 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         if path is None:
             self.reranker = None
             return
-        folder = Path(path)
-        if not (folder / FILES[0]).is_file() and (folder := find_reranker(path, hub_kwargs)) is None:
-            raise ValueError(
-                f"{path} has no reranker: neither {FILES[0]} nor {FOLDER}/{FILES[0]} is there; make one with "
-                "`blipren reranker MODEL CACHE`"
-            )
-        reranker = BliprenReranker.load(folder)
-        check_made_for(self.config, reranker.info, f"reranker {path}")
-        self.reranker = reranker
+        self.reranker = load_part(self.config, FOLDER, path, FILES[0], find_reranker, BliprenReranker, hub_kwargs)
 
     def save_reranker(self, checkpoint: str | os.PathLike) -> None:
         """Write the reranker into the folder `reranker` of a checkpoint."""

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.utils import cached_file
 
-from .base_models_blipren import optional_file
+from .base_models_blipren import find_part, read_part
 from .consensus_blipren import NGRAMS, DocumentFrequencies, WeighedCaptions
 
 FORMAT = 1
@@ -120,13 +119,7 @@ class BliprenReranker:
             ValueError: no reranker there, or one of a newer format.
         """
         folder = Path(folder)
-        if not (folder / FILES[0]).is_file():
-            raise ValueError(
-                f"{folder} has no reranker: it lacks {FILES[0]}; make one with `blipren reranker MODEL CACHE`"
-            )
-        info = json.loads((folder / FILES[0]).read_text())
-        if info.pop("format") > FORMAT:
-            raise ValueError(f"the reranker in {folder} has a newer format than {FORMAT}: update BLIPren")
+        info = read_part(folder, FOLDER, FILES[0], FORMAT)
         settings = RerankerSettings(**info.pop("settings"))
         tensors = load_file(folder / FILES[1])
         tables = {name: tensors.pop(name) for name in TABLES}
@@ -172,11 +165,7 @@ class BliprenReranker:
 
 def find_reranker(path: str | os.PathLike, hub_kwargs: dict) -> Path | None:
     """Return the folder of a checkpoint's reranker, fetched if it is on the Hub; `None` if it has none."""
-    first = optional_file(path, f"{FOLDER}/{FILES[0]}", hub_kwargs)
-    if first is None:
-        return None
-    cached_file(path, f"{FOLDER}/{FILES[1]}", **hub_kwargs)
-    return first.parent
+    return find_part(path, FOLDER, FILES, hub_kwargs)
 
 
 __all__ = ["BliprenReranker", "RerankerNetwork", "RerankerSettings", "find_reranker"]

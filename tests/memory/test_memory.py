@@ -226,6 +226,20 @@ def test_captions_come_through_the_memory_and_one_argument_leaves_it_out(remembe
     alone = inputs_of(processor, pictures, ["06.png"])
     answer = processor.decode_answer(found[1, length:])
     assert processor.decode_answer(model.generate(**alone, **options)[0, length:]) == answer
+    # without known captions as candidates; each search of a batch sees its own images, also behind one with beams
+    model.memory = model.memory.with_settings(retrieved=0, joins=0)
+    assert len(model.rank_captions(**alone, **options)[0]) <= 6
+    model.load_memory(folder)
+    features = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+    texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    for beams in (3, 5):
+        kwargs = {
+            **texts,
+            "mm_encoder_outputs": {"image": features},
+            "num_beams": beams,
+            "num_return_sequences": beams,
+        }
+        assert len(model._generate_alone(kwargs)) == 3 * beams and len(features.pooler_output) == 3
     ids = alone.pop("input_ids")
     patches = model.encode_images(alone.pop("pixel_values"))
     given = model.generate(ids, patch_features=patches, **alone, **options)

@@ -135,12 +135,12 @@ def _evaluate_answers(
     if plan.captions:
         captions = {e.id: result.records[e.id]["caption"] for e in result.examples}
         add_captions(result, settings, captions, settings.meteor)
-        if model.memory is not None and settings.memory:
+        ranked = plan.num_frames is None and settings.prompt in (None, *processor.prompts)
+        if ranked and model.memory is not None and settings.memory:
             add_memory(result, model.memory)
-        if model.reranker is not None and settings.reranker:
-            result.metrics["reranker"] = dataclasses.asdict(model.reranker.settings) | {
-                "images": model.reranker.info["images"]
-            }
+        if ranked and model.reranker is not None and settings.reranker:
+            made = {"images": model.reranker.info["images"]}
+            result.metrics["reranker"] = dataclasses.asdict(model.reranker.settings) | made
         if settings.similarity:
             _score_similarity(settings, result, model)
     if plan.questions:
