@@ -474,7 +474,7 @@ class BliprenForConditionalGeneration(
 
         Args:
             use_memory, use_reranker: `False` leaves the model's memory or reranker out, `True` is an error where it cannot
-                be used; by default it is used for captions, see [`BliprenRankingMixin`].
+                be used; by default one is used for captions, the memory first, see [`BliprenRankingMixin`].
 
         Raises:
             ValueError: when an assistant that reads images has another number of visual tokens, or is given a video.
@@ -497,9 +497,9 @@ class BliprenForConditionalGeneration(
         features = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if inputs is not None and not args and (self.memory is not None or self.reranker is not None):
             inputs, kwargs = None, {"input_ids": inputs, **kwargs}
-        uses = self._ranks(use_memory, use_reranker, features, kwargs)
-        if any(uses):
-            return self._generate_ranked(*masked_patches(features, image_kwargs), uses, kwargs)
+        with_memory, with_reranker = self._ranks(use_memory, use_reranker, features, kwargs)
+        if with_memory or with_reranker:
+            return self._generate_ranked(*masked_patches(features, image_kwargs), with_memory, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, **kwargs):

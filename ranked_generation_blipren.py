@@ -41,7 +41,7 @@ class Candidate:
 
 @dataclass
 class _Asked:
-    """What a memory and a reranker say of the images of a batch.
+    """What a memory or a reranker says of the images of a batch.
 
     Attributes:
         scores: for each row the score of captions, `None` for a row that is no caption prompt.
@@ -53,28 +53,19 @@ class _Asked:
     guides: list[NgramModel | None] | None = None
 
 
-def memory_score(
-    memory: BliprenMemory, table: ReferenceTable, weights: np.ndarray, beside: Score | None = None, share: float = 0.0
-) -> Score:
+def memory_score(memory: BliprenMemory, table: ReferenceTable, weights: np.ndarray) -> Score:
     """Return the score of captions of an image: predicted CIDEr less the doubts about words.
 
     Args:
-        table, weights: of the memory's regression. beside: another prediction of CIDEr. share: its weight.
+        table, weights: of the memory's regression.
     """
     penalty = doubt_weight(memory)
     doubts = table.doubts(weights) if penalty else {}
-
-    def score(captions: list[tuple[int, ...]]) -> np.ndarray:
-        found = table.predicted_cider(captions, weights)
-        if beside is not None:
-            found = (1 - share) * found + share * beside(captions)
-        return found - penalty * sum_doubts(captions, doubts)
-
-    return score
+    return lambda captions: table.predicted_cider(captions, weights) - penalty * sum_doubts(captions, doubts)
 
 
 class BliprenRankingMixin(BliprenMemoryMixin):
-    """Ranked captions for `BliprenForConditionalGeneration`, which a memory, a reranker or both score.
+    """Ranked captions for `BliprenForConditionalGeneration`, which a memory scores, or a reranker where no memory does.
 
     `generate` ranks captions: where every image of a row stands in front of a caption prompt, one answer is asked for, and
     it is searched, not sampled. Other prompts get the model's own answer.
@@ -123,10 +114,10 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         for name, use in (("memory", use_memory), ("reranker", use_reranker)):
             if use and getattr(self, name) is None:
                 raise ValueError(f"use_{name}=True, but the model has no {name}: load one with load_{name}")
-        return (
-            use_memory is not False and self.memory is not None,
-            use_reranker is not False and self.reranker is not None,
-        )
+        memory = use_memory is not False and self.memory is not None
+        if memory and use_reranker:
+            raise ValueError("use_reranker=True, but the memory ranks captions: give use_memory=False, too")
+        return memory, use_reranker is not False and self.reranker is not None and not memory
 
     def _why_not_ranked(self, features, kwargs: dict) -> str | None:
         config = kwargs.get("generation_config") or self.generation_config
@@ -183,14 +174,14 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         image_inputs = {key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}
         features = self.get_image_features(**image_inputs, return_dict=True)
         kwargs["mm_encoder_outputs"] = {"image": features}
-        return self._rank(*masked_patches(features, image_inputs), *uses, kwargs)
+        return self._rank(*masked_patches(features, image_inputs), uses[0], kwargs)
 
     def _generate_ranked(
-        self, patches: torch.Tensor, mask: torch.Tensor | None, uses: tuple[bool, bool], kwargs: dict
+        self, patches: torch.Tensor, mask: torch.Tensor | None, use_memory: bool, kwargs: dict
     ) -> torch.LongTensor:
         """Return the best candidate of each row behind its prompt, as `generate` does."""
         ids = kwargs["input_ids"]
-        ranked = self._rank(patches, mask, *uses, kwargs)
+        ranked = self._rank(patches, mask, use_memory, kwargs)
         end, pad = self._caption_info["end"], self.generation_config.pad_token_id
         pad = kwargs.get("pad_token_id", pad if pad is not None else end)
         most = self._most_new_tokens(kwargs, ids.shape[1])
@@ -199,14 +190,15 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         return torch.cat([ids, answers.to(ids.dtype)], dim=1)
 
     def _rank(
-        self, patches: torch.Tensor, mask: torch.Tensor | None, use_memory: bool, use_reranker: bool, kwargs: dict
+        self, patches: torch.Tensor, mask: torch.Tensor | None, use_memory: bool, kwargs: dict
     ) -> list[list[Candidate]]:
+        """Return the candidates of each row, scored by the memory, or else by the reranker."""
         memory = self.memory if use_memory else None
         settings = memory.settings if use_memory else self.reranker.settings
         ids, captioned = kwargs["input_ids"], self._caption_rows(kwargs)
-        asked = self._ask(patches, mask, use_memory, use_reranker, captioned)
+        asked = self._ask(patches, mask, use_memory, captioned)
         answers = None if all(captioned) else self._generate_alone(kwargs)
-        own = self._candidates(asked.guides, use_reranker, kwargs)
+        own = self._candidates(asked.guides, kwargs)
         most, prompts = self._most_new_tokens(kwargs, ids.shape[1]), self._prompts(kwargs)
         result = []
         for row, score in enumerate(asked.scores):
@@ -237,14 +229,13 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         patches: torch.Tensor,
         mask: torch.Tensor | None,
         use_memory: bool,
-        use_reranker: bool,
         captioned: list[bool],
     ) -> _Asked:
-        """Ask the memory and the reranker about the images of rows that are captioned."""
+        """Ask the memory, or else the reranker, about the images of rows that are captioned."""
         asked = _Asked([None] * len(captioned))
         rows = [row for row, true in enumerate(captioned) if true]
-        predicted = self.reranker.predict(patches, mask) if use_reranker else None
         if not use_memory:
+            predicted = self.reranker.predict(patches, mask)
             for row in rows:
                 asked.scores[row] = partial(self.reranker.score, predicted=predicted[row])
             return asked
@@ -255,26 +246,23 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         asked.guides = [self._ngram_model(q, n) if c else None for q, n, c in zip(queries, asked.near, captioned)]
         for row in rows:
             regression = memory.regress(queries[row], asked.near[row][: memory.num_regressed])
-            beside = partial(self.reranker.score, predicted=predicted[row]) if use_reranker else None
-            share = self.reranker.settings.weight if use_reranker else 0.0
-            asked.scores[row] = memory_score(memory, *regression, beside, share)
+            asked.scores[row] = memory_score(memory, *regression)
         return asked
 
-    def _candidates(
-        self, guides: list[NgramModel | None] | None, use_reranker: bool, kwargs: dict
-    ) -> list[list[tuple[int, ...]]]:
+    def _candidates(self, guides: list[NgramModel | None] | None, kwargs: dict) -> list[list[tuple[int, ...]]]:
         """Return the model's own candidates for each row: those that ended, or the first where none did.
 
         Args:
-            guides: of each row, an n-gram model that guides further searches.
+            guides: of each row, an n-gram model of the memory that guides its searches; `None` without a memory, whose one
+                search has the reranker's number of beams.
         """
         length = kwargs["input_ids"].shape[1]
         generated: list[list[tuple[int, ...]]] = [[] for _ in kwargs["input_ids"]]
         finished: list[list[tuple[int, ...]]] = [[] for _ in kwargs["input_ids"]]
-        for weight in (0.0,) if guides is None else self.memory.settings.guidance:
-            options = {"num_return_sequences": 1}
-            if weight or use_reranker:
-                beams = self.memory.settings.num_beams if weight else self.reranker.settings.num_beams
+        settings = self.reranker.settings if guides is None else self.memory.settings
+        for weight in (0.0,) if guides is None else settings.guidance:
+            options, beams = {"num_return_sequences": 1}, settings.num_beams
+            if weight or guides is None:
                 options = {"num_beams": beams, "num_return_sequences": beams}
             if weight:
                 guide = NgramGuidance(guides, weight, length, beams)

@@ -35,8 +35,7 @@ class RerankerSettings:
 
     Attributes:
         num_beams: beams of the model's search, all of which become candidates.
-        joins, joined, fluency, read: as in [`MemorySettings`]; those of a memory are used where there is one.
-        weight: of this score beside that of a memory, from 0 to 1.
+        joins, joined, fluency, read: as in [`MemorySettings`].
     """
 
     num_beams: int = 8
@@ -44,7 +43,6 @@ class RerankerSettings:
     joined: int = 60
     fluency: float = 0.002
     read: int = 40
-    weight: float = 0.5
 
 
 class RerankerNetwork(nn.Module):

@@ -164,25 +164,28 @@ def test_questions_beside_captions_short_answers_and_other_precisions(ranking):
         assert model.reranker.predict(patches) == pytest.approx(expected, rel=0.1, abs=0.05)
 
 
-def test_beside_a_memory_both_scores_count(ranking):
+def test_a_memory_ranks_in_its_place(ranking):
     from PIL import Image
 
     folder, pictures, _ = ranking
     model, processor = open_pair(folder)
-    model.memory = random_memory(model, processor, seed=0)
-    model.memory = model.memory.with_settings(joins=0, fluency=0.0, invention_penalty=0.0, copy_penalty=0.0)
     inputs = processor(images=Image.open(pictures / "00.png"), return_tensors="pt")
 
-    def scores(**use):
-        return {tuple(c.tokens): c.score for c in model.rank_captions(**inputs, max_new_tokens=12, **use)[0]}
+    def ranked(**use):
+        return [(tuple(c.tokens), c.score) for c in model.rank_captions(**inputs, max_new_tokens=12, **use)[0]]
 
-    both, memory = scores(), scores(use_reranker=False)
-    predicted = model.reranker.predict(model.encode_images(inputs["pixel_values"]))[0]
-    shared = sorted(set(both) & set(memory))
-    alone = model.reranker.score(shared, predicted)
-    assert len(shared) > 3 and set(both) > set(memory)  # further beams of the model
-    assert [both[c] for c in shared] == pytest.approx([0.5 * (memory[c] + a) for c, a in zip(shared, alone)])
-    assert set(scores(use_memory=False)) < set(both)
+    alone = ranked()
+    model.memory = random_memory(model, processor, seed=0)
+    assert (
+        ranked()
+        == ranked(use_reranker=False)
+        != alone
+        == ranked(use_memory=False)
+        == ranked(use_memory=False, use_reranker=True)
+    )
+    for ask in (ranked, lambda **use: model.generate(**inputs, **use)):
+        with pytest.raises(ValueError, match="the memory ranks captions: give use_memory=False, too"):
+            ask(use_reranker=True)
 
 
 def test_saved_with_the_model_exchanged_and_refused(ranking, tmp_path):

@@ -70,7 +70,7 @@ class EvaluateSettings(ReportSettings, MetricSettings, GenerationSettings, Groun
     memory: bool = True
     """Use the model's memory for captions, if it has one; near duplicates of an image are left out of it."""
     reranker: bool = True
-    """Use the model's reranker for captions, if it has one."""
+    """Use the model's reranker for captions, if it has one and no memory is used."""
     device: str = choice("auto", "cpu", "cuda", "mps", default="auto")
     """Device to compute on."""
     seed: int = 0

@@ -138,7 +138,7 @@ def _evaluate_answers(
         ranked = plan.num_frames is None and settings.prompt in (None, *processor.prompts)
         if ranked and model.memory is not None and settings.memory:
             add_memory(result, model.memory)
-        if ranked and model.reranker is not None and settings.reranker:
+        elif ranked and model.reranker is not None and settings.reranker:
             made = {"images": model.reranker.info["images"]}
             result.metrics["reranker"] = dataclasses.asdict(model.reranker.settings) | made
         if settings.similarity:
