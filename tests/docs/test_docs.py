@@ -39,8 +39,6 @@ PARSED = {
     "blipren embed model flickr8k-mini": "the same recipe",
     "blipren train model cache words": "the same recipe",
     "blipren train words cache out": "the same recipe",
-    "blipren reranker out cache": "tests/reranker runs it",
-    "blipren memory out cache": "tests/memory runs it",
     "blipren evaluate out flickr8k-mini": "the same recipe",
     "blipren new model --config coco-mini-boxes": "tests/commands/test_recipes.py runs this recipe at small size",
     "blipren embed model coco-mini": "the same recipe",
@@ -86,6 +84,7 @@ SMALL = {
     "evaluate": ["--limit", "4", "--resamples", "20", "--max-new-tokens", "6", "--attention-images", "1"],
     "caption": ["--max-new-tokens", "6"],
     "search": ["--workers", "0"],
+    "reranker": ["--max-steps", "2"],
 }
 QFORMER = "{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4}"
 FOREIGN_FLAGS = {"--help", "--config", "--node-rank", "--allowed-media-domains", "--revision"} | {
