@@ -1,4 +1,4 @@
-"""The memory of a model: loaded, saved, and asked for the neighbours of an image."""
+"""The memory of a model: loading, saving, and the neighbours of an image."""
 
 import os
 import shutil
@@ -38,8 +38,8 @@ def memory_language_model(config) -> dict:
 def doubt_weight(memory: BliprenMemory) -> float:
     """Return the weight of doubts about words, which is less in a small memory.
 
-    Most words are of few images there and look absent from a new one: doubts differ more between candidates, and predicted
-    scores do not.
+    In a small memory most words are in the captions of few images, so that regression predicts their absence from a new one:
+    doubts then differ more between candidates, while predicted scores do not.
     """
     return memory.settings.invention_penalty * len(memory) / (len(memory) + HALF_DOUBTED)
 

@@ -40,8 +40,8 @@ class Candidate:
 
 
 @dataclass
-class _Asked:
-    """What a memory or a reranker says of the images of a batch.
+class _Scoring:
+    """How the candidates of a batch are scored.
 
     Attributes:
         scores: for each row the score of captions, `None` for a row that is no caption prompt.
@@ -196,18 +196,18 @@ class BliprenRankingMixin(BliprenMemoryMixin):
         memory = self.memory if use_memory else None
         settings = memory.settings if use_memory else self.reranker.settings
         ids, captioned = kwargs["input_ids"], self._caption_rows(kwargs)
-        asked = self._ask(patches, mask, use_memory, captioned)
+        scoring = self._scoring(patches, mask, use_memory, captioned)
         answers = None if all(captioned) else self._generate_alone(kwargs)
-        own = self._candidates(asked.guides, kwargs)
+        own = self._candidates(scoring.guides, kwargs)
         most, prompts = self._most_new_tokens(kwargs, ids.shape[1]), self._prompts(kwargs)
         result = []
-        for row, score in enumerate(asked.scores):
+        for row, score in enumerate(scoring.scores):
             if score is None:
                 result.append([Candidate(self._cut(answers[row])[0], 0.0, False)])
                 continue
             found = own[row]
             if use_memory:
-                others = memory.tokens(asked.near[row][: settings.retrieved].tolist())
+                others = memory.tokens(scoring.near[row][: settings.retrieved].tolist())
                 found += [tuple(caption) for captions in others for caption in captions if len(caption) < most]
             found, scores = search_joined(list(dict.fromkeys(found)), score, settings.joins, settings.joined, most - 1)
             if settings.fluency:
@@ -224,30 +224,30 @@ class BliprenRankingMixin(BliprenMemoryMixin):
             result.append([Candidate(list(found[i]), float(scores[i]), bool(copies[i])) for i in order])
         return result
 
-    def _ask(
+    def _scoring(
         self,
         patches: torch.Tensor,
         mask: torch.Tensor | None,
         use_memory: bool,
         captioned: list[bool],
-    ) -> _Asked:
-        """Ask the memory, or else the reranker, about the images of rows that are captioned."""
-        asked = _Asked([None] * len(captioned))
+    ) -> _Scoring:
+        """Return how the candidates of each captioned row are scored, by the memory or else by the reranker."""
+        scoring = _Scoring([None] * len(captioned))
         rows = [row for row, true in enumerate(captioned) if true]
         if not use_memory:
             predicted = self.reranker.predict(patches, mask)
             for row in rows:
-                asked.scores[row] = partial(self.reranker.score, predicted=predicted[row])
-            return asked
+                scoring.scores[row] = partial(self.reranker.score, predicted=predicted[row])
+            return scoring
         memory, embeddings = self.memory, pool_patches(patches, mask)
         found = memory.find(embeddings, max(memory.num_regressed, memory.settings.guides))
-        asked.near = [row[row >= 0] for row in found.indices]
+        scoring.near = [row[row >= 0] for row in found.indices]
         queries = memory.standardise(embeddings)
-        asked.guides = [self._ngram_model(q, n) if c else None for q, n, c in zip(queries, asked.near, captioned)]
+        scoring.guides = [self._ngram_model(q, n) if c else None for q, n, c in zip(queries, scoring.near, captioned)]
         for row in rows:
-            regression = memory.regress(queries[row], asked.near[row][: memory.num_regressed])
-            asked.scores[row] = memory_score(memory, *regression)
-        return asked
+            regression = memory.regress(queries[row], scoring.near[row][: memory.num_regressed])
+            scoring.scores[row] = memory_score(memory, *regression)
+        return scoring
 
     def _candidates(self, guides: list[NgramModel | None] | None, kwargs: dict) -> list[list[tuple[int, ...]]]:
         """Return the model's own candidates for each row: those that ended, or the first where none did.
